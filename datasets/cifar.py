@@ -1,0 +1,44 @@
+"""CIFAR-10 and CIFAR-100, from torchvision's archive (downloaded where it is missing) or from class folders."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import torchvision
+
+from datasets import image_folder
+from datasets.source import DataError, Source, Split
+from utils import distributed
+
+SIZE = 32
+
+
+def read_cifar10(data_path: Path, image_size: int, workers: int) -> Source:
+    return _read(torchvision.datasets.CIFAR10, data_path, workers)
+
+
+def read_cifar100(data_path: Path, image_size: int, workers: int) -> Source:
+    return _read(torchvision.datasets.CIFAR100, data_path, workers)
+
+
+def _read(archive: type[torchvision.datasets.CIFAR10], data_path: Path, workers: int) -> Source:
+    if (data_path / "train").is_dir():
+        return image_folder.read(data_path, SIZE, workers, decode=image_folder.decode_exact)
+    new = not data_path.exists()
+    try:
+        with distributed.main_first():
+            train, test = (archive(data_path, train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError) as error:
+        if new:
+            with contextlib.suppress(OSError):  # the download made the folder; it goes only if nothing is in it
+                data_path.rmdir()
+        raise DataError(
+            f"data_path: {data_path} holds no {archive.__name__}, and it could not be downloaded "
+            f"({' '.join(str(error).split())}): put {archive.filename} or its folder {archive.base_folder} there, "
+            f"or images as {image_folder.LAYOUT}"
+        ) from None
+    return Source(_split(train), _split(test), train.classes)
+
+
+def _split(archive: torchvision.datasets.CIFAR10) -> Split:
+    return Split(np.array(archive.targets, dtype=np.int64), lambda indices: archive.data[indices])

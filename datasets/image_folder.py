@@ -1,0 +1,86 @@
+"""Class folders: ``<data_path>/train/<class>/*.{png,jpg,jpeg}`` and ``<data_path>/test/<class>/...``.
+
+Classes are the folders under ``train``, in alphabetical order. ``val`` is read where there is no ``test``.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.folder import find_classes, make_dataset
+
+from datasets.source import DataError, Source, Split
+
+EXTENSIONS = (".png", ".jpg", ".jpeg")
+LAYOUT = "train/<class>/*.{png,jpg,jpeg} and test/<class>/*.{png,jpg,jpeg}"
+
+
+def decode(path: str, size: int) -> np.ndarray:
+    """The image as uint8 [size, size, 3]: RGB, the shorter side scaled to ``size``, the middle cut out."""
+    image = open_rgb(path)
+    width, height = image.size
+    if (width, height) != (size, size):
+        scale = size / min(width, height)
+        image = image.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.BILINEAR)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)
+
+
+def decode_exact(path: str, size: int) -> np.ndarray:
+    """As :func:`decode`, for data sets whose images have one size: any other is refused."""
+    image = open_rgb(path)
+    if image.size != (size, size):
+        raise DataError(
+            f"{path}: is {image.width}x{image.height} pixels, this data set has {size}x{size}; "
+            "dataset: folder takes images of any size"
+        )
+    return np.asarray(image)
+
+
+def open_rgb(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: is no readable image ({' '.join(str(error).split())})") from None
+
+
+def read(data_path: Path, image_size: int, workers: int, decode: Callable = decode) -> Source:
+    """The class folders under ``data_path``; ``workers`` threads decode (0 and 1: this one)."""
+    if not (data_path / "train").is_dir():
+        raise DataError(f"data_path: {data_path / 'train'} is no folder; expected are {LAYOUT} under {data_path}")
+    test = next((data_path / name for name in ("test", "val") if (data_path / name).is_dir()), None)
+    if test is None:
+        raise DataError(f"data_path: {data_path} has neither test nor val; expected are {LAYOUT}")
+    classes, index = _classes(data_path / "train")
+    strange = set(_classes(test)[0]) - set(classes)
+    if strange:
+        raise DataError(f"data_path: {test / min(strange)} is a class that {data_path / 'train'} does not have")
+    splits = (_split(folder, index, image_size, workers, decode) for folder in (data_path / "train", test))
+    return Source(*splits, class_names=classes)
+
+
+def _classes(folder: Path) -> tuple[list[str], dict[str, int]]:
+    try:
+        return find_classes(folder)
+    except FileNotFoundError:
+        raise DataError(f"data_path: {folder} has no class folders; expected are {LAYOUT}") from None
+
+
+def _split(folder: Path, index: dict[str, int], size: int, workers: int, decode: Callable) -> Split:
+    samples = make_dataset(str(folder), index, extensions=EXTENSIONS, allow_empty=True)
+    if not samples:
+        raise DataError(f"data_path: {folder} holds no images; expected are {LAYOUT}")
+    paths = [path for path, _ in samples]
+
+    def load(indices: np.ndarray) -> np.ndarray:
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            images = pool.map(lambda i: decode(paths[i], size), indices)
+            return np.stack(list(images)) if len(indices) else np.empty((0, size, size, 3), np.uint8)
+
+    return Split(np.array([label for _, label in samples], dtype=np.int64), load)

@@ -1,0 +1,64 @@
+"""Which images a long-tailed cut keeps. Legend: N images, C classes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from datasets.source import DataError
+from utils.seed import generator
+
+
+def long_tail_counts(images_per_class: int, num_classes: int, imb_type: str, imb_factor: float) -> list[int]:
+    """Images per class after the cut, by class index (Cui et al., CVPR 2019; Cao et al., NeurIPS 2019).
+
+    ``exp``: ``int(n f^(i / (C - 1)))``; ``step``: the first C // 2 classes full, the others ``int(n f)``. Zeros stay.
+    """
+    if imb_type == "exp":
+        return [int(images_per_class * imb_factor ** (i / max(num_classes - 1, 1))) for i in range(num_classes)]
+    if imb_type == "step":
+        full = num_classes // 2
+        return [images_per_class] * full + [int(images_per_class * imb_factor)] * (num_classes - full)
+    raise DataError(f"imb_type: {imb_type!r} is unknown; known are exp, step")
+
+
+def long_tail_indices(targets: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
+    """The images that MiSLAS and LDAM-DRW keep: int64 positions in ``targets [N]``, class by class.
+
+    Class after class is shuffled by NumPy's legacy generator from ``seed``, and its first ``counts[c]`` are kept.
+    """
+    random = np.random.RandomState(seed)
+    kept = []
+    for label, count in enumerate(counts):
+        positions = np.flatnonzero(np.asarray(targets) == label)
+        random.shuffle(positions)
+        kept.append(positions[:count])
+    return np.concatenate(kept)
+
+
+def cut_counts(natural: np.ndarray, imb_type: str, imb_factor: float, ranked: bool) -> list[int]:
+    """The profile laid over classes of ``natural [C]`` images, starting from the size of the largest class.
+
+    ``ranked``: the largest class comes first, whatever its index; otherwise the profile follows the class index. A
+    class that has fewer images than its place in the profile keeps all of them.
+    """
+    profile = long_tail_counts(int(natural.max()), len(natural), imb_type, imb_factor)
+    order = np.argsort(-natural, kind="stable") if ranked else np.arange(len(natural))
+    counts = np.empty(len(natural), dtype=np.int64)
+    counts[order] = np.minimum(profile, natural[order])
+    return counts.tolist()
+
+
+def hold_out(targets: np.ndarray, per_class: int, class_names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(remaining, held out): positions in ``targets [N]``, ``per_class`` of each class held out, both ascending."""
+    random = generator(seed, 0, "validation split")
+    held = []
+    for label, name in enumerate(class_names):
+        positions = np.flatnonzero(targets == label)
+        if len(positions) <= per_class:
+            raise DataError(
+                f"val_per_class: {per_class}, but class {name!r} has only {len(positions)} training images; "
+                f"at most {max(len(positions) - 1, 0)} can be held out"
+            )
+        held.append(random.permutation(positions)[:per_class])
+    held_out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(targets)), held_out), held_out

@@ -1,0 +1,44 @@
+"""One row per data set: what differs between data sets is data, not code."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import cifar, digits, image_folder
+from datasets.source import DataError, Source
+
+Ranges = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    read: Callable[[Path, int, int], Source]  # (data_path, image_size, workers)
+    mean: tuple[float, float, float]  # of pixels in [0, 1]
+    std: tuple[float, float, float]
+    num_classes: int | None = None  # None: what the reader finds
+    shot_ranges: Ranges | None = None  # [first, last + 1] of many, medium, few; None: groups by count
+    flip: bool = True
+    ranked_cut: bool = False  # True: the cut follows the natural counts; False: the class index
+    any_size: bool = False  # the reader scales images to image_size
+    image_size: int = 32  # unless the configuration says otherwise
+
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+SPECS = {
+    "cifar10": DatasetSpec(cifar.read_cifar10, CIFAR_MEAN, CIFAR_STD, 10, ((0, 3), (3, 7), (7, 10))),
+    "cifar100": DatasetSpec(cifar.read_cifar100, CIFAR_MEAN, CIFAR_STD, 100, ((0, 36), (36, 71), (71, 100))),
+    # Mean and deviation of the 1,797 scans; a mirrored digit is another sign, so there are no flips.
+    "digits": DatasetSpec(
+        digits.read, (0.305,) * 3, (0.376,) * 3, 10, ((0, 3), (3, 7), (7, 10)), flip=False, any_size=True
+    ),
+    "folder": DatasetSpec(image_folder.read, IMAGENET_MEAN, IMAGENET_STD, ranked_cut=True, any_size=True),
+}
+
+
+def find_spec(name: str) -> DatasetSpec:
+    """The row called ``name``; raises :class:`DataError` that lists the rows there are."""
+    if name not in SPECS:
+        raise DataError(f"dataset: {name!r} is unknown; known are {', '.join(SPECS)}")
+    return SPECS[name]

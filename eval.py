@@ -1,0 +1,55 @@
+"""Evaluation of a checkpoint: python eval.py --cfg config/<...>.yaml resume CHECKPOINT [key value ...]"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train_stage1 import check, class_groups, load_data, new_model
+from utils import distributed
+from utils.checkpoint import CheckpointError, load_weights
+from utils.command_line import exit_code, parse
+from utils.config import read_config
+from utils.evaluation import class_table, details, group_line, mislas_lines, predict, table, write_report
+from utils.metrics import report
+from utils.run_log import new_folder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse("Evaluate a checkpoint of ours, of MiSLAS or of ARBLOSS.", arguments)
+    cfg, _ = read_config(args.cfg, args.overrides)
+    check(cfg)
+    if not cfg.resume:
+        raise CheckpointError("resume: eval.py needs a checkpoint; add: resume saved/<run>/ckps/current.pth.tar")
+    with distributed.processes(cfg.device, cfg.deterministic) as device:
+        data = load_data(cfg)
+        groups = class_groups(cfg, data)
+        model = new_model(cfg, data)
+        loaded = load_weights(model, cfg.resume)
+        predictions = predict(model.to(device), data.eval_loader(data.test, device))
+        metrics = report(predictions, data.class_counts, groups)
+        folder = report_folder(Path(cfg.resume), cfg.save_dir, cfg.name)
+        if distributed.is_main():
+            write_report(folder, metrics, predictions, data.class_counts, data.class_names)
+            print(f"{cfg.resume}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
+            print(f"\n{class_table(predictions, data.class_counts, data.class_names)}")
+            print(f"\n{table(by_rule(metrics))}")
+            print(f"\n{group_line(metrics)}\n{details(metrics)}\n")
+            print(*mislas_lines(metrics), sep="\n")
+
+
+def by_rule(metrics: dict) -> dict[str, dict]:
+    """One row per rule for the groups; top-1 and ECE are the same in each."""
+    whole = {key: metrics[key] for key in ("top1", "ece")}
+    return {f"groups by {rule}": {**whole, **shots} for rule, shots in metrics["shots"].items()}
+
+
+def report_folder(checkpoint: Path, save_dir: str, name: str) -> Path:
+    """``eval/<checkpoint name>`` in the run's folder, else a new folder ``<name>_eval_<time>``."""
+    kept = checkpoint.resolve().parent
+    if kept.name == "ckps" and (kept.parent / "config.yaml").is_file():
+        return kept.parent / "eval" / checkpoint.name.removesuffix(".pth.tar")
+    return new_folder(save_dir, f"{name}_eval")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

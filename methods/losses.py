@@ -1,0 +1,213 @@
+"""The losses, as pure functions in log space.
+
+Legend: B samples, C classes, n_k the count of class k (of the batch or of the training set; 0 = absent). Every loss
+reads log-probabilities [B, C]; ARB-Loss differs from cross-entropy only in adding log n to the logits first
+(Xie et al., Neurocomputing 527, 2023, eq. 14):
+
+    L(z, y) = -log( exp(z_y) / sum_k (n_k / n_y) exp(z_k) ) = -log_softmax(z + log n)_y
+
+A class with n_k = 0 has log n_k = -inf and drops out of the sum, exactly. Half-precision logits are raised to float32
+before anything else; float32 and float64 stay as they are.
+
+The ``*_terms`` functions are what training composes: ``terms = arb_terms(logits, counts)`` does the work that is common
+to all targets once, and ``terms(targets)`` gives the loss per sample, so that both targets of mixup share it.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Terms = Callable[[Tensor], Tensor]  # targets [B] -> losses [B]
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log-softmax over dimension 1 in at least float32."""
+    return F.log_softmax(_at_least_float32(logits), dim=1)
+
+
+def arb_log_probabilities(logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0) -> Tensor:
+    """Log of ARB's adjusted probabilities: log_softmax(clamp(z) + log n) over dimension 1, ``logits [B, C, ...]``.
+
+    ``clamp``: the released code clamps logits to +-30 (beyond, the gradient is zero); None leaves them (eq. 14).
+    Where every class is absent (a dense batch without one labelled pixel) there is no prior to add and none is.
+    """
+    logits = _at_least_float32(logits)
+    if clamp is not None:
+        logits = logits.clamp(-clamp, clamp)
+    log_counts = class_counts.to(logits.device, torch.float64).log()
+    log_counts = torch.where((class_counts > 0).any(), log_counts, 0.0).to(logits.dtype)
+    return F.log_softmax(logits + log_counts.reshape(-1, *[1] * (logits.dim() - 2)), dim=1)
+
+
+def count_classes(targets: Tensor, num_classes: int, ignore_index: int = -100) -> Tensor:
+    """Labels per class, int64 [C]; never waits for the device, as ``bincount`` does."""
+    counted = targets.flatten() != ignore_index
+    labels = torch.where(counted, targets.flatten(), 0)
+    counts = torch.zeros(num_classes, dtype=torch.int64, device=targets.device)
+    return counts.scatter_add_(0, labels, counted.to(torch.int64))
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Per-sample losses
+
+
+def ce_terms(logits: Tensor, class_counts: Tensor) -> Terms:
+    """Cross-entropy; the counts are not read."""
+    log_probs = log_probabilities(logits)
+    return lambda targets: F.nll_loss(log_probs, targets, reduction="none")
+
+
+def arb_terms(logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0) -> Terms:
+    """ARB-Loss, eq. 14; with global counts and no clamp it is Balanced Softmax."""
+    log_probs = arb_log_probabilities(logits, class_counts, clamp)
+    return lambda targets: F.nll_loss(log_probs, targets, reduction="none")
+
+
+def focal_arb_terms(
+    logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0, alpha: float = 1.0, gamma: float = 2.0
+) -> Terms:
+    """``-alpha (1 - p)^gamma log p`` over ARB's adjusted probabilities p (a variant in the released code)."""
+    log_probs = arb_log_probabilities(logits, class_counts, clamp)
+
+    def terms(targets: Tensor) -> Tensor:
+        nll = F.nll_loss(log_probs, targets, reduction="none")
+        miss = -torch.expm1(-nll)  # 1 - p, without cancellation for p near 1
+        # A power below 1 has an infinite slope at 0, where a sample that cannot be missed would turn it into NaN.
+        return alpha * miss.clamp(min=torch.finfo(miss.dtype).tiny) ** gamma * nll
+
+    return terms
+
+
+def weighted_arb_terms(logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0) -> Terms:
+    """``-omega_y log p``, omega_y = (sum of counts / number of classes present) / n_y (a variant in the released code).
+
+    Corrects the prior twice: the adjusted probabilities do it already, the weights do it again.
+    """
+    log_probs = arb_log_probabilities(logits, class_counts, clamp)
+    counts = class_counts.to(log_probs.dtype)
+    omega = torch.where(counts > 0, counts.sum() / (counts > 0).sum() / counts, 0.0)
+    return lambda targets: omega[targets] * F.nll_loss(log_probs, targets, reduction="none")
+
+
+def smoothing_terms(logits: Tensor, class_counts: Tensor, smoothing: Tensor) -> Terms:
+    """``(1 - e_y) nll + e_y mean_k(-log p_k)``, e = ``smoothing [C]`` (MiSLAS, Zhong et al., CVPR 2021).
+
+    Over plain probabilities only. Over ARB's it would pull towards uniform *adjusted* probabilities, which moves
+    decisions to rare classes, and be infinite for classes absent from the batch; the configuration refuses that.
+    """
+    log_probs = log_probabilities(logits)
+    smoothing = smoothing.to(log_probs.device, log_probs.dtype)
+    uniform = -log_probs.mean(dim=1)
+
+    def terms(targets: Tensor) -> Tensor:
+        share = smoothing[targets]
+        return (1 - share) * F.nll_loss(log_probs, targets, reduction="none") + share * uniform
+
+    return terms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One call
+
+
+def arb_loss(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    reduction: str = "mean",
+    clamp: float | None = 30.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """ARB-Loss (Xie et al. 2023, eq. 14).
+
+    Args:
+        logits: [B, C], or dense [B, C, H, W].
+        targets: int64 [B], or [B, H, W]; ``ignore_index`` marks entries without a label.
+        class_counts: [C], any real dtype, of the batch or of the training set; 0 = absent. A class that occurs among
+            the targets must be present: with count 0 its loss is infinite, as eq. 14 has it.
+        reduction: "mean" (over labelled entries; 0 where there are none), "sum" or "none" (shape of ``targets``).
+        clamp: 30 is the released code; None is eq. 14 as printed.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r} is unknown; known are {', '.join(REDUCTIONS)}")
+    if class_counts.shape != logits.shape[1:2]:
+        raise ValueError(f"class_counts: shape {tuple(class_counts.shape)} does not fit {logits.shape[1]} classes")
+    log_probs = arb_log_probabilities(logits, class_counts, clamp)
+    losses = F.nll_loss(log_probs, targets, ignore_index=ignore_index, reduction="none")
+    return _reduce(losses, reduction, (targets != ignore_index).sum())
+
+
+class ARBLoss(nn.Module):
+    """:func:`arb_loss` as a module. ``class_counts=None`` counts each batch's own labels (the paper's CIFAR protocol)."""
+
+    def __init__(
+        self,
+        class_counts: Tensor | None = None,
+        reduction: str = "mean",
+        clamp: float | None = 30.0,
+        ignore_index: int = -100,
+    ):
+        super().__init__()
+        self.register_buffer("class_counts", class_counts)
+        self.reduction, self.clamp, self.ignore_index = reduction, clamp, ignore_index
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        counts = self.class_counts
+        if counts is None:
+            counts = count_classes(targets, logits.shape[1], self.ignore_index)
+        return arb_loss(logits, targets, counts, self.reduction, self.clamp, self.ignore_index)
+
+
+def label_aware_smoothing(logits: Tensor, targets: Tensor, smoothing: Tensor, reduction: str = "mean") -> Tensor:
+    """Label-aware smoothing (MiSLAS): ``logits [B, C]``, ``targets [B]``, ``smoothing [C]`` in [0, 1]."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r} is unknown; known are {', '.join(REDUCTIONS)}")
+    losses = smoothing_terms(logits, torch.ones_like(smoothing), smoothing)(targets)
+    return _reduce(losses, reduction, torch.tensor(len(targets)))
+
+
+def _reduce(losses: Tensor, reduction: str, count: Tensor) -> Tensor:
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / count.clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Smoothing per class
+
+
+def smoothing_by_count(
+    class_counts: Tensor, smooth_head: float, smooth_tail: float, shape: str = "concave", power: float | None = None
+) -> Tensor:
+    """Smoothing e_y per class, float32 [C], from ``smooth_tail`` (rarest) to ``smooth_head`` (most frequent).
+
+    With r = (n_y - n_min) / (n_max - n_min) in [0, 1]: concave sin(pi r / 2), linear r, convex 1 + sin(pi r / 2 - pi / 2),
+    exp r^power (MiSLAS, eq. 7-9 and its code). Equal counts: ``smooth_head`` for all.
+    """
+    shapes = {
+        "concave": lambda r: torch.sin(r * math.pi / 2),
+        "linear": lambda r: r,
+        "convex": lambda r: 1 + torch.sin((r - 1) * math.pi / 2),
+        "exp": lambda r: r**power,
+    }
+    if shape not in shapes:
+        raise ValueError(f"shape: {shape!r} is unknown; known are {', '.join(shapes)}")
+    if shape == "exp" and power is None:
+        raise ValueError("shape: exp needs a power, such as 2.0")
+    counts = class_counts.double()
+    low, high = counts.min(), counts.max()
+    rank = (counts - low) / (high - low) if high > low else torch.ones_like(counts)
+    return (smooth_tail + (smooth_head - smooth_tail) * shapes[shape](rank)).float()

@@ -1,0 +1,131 @@
+"""What one step computes: mixing, the forward pass, the class counts and the loss."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from methods import losses, mixup
+from methods.mixup import StepDraws
+from utils import distributed
+from utils.errors import InputError
+
+
+class MethodOutput(NamedTuple):
+    loss: Tensor  # scalar, mean over the batch
+    logits: Tensor  # [B, C], raw
+    features: Tensor  # [B, D]
+
+
+class Settings(NamedTuple):
+    """Every number that some loss reads; each loss takes the ones it knows."""
+
+    class_counts: Tensor  # int64 [C], of the training set
+    clamp: float | None
+    focal_alpha: float
+    focal_gamma: float
+    smooth_head: float | None
+    smooth_tail: float | None
+    smooth_shape: str
+    smooth_power: float | None
+
+
+class Criterion(nn.Module):
+    """A ``*_terms`` function of :mod:`methods.losses` with its options; tensors among them are buffers."""
+
+    def __init__(self, terms: Callable[..., losses.Terms], **options):
+        super().__init__()
+        self.terms = terms
+        self.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
+        self.tensors = [name for name, value in options.items() if isinstance(value, Tensor)]
+        for name in self.tensors:
+            self.register_buffer(name, options[name])
+
+    def forward(self, logits: Tensor, class_counts: Tensor) -> losses.Terms:
+        return self.terms(logits, class_counts, **self.options, **{name: getattr(self, name) for name in self.tensors})
+
+
+def _smoothing(s: Settings) -> Tensor:
+    try:
+        return losses.smoothing_by_count(s.class_counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
+    except ValueError as error:
+        raise InputError(f"smooth_{error}") from None
+
+
+LOSSES: dict[str, Callable[[Settings], Criterion]] = {
+    "ce": lambda s: Criterion(losses.ce_terms),
+    "arb": lambda s: Criterion(losses.arb_terms, clamp=s.clamp),
+    "focal_arb": lambda s: Criterion(
+        losses.focal_arb_terms, clamp=s.clamp, alpha=s.focal_alpha, gamma=s.focal_gamma
+    ),
+    "weighted_arb": lambda s: Criterion(losses.weighted_arb_terms, clamp=s.clamp),
+    "las": lambda s: Criterion(losses.smoothing_terms, smoothing=_smoothing(s)),
+}
+
+
+def step_counts(kind: str, targets: Tensor, class_counts: Tensor) -> Tensor:
+    """The n of one step, [C]: which counts ARB-Loss reads.
+
+    ``targets [B]``, unmixed; ``class_counts [C]`` of the training set. ``global``: the training set's; ``batch``: this
+    process's batch; ``batch_synced``: all processes' batches; ``global_masked``: the training set's, 0 for classes
+    absent from the batch; ``batch_unmasked``: the batch's, B n_k / N for classes absent from it.
+    """
+    if kind == "global":
+        return class_counts
+    batch = losses.count_classes(targets, len(class_counts))
+    if kind == "batch":
+        return batch
+    if kind == "batch_synced":
+        return distributed.all_reduce_sum(batch)
+    if kind == "global_masked":
+        return torch.where(batch > 0, class_counts, 0)
+    return torch.where(batch > 0, batch, len(targets) * class_counts / class_counts.sum())
+
+
+COUNTS = ("global", "batch", "batch_synced", "global_masked", "batch_unmasked")
+
+
+class Method(nn.Module):
+    """One training step's mathematics; the loop knows nothing of losses, counts or mixup."""
+
+    def __init__(self, criterion: nn.Module, counts: str, class_counts: Tensor, mixup_alpha: float):
+        super().__init__()
+        self.criterion = criterion
+        self.counts = counts
+        self.mixup_alpha = mixup_alpha
+        self.register_buffer("class_counts", class_counts)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before every epoch; methods with deferred parts switch them on here."""
+
+    def draws(self, batch_sizes: Sequence[int], seed: int, epoch: int) -> list[StepDraws]:
+        """What the steps of ``epoch`` draw at random; the same for every method with the same seed and alpha."""
+        return mixup.draw(self.mixup_alpha, batch_sizes, seed, epoch)
+
+    def forward(self, model: nn.Module, images: Tensor, targets: Tensor, draws: StepDraws) -> MethodOutput:
+        """``images [B, 3, H, W]``, ``targets [B]`` -> loss, logits, features."""
+        mixed, targets_a, targets_b = images, targets, None
+        if self.mixup_alpha > 0:
+            mixed, targets_a, targets_b = mixup.mix(images, targets, draws.lam, draws.partner)
+        logits, features = model(mixed, with_features=True)
+        terms = self.criterion(logits, step_counts(self.counts, targets, self.class_counts))
+        loss = terms(targets_a).mean()
+        if targets_b is not None:
+            loss = draws.lam * loss + (1 - draws.lam) * terms(targets_b).mean()
+        return MethodOutput(loss, logits, features)
+
+
+def check_names(loss: str, counts: str) -> None:
+    """Raises :class:`InputError`, which lists what there is, for a loss or a kind of counts that does not exist."""
+    if loss not in LOSSES:
+        raise InputError(f"loss: {loss!r} is unknown; known are {', '.join(LOSSES)}")
+    if counts not in COUNTS:
+        raise InputError(f"class_counts: {counts!r} is unknown; known are {', '.join(COUNTS)}")
+
+
+def build_method(loss: str, counts: str, class_counts: Tensor, mixup_alpha: float, **options) -> Method:
+    """A :class:`Method`. ``counts``: a name of ``COUNTS``; ``mixup_alpha`` 0: no mixup; ``options``: see Settings."""
+    check_names(loss, counts)
+    criterion = LOSSES[loss](Settings(class_counts=class_counts, **options))
+    return Method(criterion, counts, class_counts, mixup_alpha)

@@ -1,0 +1,71 @@
+"""torchvision's ResNets and ResNeXts as feature extractors: their own classes, without the last linear layer."""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from utils.errors import InputError
+
+# resnet10 is the field's small ResNet for ImageNet-LT; torchvision has its class but no constructor for it.
+CONSTRUCTORS = {
+    "resnet10": lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
+    **{
+        name: torchvision.models.get_model_builder(name)
+        for name in "resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d".split()
+    },
+}
+
+
+def build(name: str, pretrained: bool | str) -> ResNet:
+    """The backbone ``name``; ``pretrained``: True for torchvision's IMAGENET1K_V1 weights, or a file's path."""
+    backbone = CONSTRUCTORS[name]()
+    if pretrained:
+        _load_pretrained(backbone, name, pretrained)
+    backbone.out_features = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    return backbone
+
+
+def feature_maps(backbone: ResNet, images: Tensor) -> Tensor:
+    """The output of the last stage before pooling, [B, D, H / 32, W / 32]."""
+    x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
+    return backbone.layer4(backbone.layer3(backbone.layer2(backbone.layer1(x))))
+
+
+def _load_pretrained(backbone: ResNet, name: str, pretrained: bool | str) -> None:
+    if pretrained is True:
+        state = _download(name)
+    elif not Path(pretrained).is_file():
+        raise InputError(f"pretrained: {pretrained}: no such weights file")
+    else:
+        try:
+            state = torch.load(pretrained, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+        except Exception as error:  # torch and pickle raise many types on a damaged file
+            raise InputError(f"pretrained: {pretrained}: is no readable weights file ({type(error).__name__})") from None
+    # A file's classifier is of no use here and may have any number of classes.
+    features = {key.removeprefix("module."): value for key, value in state.items() if "fc." not in key}
+    try:
+        problems = backbone.load_state_dict(features, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"pretrained: {pretrained}: does not fit {name}: {' '.join(str(error).split())[:160]}") from None
+    missing = [key for key in problems.missing_keys if not key.startswith("fc.")]
+    if missing or problems.unexpected_keys:
+        raise InputError(f"pretrained: {pretrained}: does not fit {name}: {(missing + problems.unexpected_keys)[0]}")
+
+
+def _download(name: str) -> dict:
+    try:
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    except (ValueError, KeyError):
+        raise InputError(f"pretrained: True, but torchvision has no IMAGENET1K_V1 weights for {name}") from None
+    try:
+        return weights.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"pretrained: cannot download {weights.url} ({' '.join(str(error).split())}); "
+            "fetch that file by other means and give its path as pretrained"
+        ) from None

@@ -1,0 +1,66 @@
+"""The CIFAR ResNets of He et al. (CVPR 2016, section 4.2): three stages of n blocks at 16, 32 and 64 channels.
+
+Shapes: images [B, 3, H, W] -> features [B, 64]. Depth is 6 n + 2, counting the classifier.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DEPTHS = (20, 32, 44, 56, 110)
+
+
+class PadShortcut(nn.Module):
+    """Option A: no parameters; takes every second pixel and pads the new channels with zeros, half on either side."""
+
+    def __init__(self, new_channels: int):
+        super().__init__()
+        self.padding = new_channels // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Identity() if stride == 1 else PadShortcut(channels - in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """Features of a CIFAR ResNet; He-normal convolutions, as in the reference."""
+
+    out_features = 64
+
+    def __init__(self, blocks_per_stage: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks_per_stage, stride=1)
+        self.layer2 = _stage(16, 32, blocks_per_stage, stride=2)
+        self.layer3 = _stage(32, 64, blocks_per_stage, stride=2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))  # [B, 64, H / 4, W / 4]
+        return x.mean(dim=(2, 3))
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, stride=1) for _ in range(blocks - 1)))
+
+
+def build(depth: int) -> CifarResNet:
+    """``depth``: one of ``DEPTHS``."""
+    return CifarResNet((depth - 2) // 6)

@@ -1,0 +1,313 @@
+"""Stage-1 training: python train_stage1.py --cfg config/<data set>/<experiment>.yaml [key value ...]"""
+
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from datasets import Data, build_data, find_spec
+from datasets.loaders import TrainLoader
+from methods import Method, build_method, check_names
+from models import build_model, find_backbone
+from utils import distributed
+from utils.checkpoint import TrainState, is_ours, load_content, read_checkpoint, restore, save_checkpoint
+from utils.command_line import exit_code, parse
+from utils.config import dump_config, read_config
+from utils.evaluation import group_line, mislas_lines, predict, save_predictions
+from utils.files import write_text
+from utils.metrics import GROUPS, TrainMeter, class_accuracy, half_accuracies, report, shot_groups
+from utils.run_log import RunLog, new_folder, progress_line
+from utils.schedule import lr_at
+from utils.seed import seeded_weights
+from utils.summary import summarise, summary_table, write_summary
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse("Train one stage with ARB-Loss or a baseline.", arguments)
+    cfg, notes = read_config(args.cfg, args.overrides)
+    check(cfg)
+    with distributed.processes(cfg.device, cfg.deterministic) as device:
+        data = load_data(cfg)
+        groups = class_groups(cfg, data)
+        model = new_model(cfg, data).to(device)
+        method = new_method(cfg, data).to(device)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=cfg.lr,
+            momentum=cfg.momentum,
+            weight_decay=cfg.weight_decay,
+        )
+        loader = data.train_loader(cfg.batch_size, cfg.seed, device, distributed.rank(), distributed.world_size())
+        state, folder, settings, origin = start(cfg, model, method, optimizer)
+
+        with RunLog(folder, cfg.name, state.epoch) as run:
+            describe(run, cfg, data, groups, [*notes, *origin], device)
+            write_settings(folder, settings)
+            parallel = distributed.parallel(model, device)
+            for epoch in range(state.epoch, cfg.num_epochs):
+                lr = set_lr(optimizer, cfg, epoch)
+                trained, seconds = train_epoch(parallel, method, optimizer, loader, run, epoch, cfg.seed, cfg.print_freq)
+                row = {"epoch": epoch, "lr": lr, "train": trained}
+                evaluated = (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs
+                if evaluated:
+                    row |= evaluate(model, data, groups, run, epoch, device)
+                row["timing"] = {**seconds, "images_per_second": len(loader.targets) / seconds["train_seconds"]}
+                state.epoch = epoch + 1
+                best = evaluated and improved(state, row)
+                record(run, row)
+                save(folder, best, model=model, method=method, optimizer=optimizer, state=state, config=settings)
+            finish(run, state, model, data, groups, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config -> objects. Only here are configuration and code introduced to each other.
+
+
+def check(cfg: CfgNode) -> None:
+    """Names that do not exist are refused before any data are read."""
+    find_spec(cfg.dataset)
+    find_backbone(cfg.backbone)
+    check_names(cfg.loss, cfg.class_counts)
+
+
+def load_data(cfg: CfgNode) -> Data:
+    return build_data(
+        cfg.dataset,
+        cfg.data_path,
+        num_classes=cfg.num_classes,
+        image_size=cfg.image_size,
+        imb_type=cfg.imb_type,
+        imb_factor=cfg.imb_factor,
+        subset_seed=cfg.subset_seed,
+        val_per_class=cfg.val_per_class,
+        workers=cfg.workers,
+    )
+
+
+def class_groups(cfg: CfgNode, data: Data) -> dict[str, dict[str, Tensor]]:
+    """Many / medium / few by every rule that applies, the headline rule first."""
+    given = (cfg.head_class_idx, cfg.med_class_idx, cfg.tail_class_idx)
+    return shot_groups(cfg.shots, data.spec.shot_ranges if None in given else given, data.class_counts)
+
+
+def new_model(cfg: CfgNode, data: Data) -> nn.Module:
+    with seeded_weights(cfg.seed):
+        return build_model(cfg.dataset, cfg.backbone, data.num_classes, cfg.pretrained)
+
+
+def new_method(cfg: CfgNode, data: Data) -> Method:
+    return build_method(
+        cfg.loss,
+        cfg.class_counts,
+        data.class_counts,
+        mixup_alpha=cfg.alpha if cfg.mixup else 0.0,
+        clamp=cfg.logit_clamp,
+        focal_alpha=cfg.focal_alpha,
+        focal_gamma=cfg.focal_gamma,
+        smooth_head=cfg.smooth_head,
+        smooth_tail=cfg.smooth_tail,
+        smooth_shape=cfg.smooth_shape,
+        smooth_power=cfg.smooth_power,
+    )
+
+
+def start(
+    cfg: CfgNode, model: nn.Module, method: Method, optimizer: torch.optim.Optimizer
+) -> tuple[TrainState, Path, dict, list[str]]:
+    """Where training starts: (state, the run's folder, the settings it records, notes for the log)."""
+    settings = dict(cfg)
+    if not cfg.resume:
+        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, []
+    content = read_checkpoint(cfg.resume)
+    if not is_ours(content):
+        source = load_content(model, content, cfg.resume)["source"]
+        note = f"{cfg.resume}: {source}; weights only, training starts at epoch 0"
+        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note]
+    state = restore(content, cfg.resume, model, method, optimizer)
+    settings["resume"] = content["config"].get("resume", "")
+    kept = Path(cfg.resume).resolve().parent
+    folder = kept.parent if kept.name == "ckps" else new_folder(cfg.save_dir, cfg.name)
+    return state, folder, settings, [f"{cfg.resume}: going on after {state.epoch} epochs, in {folder}"]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
+    lr = lr_at(epoch, cfg.lr, cfg.num_epochs, cfg.cos, cfg.lr_steps, cfg.lr_step_factors, cfg.warmup_epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One epoch
+
+
+def train_epoch(
+    model: nn.Module,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    loader: TrainLoader,
+    run: RunLog,
+    epoch: int,
+    seed: int,
+    print_freq: int,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains for one epoch; returns (mean loss and accuracies in percent, seconds)."""
+    began = time.perf_counter()
+    model.train()
+    method.start_epoch(epoch)
+    device = loader.device
+    meter = TrainMeter(device)
+    draws = method.draws(loader.batch_sizes, seed, epoch)
+    steps = tqdm(loader.epoch(epoch), f"epoch {epoch}", len(loader), leave=False, disable=not show_progress())
+    for step, batch in enumerate(steps):
+        output = method(model, batch.images, batch.targets, draws[step].to(device))
+        optimizer.zero_grad()
+        (output.loss * batch.weight).backward()
+        optimizer.step()
+        meter.update(step, output.loss, output.logits, batch.targets)
+        if step % print_freq == 0:
+            meter.check(epoch)
+            per_step = (time.perf_counter() - began) / (step + 1)
+            run.info(progress_line(epoch, step, len(loader), per_step, meter.last_step(), meter.averages()))
+    meter.check(epoch)
+    return meter.averages(), {"train_seconds": time.perf_counter() - began}
+
+
+def show_progress() -> bool:
+    return sys.stderr.isatty() and distributed.is_main()
+
+
+def evaluate(model: nn.Module, data: Data, groups: dict, run: RunLog, epoch: int, device: torch.device) -> dict:
+    """Evaluates the bare model with rank 0's statistics; keeps the predictions; returns the row's entries."""
+    distributed.broadcast_buffers(model)
+    predictions = predict(model, data.eval_loader(data.test, device))
+    test = report(predictions, data.class_counts, groups)
+    entries = {"test": test, "halves": half_accuracies(predictions)}
+    if data.val is not None:
+        held_out = predict(model, data.eval_loader(data.val, device))
+        entries["val"] = report(held_out, data.class_counts, groups)
+    if distributed.is_main():
+        save_predictions(run.folder / "predictions", epoch, predictions)
+    for line in mislas_lines(test):
+        run.info(line)
+    accuracy, _ = class_accuracy(predictions.classes, predictions.targets, data.num_classes)
+    run.class_accuracies(epoch, 100 * accuracy, data.class_names)
+    return entries
+
+
+def improved(state: TrainState, row: Mapping) -> bool:
+    """Notes in ``state`` whether this epoch is the best so far: on held-out images where there are any."""
+    score = row.get("val", row["test"])["top1"]
+    if score <= state.best_acc1:
+        return False
+    state.best_acc1, state.its_ece = score, row["test"]["ece"]
+    return True
+
+
+def record(run: RunLog, row: Mapping) -> None:
+    """The epoch's line in ``metrics.jsonl`` and its TensorBoard scalars."""
+    run.write_epoch(row)
+    scalars = {"loss/train": row["train"]["loss"], "top1/train": row["train"]["top1"], "lr": row["lr"]}
+    for split in ("test", "val"):
+        shown = {key: row[split][key] for key in ("top1", *GROUPS, "ece", "nll") if key in row.get(split, {})}
+        scalars |= {f"{key}/{split}": value for key, value in shown.items()}
+    run.scalars(row["epoch"], scalars)
+
+
+def save(folder: Path, best: bool, config: Mapping, **parts) -> None:
+    """The last checkpoint, and the best one where this epoch is it."""
+    if not distributed.is_main():
+        return
+    (folder / "ckps").mkdir(exist_ok=True)
+    selected_on = "held-out training images" if config["val_per_class"] else "test set"
+    for name in ("current", "model_best") if best else ("current",):
+        save_checkpoint(folder / "ckps" / f"{name}.pth.tar", config=config, selected_on=selected_on, **parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequence[str], device: torch.device) -> None:
+    """The first lines of a run: what is trained, on what, with which software."""
+    run.info(f"{cfg.name}: training {method_in_words(cfg)}; {schedule_in_words(cfg)}; "
+             f"seed {cfg.seed}, subset seed {cfg.subset_seed}")
+    counts = data.class_counts
+    run.info(
+        f"data: {cfg.dataset}, {int(counts.sum())} training images in {data.num_classes} classes "
+        f"(largest {int(counts.max())}, smallest {int(counts.min())}), "
+        + (f"{len(data.val[1])} held out, " if data.val else "")
+        + f"{len(data.test[1])} test images; model: {cfg.backbone}"
+    )
+    run.info(group_line({"group_sizes": {rule: {n: int(m.sum()) for n, m in g.items()} for rule, g in groups.items()}}))
+    run.info(
+        f"device {device} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, Python {platform.python_version()}"
+    )
+    if distributed.world_size() > 1:
+        run.info(
+            f"{distributed.world_size()} processes: mixup pairs, batch counts and batch-norm statistics are each "
+            "process's own, so their number matters"
+        )
+    for note in notes:
+        run.info(f"note: {note}")
+    run.info(f"folder: {run.folder}")
+
+
+def method_in_words(cfg: CfgNode) -> str:
+    name = {"ce": "cross-entropy", "arb": "ARB-Loss", "focal_arb": "focal ARB-Loss",
+            "weighted_arb": "weighted ARB-Loss", "las": "label-aware smoothing"}.get(cfg.loss, cfg.loss)
+    words = [name]
+    if cfg.loss.endswith("arb"):
+        clamp = "not clamped" if cfg.logit_clamp is None else f"clamped to +-{cfg.logit_clamp:g}"
+        words = [f"{name} with {cfg.class_counts} class counts, logits {clamp}"]
+    if cfg.loss == "las":
+        words = [f"{name} ({cfg.smooth_head:g} to {cfg.smooth_tail:g}, {cfg.smooth_shape})"]
+    words.append(f"mixup alpha {cfg.alpha:g}" if cfg.mixup else "no mixup")
+    cut = "as it is" if cfg.imb_factor is None else f"{cfg.imb_type}, imbalance factor {cfg.imb_factor:g}"
+    return ", ".join(words) + f", on {cfg.dataset} ({cut})"
+
+
+def schedule_in_words(cfg: CfgNode) -> str:
+    if cfg.cos:
+        steps = "cosine"
+    else:
+        late = [step for step in cfg.lr_steps if step >= cfg.num_epochs]
+        steps = ", ".join(f"x{f:g} from epoch {s}" for s, f in zip(cfg.lr_steps, cfg.lr_step_factors, strict=True))
+        steps = f"{cfg.warmup_epochs} warm-up epochs, {steps}" + (f" ({late} never reached)" if late else "")
+    return (
+        f"SGD for {cfg.num_epochs} epochs, batch {cfg.batch_size}, lr {cfg.lr:g}, {steps}, "
+        f"momentum {cfg.momentum:g}, weight decay {cfg.weight_decay:g}"
+    )
+
+
+def write_settings(folder: Path, settings: Mapping) -> None:
+    """``config.yaml``: with this file alone the run can be repeated."""
+    if distributed.is_main():
+        write_text(folder / "config.yaml", dump_config(settings))
+
+
+def finish(run: RunLog, state: TrainState, model: nn.Module, data: Data, groups: dict, device: torch.device) -> None:
+    """The table of the three numbers. A run that was finished before is evaluated once more."""
+    rows = [row for row in run.history() if "test" in row]
+    if not distributed.is_main():
+        return
+    if not rows or rows[-1]["epoch"] != state.epoch - 1:
+        predictions = predict(model, data.eval_loader(data.test, device))
+        test = report(predictions, data.class_counts, groups)
+        rows.append({"epoch": state.epoch - 1, "test": test, "halves": half_accuracies(predictions)})
+    headline = next(iter(groups))
+    summary = summarise(rows, run.folder / "predictions", groups[headline])
+    write_summary(run.folder / "summary.json", summary)
+    run.info(f"\n{summary_table(summary)}\n\n{group_line(rows[-1]['test'])} (in the table: by {headline})")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

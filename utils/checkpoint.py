@@ -1,0 +1,193 @@
+"""Checkpoints: written atomically, read without ever running code that a file carries.
+
+The keys are MiSLAS's (``epoch state_dict_model state_dict_classifier [state_dict_block] best_acc1 its_ece``), so that
+its stage 2 reads our files, plus what going on exactly needs. Files hold tensors, plain containers and numbers only.
+"""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.errors import InputError
+from utils.files import atomic_file
+
+# The parts of a model, by the key that MiSLAS gives each.
+PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dict_classifier": "classifier"}
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel / DistributedDataParallel and of torch.compile
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is missing, damaged, unsafe to load or of another architecture."""
+
+
+@dataclass
+class TrainState:
+    """What the loop itself knows; everything else is a function of (seed, epoch)."""
+
+    epoch: int = 0  # epochs finished
+    best_acc1: float = -1.0  # percent, on the images that choose (``selected_on``)
+    its_ece: float = 0.0  # percent, on the test set, of that model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    config: Mapping,
+    selected_on: str,
+) -> None:
+    """Writes everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper."""
+    content = {
+        "epoch": state.epoch,
+        "best_acc1": torch.tensor([state.best_acc1]),
+        "its_ece": state.its_ece,
+        **{key: part.state_dict() for key, part in _parts(model).items()},
+        "state_dict_method": method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "class_map": None,
+        "selected_on": selected_on,
+        "config": dict(config),
+    }
+    with atomic_file(path) as file:
+        torch.save(content, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The content of a checkpoint as a dict, on the CPU. Raises :class:`CheckpointError`; never runs code in it."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path}: refused, it is unsafe to load: it holds objects other than tensors, containers and numbers"
+            ) from None
+        raise CheckpointError(f"{path}: is damaged or no checkpoint at all ({_brief(error)})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or _brief(error)}") from None
+    except Exception as error:  # torch and pickle raise many types on a damaged file
+        raise CheckpointError(f"{path}: is damaged or no checkpoint at all ({_brief(error)})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint (a dict of state dicts)")
+    return content
+
+
+def is_ours(content: Mapping) -> bool:
+    """Whether a checkpoint holds all that going on exactly needs, not only weights."""
+    return all(key in content for key in ("optimizer", "state_dict_method", "config", "selected_on"))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> dict:
+    """Loads backbone, block and classifier from our checkpoints or those of MiSLAS and ARBLOSS.
+
+    Prefixes of wrappers are stripped; stage 2's learnable scaling ``s`` of the logits is folded into the classifier,
+    exactly: ``s * (W h + b) = (s W) h + (s b)``. Returns ``epoch``, ``best_acc1`` (percent or None), ``class_map``
+    (or None) and ``source``, which says in words what was read. Raises :class:`CheckpointError`.
+    """
+    return load_content(model, read_checkpoint(path), path)
+
+
+def load_content(model: nn.Module, content: Mapping, path: str | Path) -> dict:
+    """:func:`load_weights` for a checkpoint that was read already."""
+    source = "this trainer's checkpoint" if is_ours(content) else "weights in the format of MiSLAS / ARBLOSS"
+    states = {key: _strip(content[key]) for key in PARTS if isinstance(content.get(key), Mapping)}
+    needed = _parts(model)
+    missing = [key for key in needed if key not in states]
+    if missing:
+        raise CheckpointError(f"{path}: has no {', '.join(missing)}; it holds: {', '.join(map(str, content)) or 'nothing'}")
+    if isinstance(content.get("state_dict_lws_model"), Mapping):
+        _fold_scaling(states["state_dict_classifier"], _strip(content["state_dict_lws_model"]), path)
+        source += ", stage 2's scaling folded into the classifier"
+    for key in states:
+        if key not in needed:
+            raise CheckpointError(f"{path}: has a {key}, which this model has no place for (dataset: places has one)")
+        _check_shapes(needed[key], states[key], path)
+    for key, state in states.items():
+        needed[key].load_state_dict(state)
+    best = content.get("best_acc1")
+    return {
+        "epoch": int(content.get("epoch", 0)),
+        "best_acc1": None if best is None else float(best),
+        "class_map": content.get("class_map"),
+        "source": source,
+    }
+
+
+def restore(content: Mapping, path: str | Path, model: nn.Module, method: nn.Module, optimizer) -> TrainState:
+    """Puts everything of our own checkpoint back into its place."""
+    load_content(model, content, path)
+    try:
+        method.load_state_dict(content["state_dict_method"])
+        optimizer.load_state_dict(content["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: does not fit this configuration: {_brief(error)}") from None
+    return TrainState(content["epoch"], float(content["best_acc1"]), content["its_ece"])
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """MiSLAS's key -> the part of ``model`` that it stands for."""
+    return {key: getattr(model, part) for key, part in PARTS.items() if getattr(model, part, None) is not None}
+
+
+def _strip(state: Mapping) -> dict:
+    stripped = {}
+    for name, value in state.items():
+        while str(name).startswith(PREFIXES):
+            name = name[len(next(p for p in PREFIXES if name.startswith(p))) :]
+        stripped[name] = value
+    return stripped
+
+
+def _fold_scaling(classifier: dict, scaling: Mapping, path: str | Path) -> None:
+    scale = scaling.get("learned_norm")
+    if scale is None or scale.numel() != len(classifier.get("fc.weight", ())):
+        raise CheckpointError(f"{path}: its state_dict_lws_model does not fit its classifier")
+    classifier["fc.weight"] = classifier["fc.weight"] * scale.reshape(-1, 1)
+    if "fc.bias" in classifier:
+        classifier["fc.bias"] = classifier["fc.bias"] * scale.reshape(-1)
+
+
+def _check_shapes(module: nn.Module, state: Mapping, path: str | Path) -> None:
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    other = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    if own == other:
+        return
+    name = next(n for n in [*own, *other] if own.get(n) != other.get(n))
+    raise CheckpointError(
+        f"{path}: is of another architecture: {name} is {_shape(other, name)} in the file and {_shape(own, name)} in "
+        "the model; check backbone, dataset and num_classes"
+    )
+
+
+def _shape(shapes: Mapping, name: str) -> str:
+    return "x".join(map(str, shapes[name])) or "a number" if name in shapes else "absent"
+
+
+def _numpy_scalars() -> list:
+    """The few NumPy names that MiSLAS's pickled ``its_ece`` uses, as NumPy 1 and NumPy 2 spell them."""
+    scalar = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+    return [*((scalar, name) for name in names), (np.dtype, "numpy.dtype"), *kinds]
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

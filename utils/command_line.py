@@ -1,0 +1,26 @@
+"""What the two scripts share: their command line, and the exit code 2 with one line for bad input."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from utils.errors import DivergenceError, InputError
+
+
+def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """``--cfg FILE [key value ...]``; ``--local-rank`` comes from torch.distributed.launch and is not needed."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, see config/")
+    parser.add_argument("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="key value", help="such as: lr 0.05 seed 1")
+    return parser.parse_args(arguments)
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Runs ``main``; 0, or 2 after one line on standard error where the input or the numbers were bad."""
+    try:
+        main()
+    except (InputError, DivergenceError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

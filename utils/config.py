@@ -1,0 +1,388 @@
+"""Configuration: every option once, with its default; YAML files that inherit; overrides; a frozen result.
+
+Files of MiSLAS and ARBLOSS load unchanged: their switches (``arbloss: True``, ...) are translated here, once, and the
+rest of the code sees only the new keys. Precedence, lowest first: defaults, ``_BASE_`` files, the file, the command
+line. Only this module knows what a configuration file looks like; only the two scripts read the result.
+"""
+
+import ast
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yacs.config import CfgNode
+
+from utils.errors import InputError
+
+
+class ConfigError(InputError):
+    """A configuration that is missing, unreadable, contradictory or out of range."""
+
+
+class Option(NamedTuple):
+    """One row of the table below; ``parse`` returns the checked value or raises ``ValueError`` ("must be ...")."""
+
+    default: Any
+    parse: Callable[[Any], Any]
+    doc: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of value. Each is a function of what YAML gave; the message says what would be right.
+
+
+def text(value):
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError("must be text (put it in quotes)")
+    return value
+
+
+def folder_name(value):
+    if set(text(value)) & set("/\\\0\n") or value in (".", ".."):
+        raise ValueError("must be usable as a folder's name")
+    return text(value)
+
+
+def flag(value):
+    if not isinstance(value, bool):
+        raise ValueError("must be True or False")
+    return value
+
+
+def whole(low: int):
+    def parse(value):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"must be a whole number >= {low}")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float = math.inf, above: bool = False):
+    bounds = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+
+    def parse(value):
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value > high or value < low or (above and value == low):
+            raise ValueError(f"must be a number {bounds}")
+        return float(value)
+
+    return parse
+
+
+def imbalance(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 1:
+        raise ValueError(
+            f"must lie in (0, 1]: it is the smallest class over the largest, {1 / value:g} for a ratio of {value:g}"
+        )
+    try:
+        return number(0, 1, above=True)(value)
+    except ValueError:
+        raise ValueError("must lie in (0, 1]: the smallest class over the largest, 0.01 for a ratio of 100") from None
+
+
+def choice(*known: str):
+    def parse(value):
+        if value not in known:
+            near = difflib.get_close_matches(str(value), known, n=1)
+            raise ValueError(f"must be one of {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return value
+
+    return parse
+
+
+def several(kind, increasing: bool = False, length: int | None = None):
+    def parse(value):
+        if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
+            raise ValueError(f"must be a list of {length if length is not None else 'values'}, such as [160, 180]")
+        values = [kind(v) for v in value]
+        if increasing and any(a >= b for a, b in zip(values, values[1:], strict=False)):
+            raise ValueError("must increase from value to value")
+        return values
+
+    return parse
+
+
+def optional(kind):
+    return lambda value: None if value is None else kind(value)
+
+
+def flag_or_path(value):
+    if isinstance(value, bool) or (isinstance(value, str) and value):
+        return value
+    raise ValueError("must be True, False or the path of a weights file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every option, once.
+
+CLASS_RANGE = optional(several(whole(0), increasing=True, length=2))
+
+OPTIONS: dict[str, Option] = {
+    # the run
+    "name": Option("", folder_name, "name of the run's folder; empty: the file's name"),
+    "save_dir": Option("saved", text, "folder that holds the runs' folders"),
+    "seed": Option(0, whole(0), "fixes weights, order, crops, flips and mixup"),
+    "deterministic": Option(False, flag, "on CUDA: deterministic kernels where they exist (slower)"),
+    "device": Option("auto", choice("auto", "cpu", "cuda"), "auto: CUDA where there is one"),
+    "workers": Option(4, whole(0), "per node: threads that decode images"),
+    "print_freq": Option(40, whole(1), "steps from one log line to the next"),
+    "eval_every": Option(1, whole(1), "epochs from one evaluation to the next; the last epoch is always evaluated"),
+    "resume": Option("", text, "checkpoint to go on from (ours), or to take weights from (any other)"),
+    # data
+    "dataset": Option("cifar10", text, "cifar10, cifar100, digits or folder"),
+    "data_path": Option("./data", text, "where the data set lies"),
+    "num_classes": Option(None, optional(whole(1)), "null: what the data set has; otherwise checked against it"),
+    "image_size": Option(None, optional(whole(8)), "side in pixels; null: 32; only dataset: folder resizes"),
+    "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after the cut"),
+    "imb_factor": Option(None, optional(imbalance), "smallest class / largest class; null: the data set as it is"),
+    "subset_seed": Option(0, whole(0), "which images the cut keeps; 0: the very images of MiSLAS and LDAM-DRW"),
+    "val_per_class": Option(0, whole(0), "training images per class held out before the cut; they then choose the best"),
+    "shots": Option(None, optional(choice("index", "count")), "many/medium/few by; null: count for folder, else index"),
+    "head_class_idx": Option(None, CLASS_RANGE, "[first, last + 1] of the many-shot classes; null: the data set's"),
+    "med_class_idx": Option(None, CLASS_RANGE, "the same for medium-shot classes"),
+    "tail_class_idx": Option(None, CLASS_RANGE, "the same for few-shot classes"),
+    # model
+    "backbone": Option("resnet32", text, "resnet20 ... resnet110 (CIFAR), resnet10 ... resnext101 (torchvision)"),
+    "pretrained": Option(None, optional(flag_or_path), "torchvision backbones: True, False, a file; null: places only"),
+    # method
+    "loss": Option("ce", text, "ce, arb, focal_arb, weighted_arb or las (methods/method.py)"),
+    "class_counts": Option("batch", text, "the n of ARB-Loss: global, batch, batch_synced, ... (methods/method.py)"),
+    "logit_clamp": Option(30.0, optional(number(0, above=True)), "ARB-Loss clamps logits to +-this; null: eq. 14"),
+    "focal_alpha": Option(1.0, number(0, above=True), "focal ARB: -alpha (1 - p)^gamma log p"),
+    "focal_gamma": Option(2.0, number(0), "see focal_alpha"),
+    "smooth_head": Option(None, optional(number(0, 1)), "label-aware smoothing of the most frequent class"),
+    "smooth_tail": Option(None, optional(number(0, 1)), "label-aware smoothing of the rarest class"),
+    "smooth_shape": Option("concave", choice("concave", "linear", "convex", "exp"), "from tail to head"),
+    "smooth_power": Option(None, optional(number(0, above=True)), "exponent of smooth_shape: exp; null: none"),
+    "mixup": Option(False, flag, "input mixup"),
+    "alpha": Option(1.0, number(0), "mixup: lambda ~ Beta(alpha, alpha); 0: no mixing"),
+    # optimisation
+    "num_epochs": Option(200, whole(1), "epochs"),
+    "batch_size": Option(128, whole(1), "images per step over all processes"),
+    "lr": Option(0.1, number(0, above=True), "base learning rate of SGD"),
+    "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
+    "weight_decay": Option(2e-4, number(0), "weight decay of SGD"),
+    "cos": Option(False, flag, "cosine schedule without warm-up, instead of steps"),
+    "lr_steps": Option([160, 180], several(whole(0), increasing=True), "epochs (from 0) at which a factor sets in"),
+    "lr_step_factors": Option([0.1, 0.01], several(number(0, above=True)), "of the base rate, one per step"),
+    "warmup_epochs": Option(5, whole(0), "linear warm-up, step schedule only"),
+}
+
+# Keys of MiSLAS and ARBLOSS that say nothing here, with the reason that goes into the log.
+OBSOLETE = {
+    **dict.fromkeys(
+        "distributed gpu world_size rank dist_url dist_backend multiprocessing_distributed".split(),
+        "the launcher decides",
+    ),
+    **dict.fromkeys("mode shift_bn lr_factor train_stage2_instance".split(), "stage 2 only"),
+    **dict.fromkeys("log_dir model_dir".split(), "a run's folder has one fixed layout"),
+}
+
+# Switches of the originals that choose the loss.
+LOSS_SWITCHES = {"arbloss": "arb", "warbloss": "weighted_arb", "arbloss_fl": "focal_arb", "LAS": "las"}
+ARB_LOSSES = ("arb", "weighted_arb", "focal_arb")
+OLD_SWITCHES = (*LOSS_SWITCHES, "arb_loss_use_global_class_cnt", "not_pretrained")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """The frozen configuration of a YAML file and ``key value`` overrides. Raises :class:`ConfigError`."""
+    return read_config(path, overrides)[0]
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, list[str]]:
+    """As :func:`load_config`, with the notes that belong into a run's log (keys ignored, switches translated)."""
+    values = {key: option.default for key, option in OPTIONS.items()}
+    given: set[str] = set()
+    notes: list[str] = []
+    for where, source in [*_file_sources(Path(path)), ("command line", _pairs(overrides))]:
+        parsed = {key: _parse(key, value, where) for key, value in source.items() if _known(key, where)}
+        notes += _obsolete_notes(where, parsed)
+        settings = _translate(parsed, values, where, notes)
+        values |= settings
+        given |= settings.keys()
+    values["name"] = values["name"] or Path(path).stem
+    _check_together(values, path)
+    if not values["cos"] and "lr_steps" not in given:
+        notes.append(
+            f"lr_steps is not set: steps at epochs {values['lr_steps']}, as in the paper and MiSLAS "
+            "(ARBLOSS's code steps at [160, 240])"
+        )
+    cfg = CfgNode(values)
+    cfg.freeze()
+    return cfg, notes
+
+
+def dump_config(cfg: CfgNode, **changes: Any) -> str:
+    """``cfg`` as YAML, with single values replaced; the text alone reproduces the run."""
+    return yaml.safe_dump({**cfg, **changes}, sort_keys=False, allow_unicode=True)
+
+
+def _file_sources(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
+    """(file, mapping) pairs of ``path`` and the files it inherits from, the root first."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: _BASE_ goes round in a loop: {' -> '.join(str(p) for p in (*seen, path.resolve()))}")
+    source = _read_yaml(path)
+    base = source.pop("_BASE_", None)
+    if base is None:
+        return [(str(path), source)]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: _BASE_ must be the path of one YAML file, relative to this one")
+    if not (path.parent / base).is_file():
+        raise ConfigError(f"{path}: _BASE_ names {path.parent / base}, which is no file")
+    return [*_file_sources(path.parent / base, (*seen, path.resolve())), (str(path), source)]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that a key given twice is an error and not silently the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file (give the path of a YAML file, see config/)")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a mapping of options (key: value), not {type(content).__name__}")
+    return content
+
+
+def _pairs(overrides: Sequence[str]) -> dict:
+    if len(overrides) % 2:
+        raise ConfigError(f"command line: overrides come in pairs, such as 'lr 0.05'; '{overrides[-1]}' stands alone")
+    pairs = {}
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        try:
+            pairs[key] = value if key in OPTIONS and _is_text(OPTIONS[key]) else yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"command line: {key}: cannot read the value {value!r}") from None
+    return pairs
+
+
+def _is_text(option: Option) -> bool:
+    return option.parse in (text, folder_name)
+
+
+def _known(key: Any, where: str) -> bool:
+    known = [*OPTIONS, *OLD_SWITCHES, *OBSOLETE]
+    if key in known:
+        return True
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+    raise ConfigError(f"{where}: unknown key '{key}'; the nearest known one is '{near[0]}'")
+
+
+def _parse(key: str, value: Any, where: str) -> Any:
+    """The checked value of one key; ``2e-4`` and ``None`` are text to YAML 1.1 and mean a number and null."""
+    if key in OBSOLETE:
+        return value
+    option = Option(False, flag, "") if key in OLD_SWITCHES else OPTIONS[key]
+    if isinstance(value, str) and not _is_text(option):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            pass  # plain text, such as a choice
+    try:
+        return option.parse(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {key}: {value!r} {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The originals' switches
+
+
+def _obsolete_notes(where: str, source: dict) -> list[str]:
+    notes = []
+    for reason in dict.fromkeys(OBSOLETE.values()):
+        keys = [key for key in source if OBSOLETE.get(key) == reason]
+        if keys:
+            notes.append(f"{where}: ignored {', '.join(keys)} ({reason})")
+    return notes
+
+
+def _translate(source: dict, before: dict, where: str, notes: list[str]) -> dict:
+    """The new keys that ``source`` sets, its old switches translated; ``before`` is what earlier sources gave."""
+    new = {key: value for key, value in source.items() if key in OPTIONS}
+    old = {"loss": _old_loss(source, before["loss"], where)}
+    if "arb_loss_use_global_class_cnt" in source:
+        old["class_counts"] = "global" if source["arb_loss_use_global_class_cnt"] else "batch"
+    if source.get("not_pretrained"):
+        old["pretrained"] = False
+    for key, value in old.items():
+        if value is None:
+            continue
+        switches = ", ".join(f"{k}: {v}" for k, v in source.items() if k in OLD_SWITCHES and _sets(k) == key)
+        if key in new and new[key] != value:
+            raise ConfigError(f"{where}: {switches} (read as {key}: {value}) and {key}: {new[key]} disagree; keep one")
+        if before[key] != value:
+            notes.append(f"{where}: {switches} is read as {key}: {value}")
+        new[key] = value
+    return new
+
+
+def _sets(switch: str) -> str:
+    return {"arb_loss_use_global_class_cnt": "class_counts", "not_pretrained": "pretrained"}.get(switch, "loss")
+
+
+def _old_loss(source: dict, before: str, where: str) -> str | None:
+    """The loss that the originals' switches choose in this source; None where they leave it as it was."""
+    on = [key for key in LOSS_SWITCHES if source.get(key)]
+    off = [key for key in LOSS_SWITCHES if source.get(key) is False]
+    arb_stays = before in ARB_LOSSES and "loss" not in source and "arbloss" not in off
+    las_stays = before == "las" and "loss" not in source and "LAS" not in off
+    if "LAS" in on and (len(on) > 1 or arb_stays) or on and las_stays and on != ["LAS"]:
+        raise ConfigError(
+            f"{where}: LAS and {next((k for k in on if k != 'LAS'), 'arbloss')} cannot both be True: label-aware "
+            "smoothing over ARB's log-probabilities is infinite with batch counts (a class absent from the batch has "
+            "log-probability -inf) and moves decisions to rare classes with global ones; switch one off"
+        )
+    variants = [key for key in on if key != "arbloss"]
+    if len(variants) > 1:
+        raise ConfigError(f"{where}: {' and '.join(variants)} are both True and choose different losses; keep one")
+    if on:
+        return LOSS_SWITCHES[(variants or on)[0]]
+    if any(LOSS_SWITCHES[key] == before for key in off) or ("arbloss" in off and before in ARB_LOSSES):
+        return None if "loss" in source and source["loss"] != before else "ce"
+    disagreeing = [key for key in off if LOSS_SWITCHES[key] == source.get("loss")]
+    if disagreeing:
+        raise ConfigError(f"{where}: {disagreeing[0]}: False and loss: {source['loss']} disagree; keep one")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks that need more than one key
+
+
+def _check_together(values: dict, path: str | Path) -> None:
+    if len(values["lr_steps"]) != len(values["lr_step_factors"]):
+        raise ConfigError(
+            f"{path}: lr_steps {values['lr_steps']} and lr_step_factors {values['lr_step_factors']} "
+            "must have the same length"
+        )
+    if values["loss"] == "las" and (values["smooth_head"] is None or values["smooth_tail"] is None):
+        raise ConfigError(f"{path}: loss: las needs smooth_head and smooth_tail, such as 0.3 and 0.0")
+    ranges = [key for key in ("head_class_idx", "med_class_idx", "tail_class_idx") if values[key] is not None]
+    if len(ranges) in (1, 2):
+        raise ConfigError(f"{path}: head_class_idx, med_class_idx and tail_class_idx come together; {ranges} alone")

@@ -1,0 +1,102 @@
+"""The only file that knows about processes: with one process every function here is the identity.
+
+Rank and world size come from the launcher's environment (torch.distributed.launch and torchrun both set it).
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.errors import InputError
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True in the one process that writes files and speaks."""
+    return rank() == 0
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of ``tensor`` over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_min(tensor: Tensor) -> Tensor:
+    """The elementwise minimum of ``tensor`` over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return tensor
+
+
+def broadcast_text(value: str) -> str:
+    """Rank 0's ``value``, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Gives every rank rank 0's buffers: each process has kept batch-norm statistics of its own share."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others do: for files that the first one makes."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` such that a backward pass averages gradients over the processes."""
+    if not dist.is_initialized():
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+@contextlib.contextmanager
+def processes(device: str, deterministic: bool = False) -> Iterator[torch.device]:
+    """Joins the launcher's process group, if there is one, for the length of the block; yields this process's device.
+
+    ``device``: "auto" (CUDA where there is one), "cpu" or "cuda". NCCL on CUDA, Gloo on a CPU. ``deterministic``:
+    deterministic kernels wherever they exist.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda, but this machine has no usable CUDA device; use auto or cpu")
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(here)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if launched:
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    try:
+        yield here
+    finally:
+        if launched:
+            dist.destroy_process_group()

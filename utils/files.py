@@ -1,0 +1,27 @@
+"""Files that are either whole or not there."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """A handle whose content appears at ``path`` when the block ends well; before that the old file stays as it is."""
+    beside = path.with_name(f".{path.name}.part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with beside.open(mode, **text) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    with atomic_file(path, "w") as handle:
+        handle.write(content)

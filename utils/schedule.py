@@ -1,0 +1,30 @@
+"""Learning rate as a pure function of the epoch."""
+
+import math
+from collections.abc import Sequence
+
+
+def lr_at(
+    epoch: int,
+    lr: float,
+    num_epochs: int,
+    cos: bool,
+    lr_steps: Sequence[int] = (160, 180),
+    lr_step_factors: Sequence[float] = (0.1, 0.01),
+    warmup_epochs: int = 5,
+) -> float:
+    """Learning rate of ``epoch`` (counted from 0).
+
+    Cosine: ``lr / 2 * (1 + cos(pi * epoch / num_epochs))``, without warm-up. Steps: ``lr * (epoch + 1) / warmup_epochs``
+    during warm-up, then ``lr`` times the factor of the last step reached; a factor is of the base rate and holds for
+    epochs >= its step. ARBLOSS steps at (160, 240), MiSLAS and the paper at (160, 180); a step may lie beyond the end.
+    """
+    if cos:
+        return 0.5 * lr * (1.0 + math.cos(math.pi * epoch / num_epochs))
+    if epoch < warmup_epochs:
+        return lr * (epoch + 1) / warmup_epochs
+    factor = 1.0
+    for step, step_factor in zip(lr_steps, lr_step_factors, strict=True):
+        if epoch >= step:
+            factor = step_factor
+    return lr * factor

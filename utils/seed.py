@@ -1,0 +1,25 @@
+"""Randomness as a pure function of (seed, epoch, purpose): nothing is carried along, so nothing needs to be saved."""
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+def generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
+    """A fresh generator that depends on its three arguments alone.
+
+    ``purpose`` ("order", "crop", "mixup", ...) keeps the streams apart: one more draw for the crops
+    does not shift the mixing weights.
+    """
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch, zlib.crc32(purpose.encode())]))
+
+
+@contextlib.contextmanager
+def seeded_weights(seed: int) -> Iterator[None]:
+    """Inside the block torch's default CPU generator starts from ``seed``; afterwards it is as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

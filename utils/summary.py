@@ -1,0 +1,80 @@
+"""The three numbers of a run, in the order in which they deserve trust: last epoch, cross-fitted best, best on test."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.evaluation import table
+from utils.files import write_text
+from utils.metrics import GROUPS, calibration_error, class_accuracy, cross_fitted, halves, shot_accuracy
+
+SHOWN = ("top1", *GROUPS, "ece")
+
+
+def summarise(rows: Sequence[Mapping], predictions: Path, groups: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Label -> metrics in percent, from the evaluated ``rows`` of ``metrics.jsonl``.
+
+    ``predictions``: the folder that holds them per epoch; without them the cross-fitted row has its top-1 only.
+    ``groups``: masks ``[C]`` of the headline rule. Where training images were held out to choose by, the epoch that
+    they choose has a row of its own.
+    """
+    last, best = rows[-1], max(rows, key=lambda row: row["test"]["top1"])
+    top1, (first, second) = cross_fitted([row["halves"] for row in rows])
+    epochs = [rows[first]["epoch"], rows[second]["epoch"]]
+    summary = {
+        "last epoch": _shown(last),
+        "cross-fitted best": {
+            **_cross_fitted_groups(predictions, *epochs, groups),
+            "top1": top1,
+            "epochs": epochs,
+        },
+        "best on the test set": _shown(best),
+    }
+    if "val" in last:
+        chosen = max(rows, key=lambda row: row["val"]["top1"])
+        summary["chosen on held-out images"] = _shown(chosen)
+    return summary
+
+
+def summary_table(summary: Mapping[str, Mapping]) -> str:
+    """The summary as text; a row that the test set chose says so."""
+    remarks = {"best on the test set": ", chosen by it"}
+    return table(
+        {
+            f"{label} ({_epochs(metrics['epochs'])}{remarks.get(label, '')})": metrics
+            for label, metrics in summary.items()
+        }
+    )
+
+
+def write_summary(path: Path, summary: Mapping[str, Mapping]) -> None:
+    write_text(path, json.dumps(summary, indent=2) + "\n")
+
+
+def _shown(row: Mapping) -> dict:
+    return {key: row["test"][key] for key in SHOWN if key in row["test"]} | {"epochs": [row["epoch"]]}
+
+
+def _epochs(epochs: Sequence[int]) -> str:
+    return f"epoch {epochs[0]}" if len(set(epochs)) == 1 else f"epochs {epochs[0]}, {epochs[1]}"
+
+
+def _cross_fitted_groups(folder: Path, first: int, second: int, groups: Mapping[str, Tensor]) -> dict[str, float]:
+    """Groups and ECE of the cross-fitted choice: each half as the epoch that the other half chose predicts it."""
+    files = [folder / f"{second}.npz", folder / f"{first}.npz", folder / "targets.npz"]
+    if not all(file.exists() for file in files):
+        return {}
+    on_first, on_second, truth = (dict(np.load(file)) for file in files)
+    targets = torch.from_numpy(truth["targets"].astype(np.int64))
+    in_second = halves(targets).numpy()
+    classes, confidences = (
+        torch.from_numpy(np.where(in_second, on_second[key], on_first[key])) for key in ("classes", "confidences")
+    )
+    num_classes = len(next(iter(groups.values())))
+    accuracy, totals = class_accuracy(classes.long(), targets, num_classes)
+    ece = calibration_error(confidences, classes, targets)["ece"]
+    return {**shot_accuracy(100 * accuracy, totals, groups), "ece": 100 * ece}
