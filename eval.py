@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{cfg.resume}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
             print(f"\n{class_table(predictions, data.class_counts, data.class_names)}")
             print(f"\n{table(by_rule(metrics))}")
-            print(f"\n{group_line(metrics)}\n{details(metrics)}\n")
+            print(f"\n{group_line(metrics['group_sizes'])}\n{details(metrics)}\n")
             print(*mislas_lines(metrics), sep="\n")
 
 

@@ -22,7 +22,16 @@ from utils.command_line import exit_code, parse
 from utils.config import dump_config, read_config
 from utils.evaluation import group_line, mislas_lines, predict, save_predictions
 from utils.files import write_text
-from utils.metrics import GROUPS, TrainMeter, class_accuracy, half_accuracies, report, shot_groups
+from utils.metrics import (
+    GROUPS,
+    TrainMeter,
+    check_weights,
+    class_accuracy,
+    group_sizes,
+    half_accuracies,
+    report,
+    shot_groups,
+)
 from utils.run_log import RunLog, new_folder, progress_line
 from utils.schedule import lr_at
 from utils.seed import seeded_weights
@@ -52,16 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_settings(folder, settings)
             parallel = distributed.parallel(model, device)
             for epoch in range(state.epoch, cfg.num_epochs):
-                lr = set_lr(optimizer, cfg, epoch)
-                trained, seconds = train_epoch(parallel, method, optimizer, loader, run, epoch, cfg.seed, cfg.print_freq)
-                row = {"epoch": epoch, "lr": lr, "train": trained}
-                evaluated = (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs
-                if evaluated:
+                row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
+                row |= train_epoch(parallel, method, optimizer, loader, run, epoch, cfg.seed, cfg.print_freq)
+                if (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs:
                     row |= evaluate(model, data, groups, run, epoch, device)
-                row["timing"] = {**seconds, "images_per_second": len(loader.targets) / seconds["train_seconds"]}
-                state.epoch = epoch + 1
-                best = evaluated and improved(state, row)
                 record(run, row)
+                best = advance(state, row)
                 save(folder, best, model=model, method=method, optimizer=optimizer, state=state, config=settings)
             finish(run, state, model, data, groups, device)
 
@@ -157,8 +162,8 @@ def train_epoch(
     epoch: int,
     seed: int,
     print_freq: int,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Trains for one epoch; returns (mean loss and accuracies in percent, seconds)."""
+) -> dict[str, dict[str, float]]:
+    """Trains for one epoch; returns the row's entries: mean loss and accuracies in percent, and the time it took."""
     began = time.perf_counter()
     model.train()
     method.start_epoch(epoch)
@@ -177,7 +182,10 @@ def train_epoch(
             per_step = (time.perf_counter() - began) / (step + 1)
             run.info(progress_line(epoch, step, len(loader), per_step, meter.last_step(), meter.averages()))
     meter.check(epoch)
-    return meter.averages(), {"train_seconds": time.perf_counter() - began}
+    check_weights(model, epoch)
+    trained, seconds = meter.averages(), time.perf_counter() - began
+    timing = {"train_seconds": seconds, "images_per_second": len(loader.targets) / seconds}
+    return {"train": trained, "timing": timing}
 
 
 def show_progress() -> bool:
@@ -202,12 +210,13 @@ def evaluate(model: nn.Module, data: Data, groups: dict, run: RunLog, epoch: int
     return entries
 
 
-def improved(state: TrainState, row: Mapping) -> bool:
-    """Notes in ``state`` whether this epoch is the best so far: on held-out images where there are any."""
-    score = row.get("val", row["test"])["top1"]
-    if score <= state.best_acc1:
+def advance(state: TrainState, row: Mapping) -> bool:
+    """Counts the epoch in; True where it is the best so far: on held-out images where there are any, else on test."""
+    state.epoch = row["epoch"] + 1
+    chooser = row.get("val", row.get("test"))
+    if chooser is None or chooser["top1"] <= state.best_acc1:
         return False
-    state.best_acc1, state.its_ece = score, row["test"]["ece"]
+    state.best_acc1, state.its_ece = chooser["top1"], row["test"]["ece"]
     return True
 
 
@@ -237,8 +246,10 @@ def save(folder: Path, best: bool, config: Mapping, **parts) -> None:
 
 def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequence[str], device: torch.device) -> None:
     """The first lines of a run: what is trained, on what, with which software."""
-    run.info(f"{cfg.name}: training {method_in_words(cfg)}; {schedule_in_words(cfg)}; "
-             f"seed {cfg.seed}, subset seed {cfg.subset_seed}")
+    run.info(
+        f"{cfg.name}: training {method_in_words(cfg)}; {schedule_in_words(cfg)}; "
+        f"seed {cfg.seed}, subset seed {cfg.subset_seed}"
+    )
     counts = data.class_counts
     run.info(
         f"data: {cfg.dataset}, {int(counts.sum())} training images in {data.num_classes} classes "
@@ -246,7 +257,7 @@ def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequenc
         + (f"{len(data.val[1])} held out, " if data.val else "")
         + f"{len(data.test[1])} test images; model: {cfg.backbone}"
     )
-    run.info(group_line({"group_sizes": {rule: {n: int(m.sum()) for n, m in g.items()} for rule, g in groups.items()}}))
+    run.info(group_line(group_sizes(groups)))
     run.info(
         f"device {device} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Python {platform.python_version()}"
@@ -262,8 +273,13 @@ def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequenc
 
 
 def method_in_words(cfg: CfgNode) -> str:
-    name = {"ce": "cross-entropy", "arb": "ARB-Loss", "focal_arb": "focal ARB-Loss",
-            "weighted_arb": "weighted ARB-Loss", "las": "label-aware smoothing"}.get(cfg.loss, cfg.loss)
+    name = {
+        "ce": "cross-entropy",
+        "arb": "ARB-Loss",
+        "focal_arb": "focal ARB-Loss",
+        "weighted_arb": "weighted ARB-Loss",
+        "las": "label-aware smoothing",
+    }.get(cfg.loss, cfg.loss)
     words = [name]
     if cfg.loss.endswith("arb"):
         clamp = "not clamped" if cfg.logit_clamp is None else f"clamped to +-{cfg.logit_clamp:g}"
@@ -306,7 +322,7 @@ def finish(run: RunLog, state: TrainState, model: nn.Module, data: Data, groups:
     headline = next(iter(groups))
     summary = summarise(rows, run.folder / "predictions", groups[headline])
     write_summary(run.folder / "summary.json", summary)
-    run.info(f"\n{summary_table(summary)}\n\n{group_line(rows[-1]['test'])} (in the table: by {headline})")
+    run.info(f"\n{summary_table(summary)}\n\n{group_line(group_sizes(groups))} (in the table: by {headline})")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ def stable_order(counts: Sequence[int]) -> np.ndarray:
 
 
 def legacy_order(counts: Sequence[int]) -> np.ndarray:
-    """``np.argsort(-counts)`` as NumPy before 1.25 gave it, int64 [C]: what MiSLAS's published checkpoints were made with.
+    """``np.argsort(-counts)`` as NumPy before 1.25 gave it, int64 [C]: the order of MiSLAS's published checkpoints.
 
     That sort was a quicksort: pivot the median of first, middle and last; the larger part waits; parts of at most 16
     are sorted by insertion. Its order of ties follows from these details, so they are repeated here. (NumPy's switch

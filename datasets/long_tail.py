@@ -48,7 +48,9 @@ def cut_counts(natural: np.ndarray, imb_type: str, imb_factor: float, ranked: bo
     return counts.tolist()
 
 
-def hold_out(targets: np.ndarray, per_class: int, class_names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    targets: np.ndarray, per_class: int, class_names: Sequence[str], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(remaining, held out): positions in ``targets [N]``, ``per_class`` of each class held out, both ascending."""
     random = generator(seed, 0, "validation split")
     held = []

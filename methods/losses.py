@@ -151,7 +151,7 @@ def arb_loss(
 
 
 class ARBLoss(nn.Module):
-    """:func:`arb_loss` as a module. ``class_counts=None`` counts each batch's own labels (the paper's CIFAR protocol)."""
+    """:func:`arb_loss` as a module; ``class_counts=None``: each batch's own counts (the paper's CIFAR protocol)."""
 
     def __init__(
         self,
@@ -194,8 +194,9 @@ def smoothing_by_count(
 ) -> Tensor:
     """Smoothing e_y per class, float32 [C], from ``smooth_tail`` (rarest) to ``smooth_head`` (most frequent).
 
-    With r = (n_y - n_min) / (n_max - n_min) in [0, 1]: concave sin(pi r / 2), linear r, convex 1 + sin(pi r / 2 - pi / 2),
-    exp r^power (MiSLAS, eq. 7-9 and its code). Equal counts: ``smooth_head`` for all.
+    With r = (n_y - n_min) / (n_max - n_min) in [0, 1]: concave sin(pi r / 2), linear r,
+    convex 1 + sin(pi r / 2 - pi / 2), exp r^power (MiSLAS, eq. 7-9 and its code).
+    Equal counts: ``smooth_head`` for all.
     """
     shapes = {
         "concave": lambda r: torch.sin(r * math.pi / 2),

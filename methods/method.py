@@ -56,9 +56,7 @@ def _smoothing(s: Settings) -> Tensor:
 LOSSES: dict[str, Callable[[Settings], Criterion]] = {
     "ce": lambda s: Criterion(losses.ce_terms),
     "arb": lambda s: Criterion(losses.arb_terms, clamp=s.clamp),
-    "focal_arb": lambda s: Criterion(
-        losses.focal_arb_terms, clamp=s.clamp, alpha=s.focal_alpha, gamma=s.focal_gamma
-    ),
+    "focal_arb": lambda s: Criterion(losses.focal_arb_terms, clamp=s.clamp, alpha=s.focal_alpha, gamma=s.focal_gamma),
     "weighted_arb": lambda s: Criterion(losses.weighted_arb_terms, clamp=s.clamp),
     "las": lambda s: Criterion(losses.smoothing_terms, smoothing=_smoothing(s)),
 }

@@ -14,7 +14,15 @@ CONSTRUCTORS = {
     "resnet10": lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
     **{
         name: torchvision.models.get_model_builder(name)
-        for name in "resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d".split()
+        for name in [
+            "resnet18",
+            "resnet34",
+            "resnet50",
+            "resnet101",
+            "resnet152",
+            "resnext50_32x4d",
+            "resnext101_32x8d",
+        ]
     },
 }
 
@@ -45,13 +53,17 @@ def _load_pretrained(backbone: ResNet, name: str, pretrained: bool | str) -> Non
             state = torch.load(pretrained, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
         except Exception as error:  # torch and pickle raise many types on a damaged file
-            raise InputError(f"pretrained: {pretrained}: is no readable weights file ({type(error).__name__})") from None
+            raise InputError(
+                f"pretrained: {pretrained}: is no readable weights file ({type(error).__name__})"
+            ) from None
     # A file's classifier is of no use here and may have any number of classes.
     features = {key.removeprefix("module."): value for key, value in state.items() if "fc." not in key}
     try:
         problems = backbone.load_state_dict(features, strict=False)
     except RuntimeError as error:
-        raise InputError(f"pretrained: {pretrained}: does not fit {name}: {' '.join(str(error).split())[:160]}") from None
+        raise InputError(
+            f"pretrained: {pretrained}: does not fit {name}: {' '.join(str(error).split())[:160]}"
+        ) from None
     missing = [key for key in problems.missing_keys if not key.startswith("fc.")]
     if missing or problems.unexpected_keys:
         raise InputError(f"pretrained: {pretrained}: does not fit {name}: {(missing + problems.unexpected_keys)[0]}")

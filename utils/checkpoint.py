@@ -112,7 +112,9 @@ def load_content(model: nn.Module, content: Mapping, path: str | Path) -> dict:
     needed = _parts(model)
     missing = [key for key in needed if key not in states]
     if missing:
-        raise CheckpointError(f"{path}: has no {', '.join(missing)}; it holds: {', '.join(map(str, content)) or 'nothing'}")
+        raise CheckpointError(
+            f"{path}: has no {', '.join(missing)}; it holds: {', '.join(map(str, content)) or 'nothing'}"
+        )
     if isinstance(content.get("state_dict_lws_model"), Mapping):
         _fold_scaling(states["state_dict_classifier"], _strip(content["state_dict_lws_model"]), path)
         source += ", stage 2's scaling folded into the classifier"

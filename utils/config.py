@@ -6,7 +6,9 @@ line. Only this module knows what a configuration file looks like; only the two 
 """
 
 import ast
+import contextlib
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,7 +105,7 @@ def several(kind, increasing: bool = False, length: int | None = None):
         if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
             raise ValueError(f"must be a list of {length if length is not None else 'values'}, such as [160, 180]")
         values = [kind(v) for v in value]
-        if increasing and any(a >= b for a, b in zip(values, values[1:], strict=False)):
+        if increasing and any(a >= b for a, b in itertools.pairwise(values)):
             raise ValueError("must increase from value to value")
         return values
 
@@ -144,7 +146,9 @@ OPTIONS: dict[str, Option] = {
     "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after the cut"),
     "imb_factor": Option(None, optional(imbalance), "smallest class / largest class; null: the data set as it is"),
     "subset_seed": Option(0, whole(0), "which images the cut keeps; 0: the very images of MiSLAS and LDAM-DRW"),
-    "val_per_class": Option(0, whole(0), "training images per class held out before the cut; they then choose the best"),
+    "val_per_class": Option(
+        0, whole(0), "training images per class held out before the cut; they then choose the best"
+    ),
     "shots": Option(None, optional(choice("index", "count")), "many/medium/few by; null: count for folder, else index"),
     "head_class_idx": Option(None, CLASS_RANGE, "[first, last + 1] of the many-shot classes; null: the data set's"),
     "med_class_idx": Option(None, CLASS_RANGE, "the same for medium-shot classes"),
@@ -179,11 +183,11 @@ OPTIONS: dict[str, Option] = {
 # Keys of MiSLAS and ARBLOSS that say nothing here, with the reason that goes into the log.
 OBSOLETE = {
     **dict.fromkeys(
-        "distributed gpu world_size rank dist_url dist_backend multiprocessing_distributed".split(),
+        ["distributed", "gpu", "world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"],
         "the launcher decides",
     ),
-    **dict.fromkeys("mode shift_bn lr_factor train_stage2_instance".split(), "stage 2 only"),
-    **dict.fromkeys("log_dir model_dir".split(), "a run's folder has one fixed layout"),
+    **dict.fromkeys(["mode", "shift_bn", "lr_factor", "train_stage2_instance"], "stage 2 only"),
+    **dict.fromkeys(["log_dir", "model_dir"], "a run's folder has one fixed layout"),
 }
 
 # Switches of the originals that choose the loss.
@@ -232,7 +236,9 @@ def dump_config(cfg: CfgNode, **changes: Any) -> str:
 def _file_sources(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
     """(file, mapping) pairs of ``path`` and the files it inherits from, the root first."""
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: _BASE_ goes round in a loop: {' -> '.join(str(p) for p in (*seen, path.resolve()))}")
+        raise ConfigError(
+            f"{path}: _BASE_ goes round in a loop: {' -> '.join(str(p) for p in (*seen, path.resolve()))}"
+        )
     source = _read_yaml(path)
     base = source.pop("_BASE_", None)
     if base is None:
@@ -299,10 +305,9 @@ def _parse(key: str, value: Any, where: str) -> Any:
         return value
     option = Option(False, flag, "") if key in OLD_SWITCHES else OPTIONS[key]
     if isinstance(value, str) and not _is_text(option):
-        try:
+        # What is no Python literal is plain text, such as a choice.
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            pass  # plain text, such as a choice
     try:
         return option.parse(value)
     except ValueError as error:
@@ -352,7 +357,7 @@ def _old_loss(source: dict, before: str, where: str) -> str | None:
     off = [key for key in LOSS_SWITCHES if source.get(key) is False]
     arb_stays = before in ARB_LOSSES and "loss" not in source and "arbloss" not in off
     las_stays = before == "las" and "loss" not in source and "LAS" not in off
-    if "LAS" in on and (len(on) > 1 or arb_stays) or on and las_stays and on != ["LAS"]:
+    if ("LAS" in on and (len(on) > 1 or arb_stays)) or (on and las_stays and on != ["LAS"]):
         raise ConfigError(
             f"{where}: LAS and {next((k for k in on if k != 'LAS'), 'arbloss')} cannot both be True: label-aware "
             "smoothing over ARB's log-probabilities is infinite with batch counts (a class absent from the batch has "

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.errors import InputError
-from utils.metrics import GROUPS, Predictions, class_accuracy
+from utils.errors import DivergenceError, InputError
 from utils.files import atomic_file, write_text
+from utils.metrics import GROUPS, Predictions, class_accuracy
 
 NPZ_LIMIT = 50_000  # per-sample predictions are kept for test sets of at most this many images
 
@@ -26,7 +26,10 @@ def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Predi
     model.train(training)
     if not parts:
         raise InputError("the test set is empty: there is nothing to evaluate on")
-    return Predictions(*(torch.cat(field).cpu() for field in zip(*parts, strict=True)))
+    predictions = Predictions(*(torch.cat(field).cpu() for field in zip(*parts, strict=True)))
+    if not predictions.nll.isfinite().all():
+        raise DivergenceError("the model's logits are not finite on the images it was evaluated on; nothing was saved")
+    return predictions
 
 
 def _predict_batch(logits: Tensor, targets: Tensor) -> Predictions:
@@ -85,11 +88,11 @@ def class_table(predictions: Predictions, class_counts: Tensor, names: Sequence[
     return "\n".join(lines)
 
 
-def group_line(metrics: Mapping) -> str:
+def group_line(sizes: Mapping[str, Mapping[str, int]]) -> str:
     """How large the groups are, by every rule: "classes by index: many 3, medium 4, few 3"."""
     return "; ".join(
-        f"classes by {rule}: " + ", ".join(f"{name} {size}" for name, size in sizes.items())
-        for rule, sizes in metrics["group_sizes"].items()
+        f"classes by {rule}: " + ", ".join(f"{name} {size}" for name, size in by_name.items())
+        for rule, by_name in sizes.items()
     )
 
 

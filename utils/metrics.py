@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils import distributed
 from utils.errors import DivergenceError, InputError
 
+ADVICE = "the last checkpoint is kept (a smaller lr or more warmup_epochs may help)"
 GROUPS = ("many", "medium", "few")
 
 
@@ -64,6 +65,11 @@ def shot_groups(
         raise InputError("shots: index needs head_class_idx, med_class_idx and tail_class_idx for this data set")
     headline = rule or next(iter(groups))
     return {headline: groups.pop(headline), **groups}
+
+
+def group_sizes(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, int]]:
+    """Classes per group, by every rule."""
+    return {rule: {name: int(mask.sum()) for name, mask in masks.items()} for rule, masks in groups.items()}
 
 
 def class_accuracy(classes: Tensor, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -144,7 +150,7 @@ def report(predictions: Predictions, class_counts: Tensor, groups: Mapping[str, 
         "mce": 100 * calibration["mce"],
         "samples": len(predictions.targets),
         "shots": shots,
-        "group_sizes": {rule: {name: int(mask.sum()) for name, mask in masks.items()} for rule, masks in groups.items()},
+        "group_sizes": group_sizes(groups),
     }
 
 
@@ -210,10 +216,7 @@ class TrainMeter:
         """Raises :class:`DivergenceError` on every process where one of them met a number that is not finite."""
         step = int(distributed.all_reduce_min(self.first_bad.clone()))
         if step < torch.iinfo(torch.int64).max:
-            raise DivergenceError(
-                f"epoch {epoch}, step {step}: the loss or a logit is not finite; the last checkpoint is kept "
-                "(a smaller lr or more warmup_epochs may help)"
-            )
+            raise DivergenceError(f"epoch {epoch}, step {step}: the loss or a logit is not finite; {ADVICE}")
 
     def averages(self) -> dict[str, float]:
         """Mean loss and accuracies in percent, over all processes."""
@@ -222,6 +225,12 @@ class TrainMeter:
     def last_step(self) -> dict[str, float]:
         """The same for the last step of this process alone."""
         return _averages(self.last)
+
+
+def check_weights(model: nn.Module, epoch: int) -> None:
+    """Raises :class:`DivergenceError` where the epoch's last step left a weight that no forward pass has met yet."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise DivergenceError(f"epoch {epoch}, last step: a weight is not finite; {ADVICE}")
 
 
 def _averages(sums: Tensor) -> dict[str, float]:

@@ -72,7 +72,9 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.info(f"stopped: {error or type(error).__name__}")
         for handler in list(self.logger.handlers):
             handler.close()
             self.logger.removeHandler(handler)
@@ -108,12 +110,12 @@ class RunLog:
 
     def class_accuracies(self, epoch: int, percent: torch.Tensor, names: list[str]) -> None:
         """Top-1 per class in percent ``[C]``; NaN for a class without test images, which is left out."""
-        tested = [(f"{index:02d} {name}", float(value)) for index, (name, value) in enumerate(zip(names, percent, strict=True))]
-        tested = [(tag, value) for tag, value in tested if value == value]
+        tested = ~percent.isnan()
         if len(names) <= SCALAR_CLASSES:
-            self.scalars(epoch, {f"per_class/{tag}": value for tag, value in tested})
+            tags = {f"per_class/{i:02d} {name}": float(percent[i]) for i, name in enumerate(names) if tested[i]}
+            self.scalars(epoch, tags)
         elif self.active:
-            self.board.add_histogram("per_class", torch.tensor([value for _, value in tested]), epoch)
+            self.board.add_histogram("per_class", percent[tested], epoch)
 
     @property
     def _metrics(self) -> Path:

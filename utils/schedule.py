@@ -15,9 +15,10 @@ def lr_at(
 ) -> float:
     """Learning rate of ``epoch`` (counted from 0).
 
-    Cosine: ``lr / 2 * (1 + cos(pi * epoch / num_epochs))``, without warm-up. Steps: ``lr * (epoch + 1) / warmup_epochs``
-    during warm-up, then ``lr`` times the factor of the last step reached; a factor is of the base rate and holds for
-    epochs >= its step. ARBLOSS steps at (160, 240), MiSLAS and the paper at (160, 180); a step may lie beyond the end.
+    Cosine: ``lr / 2 * (1 + cos(pi * epoch / num_epochs))``, without warm-up. Steps: ``lr * (epoch + 1) /
+    warmup_epochs`` during warm-up, then ``lr`` times the factor of the last step reached; a factor is of the base rate
+    and holds for epochs >= its step. ARBLOSS steps at (160, 240), MiSLAS and the paper at (160, 180); a step may lie
+    beyond the end.
     """
     if cos:
         return 0.5 * lr * (1.0 + math.cos(math.pi * epoch / num_epochs))
