@@ -273,6 +273,7 @@ def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequenc
 
 
 def method_in_words(cfg: CfgNode) -> str:
+    """Loss, counts, mixup and data, as a sentence would have them."""
     name = {
         "ce": "cross-entropy",
         "arb": "ARB-Loss",
@@ -292,6 +293,7 @@ def method_in_words(cfg: CfgNode) -> str:
 
 
 def schedule_in_words(cfg: CfgNode) -> str:
+    """Optimizer and learning rate."""
     if cfg.cos:
         steps = "cosine"
     else:

@@ -16,6 +16,8 @@ from utils.seed import generator
 
 
 class Batch(NamedTuple):
+    """What a training step sees of the data."""
+
     images: Tensor  # float32 [B, 3, H, W], normalised
     targets: Tensor  # int64 [B]
     indices: Tensor  # int64 [B], positions in the training set

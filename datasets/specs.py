@@ -12,6 +12,8 @@ Ranges = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class DatasetSpec:
+    """What differs from data set to data set."""
+
     read: Callable[[Path, int, int], Source]  # (data_path, image_size, workers)
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]

@@ -1,0 +1,42 @@
+"""Shared by the end-to-end tests: short runs on the digits, by the real scripts."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train_stage1
+from utils.command_line import exit_code
+
+ROOT = Path(__file__).parent.parent
+ARB = "config/digits/digits_imb005_arbloss_mixup.yaml"
+SHORT = ["batch_size", "64", "print_freq", "4"]  # 8 steps an epoch
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """Configuration files are named as the README names them."""
+    monkeypatch.chdir(ROOT)
+
+
+def train(save_dir: Path, *overrides: object, cfg: str = ARB) -> Path:
+    """Trains in this process and returns the run's folder."""
+    before = set(save_dir.glob("*"))
+    train_stage1.main(["--cfg", cfg, *SHORT, *map(str, overrides), "save_dir", str(save_dir)])
+    new = set(save_dir.glob("*")) - before
+    assert len(new) <= 1
+    return new.pop() if new else save_dir
+
+
+def failure(capsys, main, *arguments: object) -> SimpleNamespace:
+    """Exit code and what was said on standard error by a script that is given bad input."""
+    capsys.readouterr()
+    code = exit_code(lambda: main([str(a) for a in arguments]))
+    said = capsys.readouterr().err
+    return SimpleNamespace(code=code, said=said, lines=said.strip().splitlines())
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run of two epochs; tests do not write into it."""
+    return train(tmp_path_factory.mktemp("saved"), "num_epochs", 2)

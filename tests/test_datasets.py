@@ -1,0 +1,194 @@
+"""build_data: reading, holding out and cutting together, and the contradictions that it refuses."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import Data, DataError, build_data
+from datasets.augment import normalise
+from datasets.long_tail import long_tail_counts
+
+CPU = torch.device("cpu")
+NATURAL = {"ash": 4, "birch": 10, "cedar": 7, "dogwood": 0}
+
+
+@pytest.fixture(scope="module")
+def whole() -> Data:
+    return build_data("digits", "", image_size=8)
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Class folders with ``NATURAL`` training images, no two alike, and one test image of two classes."""
+    folder = tmp_path_factory.mktemp("trees")
+    random = np.random.default_rng(0)
+    for name, count in NATURAL.items():
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "test" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+                folder / "train" / name / f"{i}.png"
+            )
+    for name in ("ash", "birch"):
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "test" / name / "0.png")
+    return str(folder)
+
+
+def pairs(split: tuple[torch.Tensor, torch.Tensor]) -> Counter:
+    return Counter((image.numpy().tobytes(), int(label)) for image, label in zip(*split, strict=True))
+
+
+def test_without_a_cut_the_counts_are_natural(whole, trees):
+    data = build_data("folder", trees, image_size=8)
+    assert dict(zip(data.class_names, data.class_counts.tolist(), strict=True)) == NATURAL
+    assert whole.class_counts.tolist() == [138, 142, 137, 143, 141, 142, 141, 139, 134, 140]
+    assert data.val is None and whole.val is None
+
+
+def test_tensors_have_the_documented_types(whole):
+    assert (whole.class_counts.dtype, whole.class_counts.shape) == (torch.int64, (10,))
+    for images, targets in (whole.train, whole.test):
+        assert (images.dtype, targets.dtype) == (torch.uint8, torch.int64)
+        assert images.shape == (len(targets), 8, 8, 3)
+        assert images.is_contiguous()
+    assert (whole.num_classes, whole.class_names) == (10, list("0123456789"))
+
+
+@pytest.mark.parametrize("imb_type", ["exp", "step"])
+@pytest.mark.parametrize("imb_factor", [0.1, 0.01])
+def test_an_unranked_cut_follows_the_class_index(whole, imb_type, imb_factor):
+    data = build_data("digits", "", image_size=8, imb_type=imb_type, imb_factor=imb_factor)
+    profile = torch.tensor(long_tail_counts(143, 10, imb_type, imb_factor))
+    assert torch.equal(data.class_counts, torch.minimum(profile, whole.class_counts))
+    assert torch.equal(torch.bincount(data.train[1], minlength=10), data.class_counts)
+    assert pairs(data.train) < pairs(whole.train)
+    assert pairs(data.test) == pairs(whole.test)
+
+
+@pytest.mark.parametrize(
+    ("imb_type", "imb_factor", "counts"),
+    [
+        ("exp", 0.1, [2, 10, 4, 0]),
+        ("step", 0.1, [1, 10, 7, 0]),
+        ("exp", 1.0, [4, 10, 7, 0]),
+        ("exp", 0.01, [0, 10, 2, 0]),
+    ],
+)
+def test_a_ranked_cut_follows_the_natural_counts(trees, imb_type, imb_factor, counts):
+    data = build_data("folder", trees, image_size=8, imb_type=imb_type, imb_factor=imb_factor)
+    assert data.class_counts.tolist() == counts
+    assert data.class_counts.dtype == torch.int64
+    assert len(data.train[0]) == sum(counts)
+    assert pairs(data.train) <= pairs(build_data("folder", trees, image_size=8).train)
+
+
+def test_held_out_images_are_taken_from_the_training_images(whole):
+    data = build_data("digits", "", image_size=8, val_per_class=7)
+    assert data.val is not None
+    assert torch.bincount(data.val[1]).tolist() == [7] * 10
+    assert torch.equal(data.class_counts, whole.class_counts - 7)
+    assert pairs(data.train) + pairs(data.val) == pairs(whole.train)
+    assert pairs(data.test) == pairs(whole.test)
+
+
+def test_what_is_held_out_does_not_depend_on_the_cut_and_is_never_trained_on(whole):
+    uncut, cut = (build_data("digits", "", image_size=8, val_per_class=7, imb_factor=f) for f in (None, 0.1))
+    assert torch.equal(uncut.val[0], cut.val[0])
+    assert pairs(cut.train) < pairs(uncut.train)
+    assert not pairs(cut.train) & pairs(cut.val)
+    assert cut.class_counts[0] == 131  # 138 - 7, fewer than the profile's 136
+    assert cut.class_counts[9] == int(136 * 0.1)
+
+
+def test_a_class_without_enough_images_for_the_hold_out_is_named(trees):
+    with pytest.raises(DataError, match=r"^val_per_class: 2, but class 'dogwood' has only 0 training images; .*$"):
+        build_data("folder", trees, image_size=8, val_per_class=2)
+
+
+@pytest.mark.parametrize("options", [{"imb_factor": 0.1}, {"val_per_class": 5}])
+def test_the_subset_seed_alone_decides_which_images_are_kept(options):
+    def training(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return build_data("digits", "", image_size=8, subset_seed=seed, **options).train
+
+    np.random.seed(5)
+    torch.manual_seed(5)
+    first = training(0)
+    np.random.seed(6)
+    torch.manual_seed(6)
+    again, other = training(0), training(1)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert torch.equal(torch.bincount(first[1]), torch.bincount(other[1]))
+    assert pairs(first) != pairs(other)
+
+
+def test_building_leaves_the_global_generators_alone():
+    numpy_before, torch_before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    build_data("digits", "", image_size=8, imb_factor=0.1, val_per_class=3)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)
+    assert torch.equal(torch.get_rng_state(), torch_before)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing(trees, workers):
+    one, many = (build_data("folder", trees, image_size=12, imb_factor=0.5, workers=w) for w in (0, workers))
+    assert torch.equal(one.train[0], many.train[0])
+    assert torch.equal(one.test[0], many.test[0])
+
+
+@pytest.mark.parametrize(("asked", "side"), [(None, 32), (8, 8), (20, 20)])
+def test_folders_are_scaled_to_the_size_asked_for(trees, asked, side):
+    data = build_data("folder", trees, image_size=asked)
+    assert data.train[0].shape == (21, side, side, 3)
+    assert data.test[0].shape == (2, side, side, 3)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_another_image_size_is_refused_for_cifar_before_anything_is_read(tmp_path, dataset):
+    with pytest.raises(DataError) as error:
+        build_data(dataset, str(tmp_path / "nowhere"), image_size=64)
+    assert str(error.value) == f"image_size: 64, but images of {dataset} have 32 pixels"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_number_of_classes_must_agree(trees):
+    assert build_data("folder", trees, num_classes=4, image_size=8).num_classes == 4
+    with pytest.raises(DataError) as error:
+        build_data("folder", trees, num_classes=3, image_size=8)
+    assert str(error.value) == f"num_classes: 3, but folder in {trees} has 4"
+    with pytest.raises(DataError, match=r"^num_classes: 100, but digits in .* has 10$"):
+        build_data("digits", "", num_classes=100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "cifar"}, r"^dataset: 'cifar' is unknown; known are cifar10, cifar100, digits, folder$"),
+        ({"dataset": "digits", "imb_type": "linear", "imb_factor": 0.1}, r"^imb_type: 'linear' is unknown; known are"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_known_ones(options, message):
+    with pytest.raises(DataError, match=message):
+        build_data(data_path="", **options)
+
+
+def test_the_loaders_of_a_data_set_use_its_row(whole):
+    spec = whole.spec
+    batches = list(whole.train_loader(100, 3, CPU, 1, 2).epoch(0))
+    assert {len(batch.targets) for batch in batches[:-1]} == {50}
+    whole_epoch = list(whole.train_loader(100, 3, CPU, 0, 1).epoch(0))
+    assert len(torch.cat([batch.indices for batch in whole_epoch]).unique()) == len(whole.train[1])
+    black = (0 - spec.mean[0]) / spec.std[0]
+    assert min(batch.images.min() for batch in whole_epoch).item() == pytest.approx(black, abs=1e-6)
+    tests = list(whole.eval_loader(whole.test, CPU))
+    assert torch.equal(torch.cat([images for images, _ in tests]), normalise(whole.test[0], spec.mean, spec.std))
+    assert torch.equal(torch.cat([targets for _, targets in tests]), whole.test[1])
+
+
+def test_a_tree_given_as_a_path_with_a_relative_part_is_found(trees, monkeypatch):
+    monkeypatch.chdir(Path(trees).parent)
+    data = build_data("folder", f"./{Path(trees).name}/../{Path(trees).name}", image_size=8)
+    assert data.class_counts.tolist() == list(NATURAL.values())

@@ -1,0 +1,253 @@
+"""Class folders with real image files: layout, decoding, sizes, and files that cannot be read."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision.transforms as T
+from PIL import Image
+
+from datasets import image_folder
+from datasets.source import DataError, Source
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    return Image.fromarray(pixels if mode == "RGBA" else pixels[..., :3]).convert(mode)
+
+
+def save(path: Path, image: Image.Image | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or noise(8, 8)).save(path)
+    return path
+
+
+def encoded(kind: str, size: int = 24) -> bytes:
+    buffer = io.BytesIO()
+    noise(size, size).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def read(folder: Path, size: int = 8, workers: int = 0) -> Source:
+    return image_folder.read(folder, size, workers)
+
+
+def refusal(*arguments) -> str:
+    with pytest.raises(DataError) as error:
+        source = read(*arguments)
+        source.train.load(np.arange(len(source.train.targets)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two classes with two training images and one test image each."""
+    names = ("train/cat/0", "train/cat/1", "train/dog/0", "train/dog/1", "test/cat/2", "test/dog/2")
+    for i, name in enumerate(names):
+        save(tmp_path / f"{name}.png", noise(8, 8 + i))
+    return tmp_path
+
+
+def test_classes_are_the_training_folders_in_alphabetical_order(tmp_path):
+    names = ["zebra", "Übung 1", "10", "9", "Ant", "ant"]
+    for name in names:
+        save(tmp_path / "train" / name / "ein Bild ß 写真.png")
+        save(tmp_path / "test" / name / "a b.jpg")
+    source = read(tmp_path)
+    assert source.class_names == ["10", "9", "Ant", "ant", "zebra", "Übung 1"]
+    for split in (source.train, source.test):
+        assert split.targets.dtype == np.int64
+        assert split.targets.tolist() == [0, 1, 2, 3, 4, 5]
+        assert split.load(np.arange(6)).shape == (6, 8, 8, 3)
+
+
+def test_png_and_jpeg_are_read_whatever_their_case_and_other_files_are_not(tree):
+    for name in ("a.PNG", "b.jpg", "c.JPG", "d.jpeg", "e.JPEG", "f.Png"):
+        save(tree / "train/cat" / name)
+    for name in ("notes.txt", "g.bmp", "h.png.bak", "Thumbs.db"):
+        (tree / "train/cat" / name).write_text("no image")
+    assert np.bincount(read(tree).train.targets).tolist() == [8, 2]
+    assert read(tree).train.load(np.arange(10)).shape == (10, 8, 8, 3)
+
+
+def test_val_is_read_where_there_is_no_test(tree):
+    save(tree / "val/dog/3.png")
+    assert read(tree).test.targets.tolist() == [0, 1]
+    (tree / "test").rename(tree / "elsewhere")
+    assert read(tree).test.targets.tolist() == [1]
+
+
+def test_an_empty_class_folder_and_a_class_without_test_images_are_legal(tree):
+    (tree / "train/bird").mkdir()
+    save(tree / "train/emu/0.png")
+    source = read(tree)
+    assert source.class_names == ["bird", "cat", "dog", "emu"]
+    assert source.train.targets.tolist() == [1, 1, 2, 2, 3]
+    assert source.test.targets.tolist() == [1, 2]
+
+
+def test_images_come_in_the_order_asked_for_and_lossless(tree):
+    paths = [tree / "train" / name for name in ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")]
+    for seed, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    chosen = read(tree).train.load(np.array([3, 0, 3]))
+    assert chosen.dtype == np.uint8
+    np.testing.assert_array_equal(chosen, [np.asarray(Image.open(paths[i])) for i in (3, 0, 3)])
+    assert read(tree).train.load(np.array([], dtype=np.int64)).shape == (0, 8, 8, 3)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing(tree, workers):
+    for i in range(20):
+        save(tree / f"train/cat/more {i}.jpg", noise(9 + i, 20))
+    one, many = (read(tree, 12, w).train.load(np.arange(24)) for w in (0, workers))
+    np.testing.assert_array_equal(one, many)
+
+
+@pytest.mark.parametrize(
+    ("mode", "extension", "stored"),
+    [
+        ("L", "png", "L"),
+        ("L", "jpg", "L"),
+        ("1", "png", "1"),
+        ("LA", "png", "LA"),
+        ("P", "png", "P"),
+        ("RGBA", "png", "RGBA"),
+        ("CMYK", "jpg", "CMYK"),
+        ("I;16", "png", "I;16"),
+    ],
+)
+def test_every_mode_becomes_rgb_as_pil_converts_it(tmp_path, mode, extension, stored):
+    image = Image.fromarray(np.arange(0, 6400, 100, dtype=np.uint16).reshape(8, 8)) if mode == "I;16" else None
+    path = save(tmp_path / f"x.{extension}", image or noise(8, 8, mode))
+    with Image.open(path) as opened:
+        assert opened.mode == stored
+        expected = np.asarray(opened.convert("RGB"))
+    np.testing.assert_array_equal(image_folder.decode(str(path), 8), expected)
+    assert expected.shape == (8, 8, 3)
+
+
+def test_known_colours_of_grey_palette_and_transparent_images(tmp_path):
+    grey, palette, clear = (
+        Image.new("L", (4, 4), 77),
+        Image.new("P", (4, 4), 1),
+        Image.new("RGBA", (4, 4), (1, 2, 3, 0)),
+    )
+    palette.putpalette([0, 0, 0, 250, 128, 3])
+    for image, colour in ((grey, (77, 77, 77)), (palette, (250, 128, 3)), (clear, (1, 2, 3))):
+        pixels = image_folder.decode(str(save(tmp_path / "x.png", image)), 4)
+        np.testing.assert_array_equal(pixels, np.broadcast_to(colour, (4, 4, 3)))
+
+
+@pytest.mark.parametrize("width", [1, 7, 31, 32, 33, 49, 50, 103, 197, 640])  # 49 * (8 / 49) is less than 8
+@pytest.mark.parametrize("height", [1, 32, 33, 49, 67, 197])
+def test_any_image_fills_a_square_of_the_size_asked_for(tmp_path, width, height):
+    path = save(tmp_path / "x.png", Image.new("RGB", (width, height), (9, 99, 199)))
+    for size in (8, 32, 33):
+        pixels = image_folder.decode(str(path), size)
+        assert pixels.dtype == np.uint8
+        np.testing.assert_array_equal(pixels, np.broadcast_to((9, 99, 199), (size, size, 3)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(128, 64), (64, 128), (64, 32), (96, 96), (16, 8), (160, 32)])
+def test_scaling_and_cutting_equal_torchvisions_resize_and_center_crop(tmp_path, width, height):
+    path = save(tmp_path / "x.png", noise(width, height))
+    transform = T.Compose([T.Resize(32), T.CenterCrop(32)])
+    np.testing.assert_array_equal(image_folder.decode(str(path), 32), np.asarray(transform(Image.open(path))))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_middle_of_the_longer_side_is_kept(tmp_path, turned):
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = (0, 200, 0)
+    path = save(tmp_path / "x.png", Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels))
+    np.testing.assert_array_equal(image_folder.decode(str(path), 10), np.broadcast_to((0, 200, 0), (10, 10, 3)))
+
+
+def flipped_bit(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+def of_claimed_size(png: bytes, side: int) -> bytes:
+    header = png[12:16] + struct.pack(">2I", side, side) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+# Damage shows in exceptions of many kinds; the last ones are other formats under these names.
+DAMAGED = {
+    "truncated.png": encoded("PNG")[:600],
+    "truncated.jpg": encoded("JPEG")[:-300],
+    "header.jpg": encoded("JPEG")[:30],
+    "empty.png": b"",
+    "text.jpeg": b"<html>404: no such image</html>\n" * 20,
+    "zeros.png": bytes(500),
+    "wrong header length.png": flipped_bit(encoded("PNG"), 11),
+    "wrong data length.png": encoded("PNG")[:33] + struct.pack(">I", 500) + encoded("PNG")[37:],
+    "enormous.png": of_claimed_size(encoded("PNG"), 100_000),
+    "truncated tiff.png": encoded("TIFF")[:900],
+    "truncated gif.jpg": encoded("GIF")[:300],
+    "truncated webp.png": encoded("WEBP")[:200],
+    "strange dds.png": b"DDS " + struct.pack("<7I", 124, 0x1007, 8, 8, 8, 0, 0) + bytes(444),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_damaged_image_is_named_in_one_line(tree, name, workers):
+    path = tree / "train/dog" / name
+    path.write_bytes(DAMAGED[name])
+    assert refusal(tree, 8, workers).startswith(f"{path}: is no readable image (")
+
+
+def test_a_link_to_nothing_is_named(tree):
+    path = tree / "train/dog/moved.png"
+    path.symlink_to(tree / "no longer here.png")
+    assert refusal(tree) == f"{path}: no such image"
+
+
+def test_an_image_of_another_size_is_refused_where_there_is_one_size(tmp_path):
+    path = save(tmp_path / "wide.png", noise(33, 32))
+    with pytest.raises(DataError) as error:
+        image_folder.decode_exact(str(path), 32)
+    assert str(error.value).startswith(f"{path}: is 33x32 pixels, this data set has 32x32")
+    assert image_folder.decode_exact(str(save(path, noise(32, 32))), 32).shape == (32, 32, 3)
+
+
+def test_labels_are_known_without_decoding(tree):
+    (tree / "train/dog/0.png").write_bytes(b"")
+    assert read(tree).train.targets.tolist() == [0, 0, 1, 1]
+
+
+def move(part: str, to: str):
+    return lambda tree: (tree / part).rename(tree / to)
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (move("train", "training"), "train"),
+        (move("test", "testing"), ""),
+        (lambda tree: save(tree / "test/wolf/0.png"), "test/wolf"),
+        (lambda tree: [p.unlink() for p in tree.glob("train/*/*")], "train"),
+        (lambda tree: [p.unlink() for p in tree.glob("test/*/*")], "test"),
+        (lambda tree: (move("test", "testing")(tree), (tree / "test").mkdir()), "test"),
+        (lambda tree: (move("train", "training")(tree), save(tree / "train/0.png")), "train"),
+        (lambda tree: (move("train", "training")(tree), (tree / "train").write_text("")), "train"),
+    ],
+    ids=["no train", "no test", "strange class", "no images", "no test images", "empty test", "no classes", "a file"],
+)
+def test_a_wrong_layout_is_refused_by_the_name_of_the_folder(tree, damage, names):
+    damage(tree)
+    message = refusal(tree)
+    assert message.startswith(f"data_path: {tree / names} ")
+    if names != "test/wolf":
+        assert "expected are train/<class>/*.{png,jpg,jpeg} and test/<class>/*.{png,jpg,jpeg}" in message
+
+
+def test_a_path_that_is_missing_or_a_file_is_refused(tree):
+    for path in (tree / "nowhere", tree / "train/cat/0.png"):
+        assert refusal(path).startswith(f"data_path: {path / 'train'} is no folder; expected are train/<class>/")

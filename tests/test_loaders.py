@@ -1,0 +1,169 @@
+"""Batches: every image once per epoch, shares of processes that add up to one process's batches, and evaluation."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets.augment import crop_and_flip, draw_crops, normalise
+from datasets.loaders import Batch, EvalLoader, TrainLoader, share
+from datasets.specs import CIFAR_MEAN, CIFAR_STD
+
+CPU = torch.device("cpu")
+SIDE = 16  # padding 2
+
+
+def images_and_targets(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    random = np.random.default_rng(size)
+    images = random.integers(0, 256, (size, SIDE, SIDE, 3), dtype=np.uint8)
+    return torch.from_numpy(images), torch.from_numpy(random.integers(0, 10, size))
+
+
+def train_loader(size=53, batch_size=16, flip=True, seed=1, rank=0, world_size=1) -> TrainLoader:
+    split = images_and_targets(size)
+    return TrainLoader(*split, batch_size, CIFAR_MEAN, CIFAR_STD, flip, seed, CPU, rank, world_size)
+
+
+def assert_bit_equal(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.targets, b.targets)
+        assert torch.equal(a.images, b.images)
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    tensors = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:3])
+    return Batch(*tensors, weight=sum(part.weight for part in parts) / len(parts))
+
+
+@given(size=st.integers(0, 500), world_size=st.integers(1, 20))
+def test_shares_are_disjoint_complete_and_differ_by_at_most_one(size, world_size):
+    shares = [list(range(size))[share(size, rank, world_size)] for rank in range(world_size)]
+    assert list(chain.from_iterable(shares)) == list(range(size))
+    lengths = [len(s) for s in shares]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(53, 16), (48, 16), (7, 16), (1, 1), (17, 1)])
+def test_an_epoch_sees_every_image_once_and_keeps_the_last_smaller_batch(size, batch_size):
+    images, targets = images_and_targets(size)
+    loader = train_loader(size, batch_size)
+    batches = list(loader.epoch(0))
+    lengths = [len(batch.indices) for batch in batches]
+    assert (
+        lengths
+        == loader.batch_sizes
+        == [batch_size] * (size // batch_size) + [size % batch_size] * (size % batch_size > 0)
+    )
+    assert len(loader) == len(batches)
+    seen = torch.cat([batch.indices for batch in batches])
+    assert torch.equal(seen.sort().values, torch.arange(size))
+    assert torch.equal(torch.cat([batch.targets for batch in batches]), targets[seen])
+    assert all(batch.images.shape == (len(batch.indices), 3, *images.shape[1:3]) for batch in batches)
+
+
+def test_a_batch_holds_the_crops_of_its_images():
+    images, _ = images_and_targets(53)
+    offsets, flips = draw_crops(53, 2, True, seed=1, epoch=4)
+    for batch in train_loader().epoch(4):
+        cropped = crop_and_flip(images[batch.indices], offsets[batch.indices], flips[batch.indices], padding=2)
+        assert torch.equal(batch.images, normalise(cropped, CIFAR_MEAN, CIFAR_STD))
+
+
+def test_the_crop_of_an_image_does_not_depend_on_its_batch():
+    whole, single = (joined(list(train_loader(batch_size=b).epoch(2))) for b in (53, 5))
+    assert torch.equal(whole.images, single.images)
+    assert torch.equal(whole.indices, single.indices)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [53, 50, 48, 49])
+def test_processes_together_see_the_batches_of_one(size, world_size):
+    ranks = [train_loader(size, rank=r, world_size=world_size).epoch(3) for r in range(world_size)]
+    together = [joined(parts) for parts in zip(*ranks, strict=True)]
+    assert_bit_equal(together, list(train_loader(size).epoch(3)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=st.integers(1, 40), batch_size=st.integers(1, 20), world_size=st.integers(1, 5))
+def test_weighted_means_of_the_shares_average_to_the_mean_of_the_global_batch(size, batch_size, world_size):
+    ranks = [train_loader(size, batch_size, rank=r, world_size=world_size) for r in range(world_size)]
+    loss = torch.linspace(-1, 1, size, dtype=torch.float64) ** 3
+    for parts in zip(*(loader.epoch(0) for loader in ranks), strict=True):
+        assert sum(part.weight for part in parts) / world_size == pytest.approx(1)
+        means = [part.weight * loss[part.indices].mean().item() for part in parts if len(part.indices)]
+        assert sum(means) / world_size == pytest.approx(loss[joined(parts).indices].mean().item())
+    assert [loader.weights for loader in ranks] == [[part.weight for part in loader.epoch(0)] for loader in ranks]
+
+
+def test_one_process_has_weight_one():
+    assert train_loader().weights == [1.0] * 4
+
+
+def test_an_epoch_is_the_same_whenever_it_is_drawn():
+    loader = train_loader()
+    first = list(loader.epoch(5))
+    list(loader.epoch(6))
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert_bit_equal(list(loader.epoch(5)), first)
+    assert_bit_equal(list(train_loader().epoch(5)), first)
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(1, 6), (2, 5)])
+def test_another_epoch_or_seed_differs_in_order_and_crops(seed, epoch):
+    first, other = joined(list(train_loader().epoch(5))), joined(list(train_loader(seed=seed).epoch(epoch)))
+    assert not torch.equal(first.indices, other.indices)
+    by_image = [batch.images[batch.indices.argsort()] for batch in (first, other)]
+    differs = (by_image[0] != by_image[1]).flatten(1).any(1)
+    assert differs.float().mean() > 0.8
+
+
+def test_the_order_is_shuffled():
+    order = joined(list(train_loader(500).epoch(0))).indices
+    assert (order == torch.arange(500)).sum() < 10
+    assert abs(np.corrcoef(order, np.arange(500))[0, 1]) < 0.2
+
+
+def test_training_touches_neither_the_images_nor_the_global_generators():
+    loader = train_loader()
+    numpy_before, torch_before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    list(loader.epoch(0))
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert torch.equal(loader.images, images_and_targets(53)[0])
+
+
+@pytest.mark.parametrize(("side", "padding"), [(32, 4), (8, 1), (64, 8), (7, 0)])
+def test_padding_is_an_eighth_of_the_side(side, padding):
+    images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    loader = TrainLoader(images, torch.zeros(2, dtype=torch.int64), 2, CIFAR_MEAN, CIFAR_STD, True, 0, CPU)
+    assert loader.padding == padding
+    assert next(loader.epoch(0)).images.shape == (2, 3, side, side)
+
+
+def test_without_flips_no_image_is_mirrored():
+    ramp = torch.arange(SIDE, dtype=torch.uint8).mul(9).add(1).reshape(1, 1, SIDE, 1).expand(64, SIDE, SIDE, 3)
+    arguments = (ramp, torch.zeros(64, dtype=torch.int64), 64, (0.0,) * 3, (1.0,) * 3)
+    for flip in (False, True):
+        images = next(TrainLoader(*arguments, flip, 0, CPU).epoch(0)).images
+        middle = images[:, 0, SIDE // 2, 2:-2].diff()  # left of the padding, brightness rises unless mirrored
+        rises, falls = (middle > 0).all(1), (middle < 0).all(1)
+        assert (rises | falls).all()
+        assert falls.any() == flip
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 53, 500])
+def test_evaluation_sees_every_image_in_order_as_it_is(batch_size):
+    images, targets = images_and_targets(53)
+    loader = EvalLoader(images, targets, batch_size, CIFAR_MEAN, CIFAR_STD, CPU)
+    for _ in range(2):
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        assert [len(t) for _, t in batches[:-1]] == [batch_size] * (len(batches) - 1)
+        assert torch.equal(torch.cat([i for i, _ in batches]), normalise(images, CIFAR_MEAN, CIFAR_STD))
+        assert torch.equal(torch.cat([t for _, t in batches]), targets)

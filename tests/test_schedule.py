@@ -1,0 +1,50 @@
+"""The learning rate as a function of the epoch."""
+
+import math
+
+import pytest
+
+from utils.schedule import lr_at
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [(0, 0.02), (1, 0.04), (4, 0.1), (5, 0.1), (159, 0.1), (160, 0.01), (179, 0.01), (180, 0.001), (999, 0.001)],
+)
+def test_warm_up_then_the_steps_of_the_paper(epoch, expected):
+    assert lr_at(epoch, 0.1, 200, cos=False) == pytest.approx(expected, rel=1e-12)
+
+
+def test_factors_are_of_the_base_rate_and_not_of_the_rate_before():
+    rates = [lr_at(epoch, 2.0, 10, False, [3, 6], [0.5, 0.5], 0) for epoch in (2, 3, 5, 6, 9)]
+    assert rates == [2.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_a_step_beyond_the_end_is_legal_and_never_reached():
+    rates = [lr_at(epoch, 0.1, 200, False, (160, 240)) for epoch in range(160, 200)]
+    assert rates == pytest.approx([0.01] * 40)
+
+
+def test_no_steps_and_no_warm_up_leave_the_rate_constant():
+    assert {lr_at(epoch, 0.3, 5, False, [], [], 0) for epoch in range(5)} == {0.3}
+
+
+def test_a_step_inside_the_warm_up_sets_in_after_it():
+    assert [lr_at(epoch, 1.0, 9, False, [1], [0.1], 4) for epoch in range(6)] == [0.25, 0.5, 0.75, 1.0, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "share"), [(0, 1.0), (50, 0.5 + math.sqrt(0.125)), (100, 0.5), (150, 0.5 - math.sqrt(0.125)), (200, 0.0)]
+)
+def test_cosine_falls_from_the_base_rate_to_zero_without_warm_up(epoch, share):
+    assert lr_at(epoch, 0.2, 200, cos=True) == pytest.approx(0.2 * share, abs=1e-15)
+
+
+def test_cosine_reads_neither_steps_nor_warm_up():
+    assert lr_at(3, 0.2, 10, True, [1, 2], [0.1], 9) == lr_at(3, 0.2, 10, True)
+
+
+@pytest.mark.parametrize(("steps", "factors"), [([3], [0.1, 0.01]), ([3, 6], [0.1]), ([], [0.1])])
+def test_as_many_factors_as_steps(steps, factors):
+    with pytest.raises(ValueError, match="zip"):
+        lr_at(8, 0.1, 10, False, steps, factors)

@@ -1,0 +1,460 @@
+"""Training end to end, by the real script on real images."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_stage1
+from datasets import build_data
+from methods import build_method
+from models import build_model
+from tests.conftest import ARB, ROOT, failure, train
+from utils.config import load_config
+
+CE = "config/digits/digits_imb005.yaml"
+
+
+def content(folder, name="current"):
+    return torch.load(folder / "ckps" / f"{name}.pth.tar", weights_only=True)
+
+
+def history(folder):
+    """The rows of metrics.jsonl without times and rates."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "timing"} for row in rows]
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]), key
+
+
+def assert_same_run(first, second):
+    """Weights, optimizer, metrics and predictions, bit for bit."""
+    a, b = content(first), content(second)
+    for key in ("state_dict_model", "state_dict_classifier", "state_dict_method"):
+        assert_same_tensors(a[key], b[key])
+    momentum = [state["optimizer"]["state"] for state in (a, b)]
+    assert momentum[0].keys() == momentum[1].keys()
+    for index in momentum[0]:
+        assert torch.equal(momentum[0][index]["momentum_buffer"], momentum[1][index]["momentum_buffer"])
+    assert torch.equal(a["best_acc1"], b["best_acc1"])
+    assert history(first) == history(second)
+    files = sorted(path.name for path in (first / "predictions").iterdir())
+    assert files == sorted(path.name for path in (second / "predictions").iterdir())
+    for name in files:
+        one, other = (np.load(folder / "predictions" / name) for folder in (first, second))
+        assert all(np.array_equal(one[key], other[key]) for key in one.files)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's folder
+
+
+def test_the_first_command_of_the_readme(tmp_path):
+    """Exactly as written after &&, in a copy of the project; its table is the one that the README shows."""
+    commands = re.findall(r"^\s*pip install -r requirements.txt && (.+)$", (ROOT / "README.md").read_text(), re.M)
+    command = next(c for c in commands if "train_stage1.py" in c)
+    for name in ("config", "datasets", "methods", "models", "utils"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "train_stage1.py", tmp_path)
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    last = re.search(r"^last epoch .*$", done.stdout, re.M).group()
+    top1, many, medium, few, ece = map(float, last.split(")")[1].split())
+    assert top1 > 90
+    assert min(many, medium, few) > 75
+    assert 0 < ece < 25
+    assert re.search(r"top-1\s+many\s+medium\s+few\s+ECE", done.stdout)
+
+
+def test_what_a_run_leaves_behind(finished):
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    board = {name for name in names if name.startswith("tensorboard/")}
+    assert len(board) == 1
+    assert names - board == {
+        "ckps/current.pth.tar",
+        "ckps/model_best.pth.tar",
+        "logs/digits_imb005_arbloss_mixup.txt",
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "predictions/0.npz",
+        "predictions/1.npz",
+        "predictions/targets.npz",
+    }
+    assert re.fullmatch(r"digits_imb005_arbloss_mixup_\d{14}(_\d+)?", finished.name)
+
+
+def test_the_checkpoint_has_mislas_keys_and_says_who_chose_it(finished):
+    last, best = content(finished), content(finished, "model_best")
+    assert last["epoch"] == 2
+    assert set(last) >= {"state_dict_model", "state_dict_classifier", "best_acc1", "its_ece"}
+    assert last["best_acc1"].shape == (1,)
+    scores = [row["test"]["top1"] for row in history(finished)]
+    assert float(last["best_acc1"]) == pytest.approx(max(scores))
+    assert best["epoch"] == scores.index(max(scores)) + 1
+    assert best["selected_on"] == "test set"
+    assert isinstance(last["its_ece"], float)
+
+
+def test_the_log_begins_with_what_is_trained_and_has_mislas_lines(finished):
+    log = (finished / "logs" / "digits_imb005_arbloss_mixup.txt").read_text()
+    first = log.splitlines()[0]
+    for words in ("ARB-Loss with batch class counts", "mixup alpha 1", "imbalance factor 0.05", "2 epochs", "seed 0"):
+        assert words in first
+    assert "x0.1 from epoch 30, x0.01 from epoch 36 ([30, 36] never reached)" in first
+    assert len(re.findall(r"Epoch: \[[01]\]\[[04]/8\]\tTime .+\tLoss .+ \(.+\)\tAcc@1 .+\tAcc@5 .+", log)) == 4
+    last = history(finished)[-1]["test"]
+    assert f"* Acc@1 {last['top1']:.3f}% Acc@5 {last['top5']:.3f}% HAcc {last['many']:.3f}%" in log
+
+
+def test_tensorboard_holds_every_curve_once(finished):
+    board = EventAccumulator(str(finished / "tensorboard")).Reload()
+    rows = history(finished)
+    for tag, key in {"top1/test": "top1", "ece/test": "ece", "few/test": "few"}.items():
+        points = board.Scalars(tag)
+        assert [p.step for p in points] == [0, 1]
+        assert [p.value for p in points] == pytest.approx([row["test"][key] for row in rows])
+    assert [p.value for p in board.Scalars("lr")] == pytest.approx([0.02, 0.04])
+    assert [p.value for p in board.Scalars("loss/train")] == pytest.approx([row["train"]["loss"] for row in rows])
+    assert len([tag for tag in board.Tags()["scalars"] if tag.startswith("per_class/")]) == 10
+
+
+def test_predictions_make_the_metrics_computable_afterwards(finished):
+    targets = np.load(finished / "predictions" / "targets.npz")["targets"]
+    for epoch, row in enumerate(history(finished)):
+        saved = np.load(finished / "predictions" / f"{epoch}.npz")
+        assert (saved["classes"].dtype, saved["confidences"].dtype) == (np.int16, np.float32)
+        assert 100 * (saved["classes"] == targets).mean() == pytest.approx(row["test"]["top1"])
+        assert 100 * saved["top5_hits"].mean() == pytest.approx(row["test"]["top5"])
+
+
+def test_the_summary_has_the_three_numbers(finished):
+    rows = history(finished)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert list(summary) == ["last epoch", "cross-fitted best", "best on the test set"]
+    assert summary["last epoch"]["top1"] == rows[-1]["test"]["top1"]
+    assert summary["best on the test set"]["top1"] == max(row["test"]["top1"] for row in rows)
+    first, second = (max((0, 1), key=lambda e: (rows[e]["halves"][half], -e)) for half in (0, 1))
+    expected = (rows[first]["halves"][1] + rows[second]["halves"][0]) / 2
+    assert summary["cross-fitted best"]["top1"] == pytest.approx(expected)
+    assert summary["cross-fitted best"]["epochs"] == [first, second]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reproducibility
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_recorded_config_alone_reproduces_the_run(finished, tmp_path, workers):
+    """The same weights, metrics and predictions, with any number of workers."""
+    settings = yaml.safe_load((finished / "config.yaml").read_text())
+    copy = tmp_path / "again.yaml"
+    copy.write_text(yaml.safe_dump(settings))
+    assert_same_run(finished, train(tmp_path / "saved", "workers", workers, cfg=str(copy)))
+
+
+def test_another_seed_gives_another_run(finished, tmp_path):
+    other = train(tmp_path, "num_epochs", 1, "seed", 1)
+    assert history(other)[0]["train"] != history(finished)[0]["train"]
+
+
+def test_two_methods_with_one_seed_see_identical_weights_batches_crops_and_lambdas():
+    arms = []
+    for path, overrides in ((ARB, []), (CE, ["mixup", "True", "loss", "focal_arb"])):
+        cfg = load_config(path, overrides)
+        data = train_stage1.load_data(cfg)
+        loader = data.train_loader(cfg.batch_size, cfg.seed, torch.device("cpu"), 0, 1)
+        method = train_stage1.new_method(cfg, data)
+        batches = [batch for epoch in (0, 7) for batch in loader.epoch(epoch)]
+        draws = [draw for epoch in (0, 7) for draw in method.draws(loader.batch_sizes, cfg.seed, epoch)]
+        arms.append((train_stage1.new_model(cfg, data).state_dict(), batches, draws))
+    (weights, batches, draws), (other_weights, other_batches, other_draws) = arms
+    assert_same_tensors(weights, other_weights)
+    assert len(batches) == len(draws) == 30
+    for ours, theirs in zip(batches, other_batches, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.indices, theirs.indices)
+    for ours, theirs in zip(draws, other_draws, strict=True):
+        assert torch.equal(ours.lam, theirs.lam)
+        assert torch.equal(ours.partner, theirs.partner)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+
+
+def test_train_four_equals_train_two_and_resume_two(tmp_path):
+    whole = train(tmp_path / "whole", "num_epochs", 4)
+    parts = train(tmp_path / "parts", "num_epochs", 2)
+    train(tmp_path / "parts", "num_epochs", 4, "resume", parts / "ckps" / "current.pth.tar")
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == [parts.name]
+    assert_same_run(whole, parts)
+    board = EventAccumulator(str(parts / "tensorboard")).Reload()
+    assert [p.step for p in board.Scalars("top1/test")] == [0, 1, 2, 3]
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_no_epoch_twice(tmp_path):
+    folder = train(tmp_path, "num_epochs", 3)
+    rows = history(folder)
+    saved = content(folder)
+    saved["epoch"] = 1  # as if the run had been stopped after its first epoch
+    torch.save(saved, folder / "ckps" / "current.pth.tar")
+    train(tmp_path, "num_epochs", 2, "resume", folder / "ckps" / "current.pth.tar")
+    assert [row["epoch"] for row in history(folder)] == [0, 1]
+    assert history(folder)[0] == rows[0]
+
+
+def test_resuming_a_finished_run_prints_the_table_and_changes_nothing(finished, tmp_path, capsys):
+    folder = tmp_path / finished.name
+    shutil.copytree(finished, folder)
+    train(tmp_path, "num_epochs", 2, "resume", folder / "ckps" / "current.pth.tar")
+    said = capsys.readouterr().out
+    assert "last epoch (epoch 1)" in said
+    assert "best on the test set" in said
+    assert_same_run(finished, folder)
+
+
+def test_a_finished_checkpoint_alone_is_evaluated(finished, tmp_path):
+    """Without its run's folder there is no history; the table still has the last epoch."""
+    alone = tmp_path / "mine.pth.tar"
+    shutil.copy(finished / "ckps" / "current.pth.tar", alone)
+    folder = train(tmp_path / "saved", "num_epochs", 2, "resume", alone)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["last epoch"]["top1"] == pytest.approx(history(finished)[-1]["test"]["top1"])
+
+
+def test_a_foreign_file_gives_weights_only_and_says_so(finished, tmp_path):
+    own = content(finished)
+    foreign = {key: own[key] for key in ("epoch", "best_acc1", "its_ece", "state_dict_classifier")}
+    foreign["state_dict_model"] = {f"module.{key}": value for key, value in own["state_dict_model"].items()}
+    torch.save(foreign, tmp_path / "mislas.pth.tar")
+    folder = train(tmp_path / "saved", "num_epochs", 1, "resume", tmp_path / "mislas.pth.tar")
+    log = next((folder / "logs").iterdir()).read_text()
+    assert "weights only, training starts at epoch 0" in log
+    assert content(folder)["epoch"] == 1
+    assert yaml.safe_load((folder / "config.yaml").read_text())["resume"] == str(tmp_path / "mislas.pth.tar")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+@pytest.mark.parametrize("loss", ["ce", "arb"])
+def test_twenty_steps_overfit_a_batch(loss):
+    data = build_data("digits", "")
+    images, targets = next(iter(data.train_loader(64, 0, torch.device("cpu"), 0, 1).epoch(0)))[:2]
+    torch.manual_seed(0)
+    model = build_model("digits", "resnet20", 10).train()
+    method = build_method(
+        loss,
+        "batch",
+        data.class_counts,
+        0.0,
+        clamp=30.0,
+        focal_alpha=1.0,
+        focal_gamma=2.0,
+        smooth_head=None,
+        smooth_tail=None,
+        smooth_shape="concave",
+        smooth_power=None,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for draws in method.draws([64] * 20, seed=0, epoch=0):
+        optimizer.zero_grad()
+        output = method(model, images, targets, draws)
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.3
+    assert (output.logits.argmax(1) == targets).float().mean() > 0.95
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts how often a number is fetched from a tensor."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cfg", [ARB, CE])
+def test_a_step_fetches_no_number_from_the_device(cfg):
+    cfg = load_config(cfg)
+    data = train_stage1.load_data(cfg)
+    model, method = train_stage1.new_model(cfg, data), train_stage1.new_method(cfg, data)
+    loader = data.train_loader(32, 0, torch.device("cpu"), 0, 1)
+    meter = train_stage1.TrainMeter(torch.device("cpu"))
+    draws = method.draws(loader.batch_sizes, 0, 0)
+    with ScalarReads() as counter:
+        batch = next(loader.epoch(0))
+        output = method(model, batch.images, batch.targets, draws[0])
+        (output.loss * batch.weight).backward()
+        meter.update(0, output.loss, output.logits, batch.targets)
+        assert counter.reads == 0
+        meter.check(0)
+        assert counter.reads > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_held_out_images_choose_the_best_model(tmp_path, capsys):
+    folder = train(tmp_path, "num_epochs", 2, "val_per_class", 10)
+    rows = history(folder)
+    best = content(folder, "model_best")
+    scores = [row["val"]["top1"] for row in rows]
+    assert rows[0]["val"]["samples"] == 100
+    assert best["selected_on"] == "held-out training images"
+    assert best["epoch"] == scores.index(max(scores)) + 1
+    assert "chosen on held-out images" in capsys.readouterr().out
+
+
+def test_eval_every_evaluates_then_and_at_the_end(tmp_path):
+    folder = train(tmp_path, "num_epochs", 3, "eval_every", 2)
+    assert ["test" in row for row in history(folder)] == [False, True, True]
+    assert content(folder)["epoch"] == 3
+
+
+def write_folders(root, per_class):
+    """Real scans as class folders; class names whose order is not that of the digits."""
+    digits = load_digits()
+    for label, name in enumerate(("zero", "one", "two")):
+        scans = digits.images[digits.target == label]
+        for part, chosen in (("train", scans[: per_class[label]]), ("test", scans[-10:])):
+            (root / part / name).mkdir(parents=True)
+            for i, scan in enumerate(chosen):
+                Image.fromarray((scan * 15.9).astype(np.uint8)).save(root / part / name / f"{i}.png")
+
+
+def test_own_class_folders_with_their_natural_counts(tmp_path, capsys):
+    write_folders(tmp_path / "images", per_class=(30, 120, 12))
+    folder = train(
+        tmp_path / "saved",
+        "data_path",
+        tmp_path / "images",
+        "num_epochs",
+        1,
+        cfg="config/folder/folder_arbloss_mixup.yaml",
+    )
+    said = capsys.readouterr().out
+    assert "162 training images in 3 classes (largest 120, smallest 12), 30 test images" in said
+    assert history(folder)[0]["test"]["group_sizes"] == {"count": {"many": 1, "medium": 1, "few": 1}}
+    assert content(folder)["state_dict_method"]["class_counts"].tolist() == [120, 12, 30]  # one, two, zero
+
+
+def test_two_processes_write_one_folder_and_train(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "train_stage1.py", "--cfg", CE, "num_epochs", "1", "save_dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert len(history(folder)) == 1
+    assert done.stdout.count("last epoch (epoch 0)") == 1
+    assert "2 processes: mixup pairs, batch counts" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+BAD_INPUT = [
+    (["--cfg", "config/none.yaml"], "config/none.yaml: no such configuration file"),
+    (["--cfg", "config"], "config: no such configuration file"),
+    (["--cfg", "requirements.txt"], "requirements.txt: "),
+    (["--cfg", CE, "lrr", 0.1], "unknown key 'lrr'; the nearest known one is 'lr'"),
+    (["--cfg", CE, "lr", "fast"], "lr: 'fast' must be a number > 0"),
+    (["--cfg", CE, "lr", 0], "lr: 0 must be a number > 0"),
+    (["--cfg", CE, "imb_factor", 100], "0.01 for a ratio of 100"),
+    (["--cfg", CE, "imb_factor", 0], "must lie in (0, 1]"),
+    (["--cfg", CE, "batch_size", 0], "batch_size: 0 must be a whole number >= 1"),
+    (["--cfg", CE, "alpha", -0.1], "alpha: -0.1 must be a number >= 0"),
+    (["--cfg", CE, "num_epochs", 0], "num_epochs: 0 must be a whole number >= 1"),
+    (["--cfg", CE, "workers", -1], "workers: -1 must be a whole number >= 0"),
+    (["--cfg", CE, "backbone", "resnet33"], "'resnet33' is unknown; known are resnet20, resnet32"),
+    (["--cfg", CE, "loss", "arc"], "'arc' is unknown; known are ce, arb"),
+    (["--cfg", CE, "class_counts", "local"], "'local' is unknown; known are global, batch"),
+    (["--cfg", CE, "dataset", "mnist"], "'mnist' is unknown; known are cifar10, cifar100, digits, folder"),
+    (["--cfg", CE, "num_classes", 11], "num_classes: 11, but digits"),
+    (["--cfg", CE, "tail_class_idx", "[7, 12]"], "come together"),
+    (["--cfg", CE, "resume", "none.pth.tar"], "none.pth.tar: no such checkpoint file"),
+    (["--cfg", CE, "resume", "README.md"], "README.md: is damaged or no checkpoint"),
+    (["--cfg", CE, "val_per_class", 500], "has only 138 training images"),
+    (["--cfg", "config/folder/base.yaml", "data_path", "none"], "none/train is no folder"),
+    (["--cfg", ARB, "LAS", "True", "smooth_head", 0.3, "smooth_tail", 0], "LAS and arbloss cannot both be True"),
+    (["--cfg", CE, "loss", "las"], "needs smooth_head and smooth_tail"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_INPUT, ids=[" ".join(map(str, a[1:])) for a, _ in BAD_INPUT])
+def test_bad_input_ends_in_exit_code_2_and_one_line(arguments, expected, capsys, tmp_path):
+    save = ["save_dir", tmp_path / "saved"] if len(arguments) > 2 or "requirements" not in arguments[1] else []
+    result = failure(capsys, train_stage1.main, *arguments, *save)
+    assert result.code == 2
+    assert len(result.lines) == 1
+    assert expected in result.said
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_broken_image_is_named(tmp_path, capsys):
+    write_folders(tmp_path / "images", per_class=(3, 3, 3))
+    broken = tmp_path / "images" / "train" / "two" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    result = failure(capsys, train_stage1.main, "--cfg", "config/folder/base.yaml", "data_path", tmp_path / "images")
+    assert result.code == 2
+    assert len(result.lines) == 1
+    assert f"{broken}: is no readable image" in result.said
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, capsys):
+    path = finished / "ckps" / "current.pth.tar"
+    arguments = ["--cfg", ARB, "backbone", "resnet32", "resume", path, "save_dir", tmp_path / "saved"]
+    result = failure(capsys, train_stage1.main, *arguments)
+    assert result.code == 2
+    assert "is of another architecture" in result.said
+
+
+def test_from_the_shell_there_is_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, "train_stage1.py", "--cfg", CE, "lr", "0"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: command line: lr: 0 must be a number > 0\n"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, capsys):
+    folder = train(tmp_path, "num_epochs", 1)
+    path = folder / "ckps" / "current.pth.tar"
+    before = path.read_bytes()
+    result = failure(
+        capsys, train_stage1.main, "--cfg", ARB, "num_epochs", 3, "lr", 1e30, "resume", path, "save_dir", tmp_path
+    )
+    assert result.code == 2
+    assert re.search(r"error: epoch 1, step \d+: the loss or a logit is not finite", result.said)
+    assert path.read_bytes() == before
+    assert content(folder)["epoch"] == 1
