@@ -176,7 +176,7 @@ def train_epoch(
         optimizer.zero_grad()
         (output.loss * batch.weight).backward()
         optimizer.step()
-        meter.update(step, output.loss, output.logits, batch.targets)
+        meter.update(step, output.loss, output.logits, batch.targets, batch.weight)
         if step % print_freq == 0:
             meter.check(epoch)
             per_step = (time.perf_counter() - began) / (step + 1)

@@ -24,14 +24,14 @@ def read_cifar100(data_path: Path, image_size: int, workers: int) -> Source:
 def _read(archive: type[torchvision.datasets.CIFAR10], data_path: Path, workers: int) -> Source:
     if (data_path / "train").is_dir():
         return image_folder.read(data_path, SIZE, workers, decode=image_folder.decode_exact)
-    new = not data_path.exists()
+    new = [folder for folder in (data_path, *data_path.parents) if not folder.exists()]
     try:
         with distributed.main_first():
             train, test = (archive(data_path, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
-        if new:
-            with contextlib.suppress(OSError):  # the download made the folder; it goes only if nothing is in it
-                data_path.rmdir()
+        with contextlib.suppress(OSError):  # what the download made goes, if nothing is in it
+            for folder in new:
+                folder.rmdir()
         raise DataError(
             f"data_path: {data_path} holds no {archive.__name__}, and it could not be downloaded "
             f"({' '.join(str(error).split())}): put {archive.filename} or its folder {archive.base_folder} there, "

@@ -22,9 +22,9 @@ def legacy_order(counts: Sequence[int]) -> np.ndarray:
     waiting = [(0, len(keys) - 1, 2 * max(len(keys).bit_length() - 1, 0))]
     while waiting:
         low, high, depth = waiting.pop()
+        if depth < 0:
+            raise ValueError("the legacy order of these counts would need NumPy's heapsort")
         while high - low > 15:
-            if depth < 0:
-                raise ValueError("the legacy order of these counts would need NumPy's heapsort")
             cut = _partition(keys, order, low, high)
             depth -= 1
             if cut - low < high - cut:

@@ -3,13 +3,14 @@
 Classes are the folders under ``train``, in alphabetical order. ``val`` is read where there is no ``test``.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.datasets.folder import make_dataset
 
 from datasets.source import DataError, Source, Split
 
@@ -46,7 +47,7 @@ def open_rgb(path: str) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: is no readable image ({' '.join(str(error).split())})") from None
 
 
@@ -57,23 +58,33 @@ def read(data_path: Path, image_size: int, workers: int, decode: Callable = deco
     test = next((data_path / name for name in ("test", "val") if (data_path / name).is_dir()), None)
     if test is None:
         raise DataError(f"data_path: {data_path} has neither test nor val; expected are {LAYOUT}")
-    classes, index = _classes(data_path / "train")
-    strange = set(_classes(test)[0]) - set(classes)
+    classes = _classes(data_path / "train")
+    strange = set(_classes(test)) - set(classes)
     if strange:
         raise DataError(f"data_path: {test / min(strange)} is a class that {data_path / 'train'} does not have")
+    index = {name: label for label, name in enumerate(classes)}
     splits = (_split(folder, index, image_size, workers, decode) for folder in (data_path / "train", test))
     return Source(*splits, class_names=classes)
 
 
-def _classes(folder: Path) -> tuple[list[str], dict[str, int]]:
-    try:
-        return find_classes(folder)
-    except FileNotFoundError:
-        raise DataError(f"data_path: {folder} has no class folders; expected are {LAYOUT}") from None
+def _hidden(name: str) -> bool:
+    """Names that tools leave behind, such as .ipynb_checkpoints or ._image.png."""
+    return name.startswith(".")
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS) and not _hidden(os.path.basename(path))
+
+
+def _classes(folder: Path) -> list[str]:
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name)]
+    if not names:
+        raise DataError(f"data_path: {folder} has no class folders; expected are {LAYOUT}")
+    return sorted(names)
 
 
 def _split(folder: Path, index: dict[str, int], size: int, workers: int, decode: Callable) -> Split:
-    samples = make_dataset(str(folder), index, extensions=EXTENSIONS, allow_empty=True)
+    samples = make_dataset(str(folder), index, is_valid_file=_is_image, allow_empty=True)
     if not samples:
         raise DataError(f"data_path: {folder} holds no images; expected are {LAYOUT}")
     paths = [path for path, _ in samples]

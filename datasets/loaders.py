@@ -52,9 +52,12 @@ class TrainLoader:
         starts = range(0, len(targets), batch_size)
         sizes = [min(batch_size, len(targets) - start) for start in starts]
         shares = [share(size, rank, world_size) for size in sizes]
+        self.weights = [(s.stop - s.start) * world_size / size for s, size in zip(shares, sizes, strict=True)]
+        # A last batch smaller than the number of processes leaves some without a share. Every process has to take part
+        # in the step, so these take one image, with weight 0.
+        shares = [s if s.stop > s.start else slice(0, 1) for s in shares]
         self.steps = [slice(start + s.start, start + s.stop) for start, s in zip(starts, shares, strict=True)]
         self.batch_sizes = [s.stop - s.start for s in shares]  # of this process
-        self.weights = [own * world_size / size for own, size in zip(self.batch_sizes, sizes, strict=True)]
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -36,7 +36,9 @@ def assert_bit_equal(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
 
 
 def joined(parts: Sequence[Batch]) -> Batch:
-    tensors = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:3])
+    """The parts that count, as one batch."""
+    counted = [part for part in parts if part.weight > 0]
+    tensors = (torch.cat(tensors) for tensors in list(zip(*counted, strict=True))[:3])
     return Batch(*tensors, weight=sum(part.weight for part in parts) / len(parts))
 
 
@@ -95,9 +97,17 @@ def test_weighted_means_of_the_shares_average_to_the_mean_of_the_global_batch(si
     loss = torch.linspace(-1, 1, size, dtype=torch.float64) ** 3
     for parts in zip(*(loader.epoch(0) for loader in ranks), strict=True):
         assert sum(part.weight for part in parts) / world_size == pytest.approx(1)
-        means = [part.weight * loss[part.indices].mean().item() for part in parts if len(part.indices)]
+        means = [part.weight * loss[part.indices].mean().item() for part in parts]
         assert sum(means) / world_size == pytest.approx(loss[joined(parts).indices].mean().item())
     assert [loader.weights for loader in ranks] == [[part.weight for part in loader.epoch(0)] for loader in ranks]
+
+
+def test_a_process_without_a_share_looks_at_one_image_with_weight_zero():
+    """Every process takes part in every step; a mean over no image would be no number."""
+    parts = [list(train_loader(53, rank=r, world_size=7).epoch(0))[-1] for r in range(7)]
+    assert sum(part.weight > 0 for part in parts) == 53 % 16
+    assert all(len(part.indices) == 1 for part in parts)
+    assert {int(p.indices) for p in parts} == {int(p.indices) for p in parts if p.weight > 0}
 
 
 def test_one_process_has_weight_one():

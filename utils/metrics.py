@@ -202,13 +202,17 @@ class TrainMeter:
         self.first_bad = torch.full((), torch.iinfo(torch.int64).max, device=device)
 
     @torch.no_grad()
-    def update(self, step: int, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """``loss`` is the mean over the batch; under mixup, hits are counted against the unmixed ``targets [B]``."""
+    def update(self, step: int, loss: Tensor, logits: Tensor, targets: Tensor, weight: float = 1.0) -> None:
+        """``loss`` is the mean over the batch; under mixup, hits are counted against the unmixed ``targets [B]``.
+
+        A batch of ``weight`` 0 is looked at for numbers that are not finite, and counted nowhere.
+        """
         size = len(targets)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
         values = (loss.double() * size, top[:, 0].sum(), top.sum(), torch.full((), size, device=logits.device))
         self.last = torch.stack([value.double() for value in values])
-        self.sums += self.last
+        if weight > 0:
+            self.sums += self.last
         bad = ~(torch.isfinite(loss) & torch.isfinite(logits).all())
         self.first_bad = torch.where(bad, self.first_bad.clamp(max=step), self.first_bad)
 
