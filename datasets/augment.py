@@ -42,10 +42,10 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) 
     return padded[batch, rows[:, :, None], columns[:, None, :]]
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], as torchvision's ToTensor and Normalize.
+def normalise(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], as torchvision's ToTensor and Normalize; ``mean``, ``std`` [3].
 
     The memory stays channels-last, which convolutions then follow: 1.3 times the training speed on a CPU.
     """
-    mean, std = (torch.tensor(values, device=images.device).reshape(3, 1, 1) for values in (mean, std))
+    mean, std = (torch.as_tensor(values, device=images.device).reshape(3, 1, 1) for values in (mean, std))
     return images.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)

@@ -48,7 +48,8 @@ class TrainLoader:
         """``images`` uint8 [N, H, W, 3], ``targets`` int64 [N]; ``batch_size`` is global."""
         self.images, self.targets = images.to(device), targets.to(device)
         self.padding = images.shape[1] // 8  # 4 of 32 pixels, as in the reference
-        self.mean, self.std, self.flip, self.seed, self.device = mean, std, flip, seed, device
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.flip, self.seed, self.device = flip, seed, device
         starts = range(0, len(targets), batch_size)
         sizes = [min(batch_size, len(targets) - start) for start in starts]
         shares = [share(size, rank, world_size) for size in sizes]
@@ -86,7 +87,8 @@ class EvalLoader:
         device: torch.device,
     ):
         self.images, self.targets = images.to(device), targets.to(device)
-        self.batch_size, self.mean, self.std = batch_size, mean, std
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return -(-len(self.targets) // self.batch_size)

@@ -22,13 +22,13 @@ class Settings(NamedTuple):
     """Every number that some loss reads; each loss takes the ones it knows."""
 
     class_counts: Tensor  # int64 [C], of the training set
-    clamp: float | None
-    focal_alpha: float
-    focal_gamma: float
-    smooth_head: float | None
-    smooth_tail: float | None
-    smooth_shape: str
-    smooth_power: float | None
+    clamp: float | None = 30.0
+    focal_alpha: float = 1.0
+    focal_gamma: float = 2.0
+    smooth_head: float | None = None
+    smooth_tail: float | None = None
+    smooth_shape: str = "concave"
+    smooth_power: float | None = None
 
 
 class Criterion(nn.Module):
@@ -47,6 +47,8 @@ class Criterion(nn.Module):
 
 
 def _smoothing(s: Settings) -> Tensor:
+    if s.smooth_head is None or s.smooth_tail is None:
+        raise InputError("loss: las needs smooth_head and smooth_tail, such as 0.3 and 0.0")
     try:
         return losses.smoothing_by_count(s.class_counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
     except ValueError as error:

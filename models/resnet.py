@@ -1,6 +1,6 @@
 """torchvision's ResNets and ResNeXts as feature extractors: their own classes, without the last linear layer."""
 
-from pathlib import Path
+import os
 
 import torch
 import torchvision
@@ -46,7 +46,7 @@ def feature_maps(backbone: ResNet, images: Tensor) -> Tensor:
 def _load_pretrained(backbone: ResNet, name: str, pretrained: bool | str) -> None:
     if pretrained is True:
         state = _download(name)
-    elif not Path(pretrained).is_file():
+    elif not os.path.isfile(pretrained):
         raise InputError(f"pretrained: {pretrained}: no such weights file")
     else:
         try:

@@ -64,6 +64,8 @@ with distributed.processes("cpu") as device:
     targets = torch.zeros(1 + 2 * rank, dtype=torch.long)
     meter.update(rank, torch.tensor(2.0 + 4 * rank), torch.eye(3)[targets + rank], targets)
     found["averages"], found["last"] = meter.averages(), meter.last_step()
+    meter.update(2, torch.tensor(0.0), torch.eye(3)[[0] * 4], torch.zeros(4, dtype=torch.long))
+    found["later averages"] = meter.averages()
     meter.check(0)
     if rank == 1:
         meter.update(4, torch.tensor(float("nan")), torch.eye(3), torch.zeros(3, dtype=torch.long))
@@ -206,6 +208,7 @@ def test_a_backward_pass_averages_gradients_over_the_processes(group):
 
 def test_training_sums_are_over_all_processes_and_the_last_step_is_one_s_own(group):
     assert same(group, "averages") == {"loss": 5.0, "top1": 25.0, "top5": 100.0}
+    assert same(group, "later averages") == pytest.approx({"loss": 20 / 12, "top1": 75.0, "top5": 100.0})
     assert [found["last"]["loss"] for found in group[:2]] == [2.0, 6.0]
     assert math.isfinite(group[1]["last"]["top1"])
 

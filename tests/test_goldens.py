@@ -77,19 +77,7 @@ def test_arb_loss_under_mixup_through_the_method_that_trains(case, counts):
 
 
 def arb_method(counts: str, class_counts: torch.Tensor, loss: str = "arb"):
-    return build_method(
-        loss,
-        counts,
-        class_counts,
-        mixup_alpha=0.0,
-        clamp=30.0,
-        focal_alpha=1.0,
-        focal_gamma=2.0,
-        smooth_head=None,
-        smooth_tail=None,
-        smooth_shape="concave",
-        smooth_power=None,
-    )
+    return build_method(loss, counts, class_counts, mixup_alpha=0.0)
 
 
 @pytest.mark.parametrize("shape", ["concave", "linear", "convex", "exp"])

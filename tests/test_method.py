@@ -19,17 +19,8 @@ CLASS_COUNTS = torch.tensor([60, 30, 9, 1])
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 2])
 
 
-def method_for(loss: str, counts: str = "batch", mixup_alpha: float = 0.0, **changes):
-    options = {
-        "clamp": 30.0,
-        "focal_alpha": 1.0,
-        "focal_gamma": 2.0,
-        "smooth_head": 0.3,
-        "smooth_tail": 0.0,
-        "smooth_shape": "concave",
-        "smooth_power": None,
-    }
-    return build_method(loss, counts, CLASS_COUNTS, mixup_alpha, **options | changes)
+def method_for(loss: str, counts: str = "batch", mixup_alpha: float = 0.0):
+    return build_method(loss, counts, CLASS_COUNTS, mixup_alpha, smooth_head=0.3, smooth_tail=0.0)
 
 
 @pytest.fixture

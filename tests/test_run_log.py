@@ -62,9 +62,10 @@ def test_a_place_that_cannot_hold_folders_is_refused(tmp_path, kind):
 # The log
 
 
-def test_lines_go_to_the_file_with_their_time_and_to_the_terminal_without(tmp_path, capsys):
+def test_lines_go_to_the_file_with_their_time_and_to_the_terminal_without(tmp_path, capsys, caplog):
     with RunLog(tmp_path, "experiment") as run:
         run.info("Epoch: [0] 100 % größer")
+    assert caplog.text == ""  # nothing goes to the root logger, whose handlers would say it again
     assert capsys.readouterr().out == "Epoch: [0] 100 % größer\n"
     text = (tmp_path / "logs" / "experiment.txt").read_text(encoding="utf-8")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} Epoch: \[0\] 100 % größer\n", text)

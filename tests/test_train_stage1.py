@@ -1,11 +1,16 @@
 """Training end to end, by the real script on real images."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 
 import numpy as np
 import pytest
@@ -158,6 +163,24 @@ def test_the_summary_has_the_three_numbers(finished):
     assert summary["cross-fitted best"]["epochs"] == [first, second]
 
 
+def test_a_terminal_sees_a_progress_bar_and_whole_lines(tmp_path):
+    """Run behind a real pseudo-terminal of 100 columns."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, "train_stage1.py", "--cfg", CE, "num_epochs", "1", "save_dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child)
+    os.close(child)
+    said = b""
+    with contextlib.suppress(OSError):  # Linux reports the end of a pseudo-terminal as an error
+        while chunk := os.read(parent, 65536):
+            said += chunk
+    os.close(parent)
+    assert process.wait(timeout=60) == 0
+    text = said.decode()
+    assert re.search(r"epoch 0:\s+\d+%\|", text)
+    assert re.search(r"(^|\r|\n)Epoch: \[0\]\[10/15\]", text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reproducibility
 
@@ -263,19 +286,7 @@ def test_twenty_steps_overfit_a_batch(loss):
     images, targets = next(iter(data.train_loader(64, 0, torch.device("cpu"), 0, 1).epoch(0)))[:2]
     torch.manual_seed(0)
     model = build_model("digits", "resnet20", 10).train()
-    method = build_method(
-        loss,
-        "batch",
-        data.class_counts,
-        0.0,
-        clamp=30.0,
-        focal_alpha=1.0,
-        focal_gamma=2.0,
-        smooth_head=None,
-        smooth_tail=None,
-        smooth_shape="concave",
-        smooth_power=None,
-    )
+    method = build_method(loss, "batch", data.class_counts, 0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for draws in method.draws([64] * 20, seed=0, epoch=0):

@@ -4,7 +4,10 @@ The keys are MiSLAS's (``epoch state_dict_model state_dict_classifier [state_dic
 its stage 2 reads our files, plus what going on exactly needs. Files hold tensors, plain containers and numbers only.
 """
 
+import os
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +53,7 @@ def save_checkpoint(
     """Writes everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper."""
     content = {
         "epoch": state.epoch,
-        "best_acc1": torch.tensor([state.best_acc1]),
+        "best_acc1": torch.tensor([state.best_acc1], dtype=torch.float64),  # exact, or a tie would become a new best
         "its_ece": state.its_ece,
         **{key: part.state_dict() for key, part in _parts(model).items()},
         "state_dict_method": method.state_dict(),
@@ -70,24 +73,33 @@ def save_checkpoint(
 def read_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint as a dict, on the CPU. Raises :class:`CheckpointError`; never runs code in it."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
+        _check_sums(path)
+        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch has to say of a plain pickle comes as an error too
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{path}: refused, it is unsafe to load: it holds objects other than tensors, containers and numbers"
-            ) from None
-        raise CheckpointError(f"{path}: is damaged or no checkpoint at all ({_brief(error)})") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or _brief(error)}") from None
     except Exception as error:  # torch and pickle raise many types on a damaged file
-        raise CheckpointError(f"{path}: is damaged or no checkpoint at all ({_brief(error)})") from None
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            problem = "refused, it is unsafe to load: it holds objects other than tensors, containers and numbers"
+        else:
+            problem = f"is damaged or no checkpoint at all, or unsafe to load ({_brief(error)})"
+        raise CheckpointError(f"{path}: {problem}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint (a dict of state dicts)")
     return content
+
+
+def _check_sums(path: Path) -> None:
+    """Compares a zip file's check sums, which ``torch.load`` does not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+        if wrong:
+            raise ValueError(f"the check sum of {wrong} is wrong")
 
 
 def is_ours(content: Mapping) -> bool:
@@ -107,6 +119,15 @@ def load_weights(model: nn.Module, path: str | Path) -> dict:
 
 def load_content(model: nn.Module, content: Mapping, path: str | Path) -> dict:
     """:func:`load_weights` for a checkpoint that was read already."""
+    try:
+        return _load_content(model, content, path)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: holds a value of the wrong kind ({_brief(error)})") from None
+
+
+def _load_content(model: nn.Module, content: Mapping, path: str | Path) -> dict:
     source = "this trainer's checkpoint" if is_ours(content) else "weights in the format of MiSLAS / ARBLOSS"
     states = {key: _strip(content[key]) for key in PARTS if isinstance(content.get(key), Mapping)}
     needed = _parts(model)

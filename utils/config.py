@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,12 +57,14 @@ def flag(value):
     return value
 
 
-def whole(low: int):
+def whole(low: int, high: float = math.inf):
+    bounds = f">= {low}" + (f" and <= {high}" if high < math.inf else "")
+
     def parse(value):
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"must be a whole number >= {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"must be a whole number {bounds}")
         return value
 
     return parse
@@ -71,23 +74,31 @@ def number(low: float, high: float = math.inf, above: bool = False):
     bounds = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
 
     def parse(value):
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or value > high or value < low or (above and value == low):
+        real = _real(value)
+        if real is None or not low <= real <= high or (above and real == low):
             raise ValueError(f"must be a number {bounds}")
-        return float(value)
+        return real
 
     return parse
 
 
 def imbalance(value):
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 1:
+    real = _real(value)
+    if real is None or not 0 < real <= 1:
+        ratio = real if real is not None and real > 1 else 100.0
         raise ValueError(
-            f"must lie in (0, 1]: it is the smallest class over the largest, {1 / value:g} for a ratio of {value:g}"
+            f"must lie in (0, 1]: it is the smallest class over the largest, {1 / ratio:g} for a ratio of {ratio:g}"
         )
-    try:
-        return number(0, 1, above=True)(value)
-    except ValueError:
-        raise ValueError("must lie in (0, 1]: the smallest class over the largest, 0.01 for a ratio of 100") from None
+    return real
+
+
+def _real(value) -> float | None:
+    """A finite number as float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with contextlib.suppress(OverflowError):
+        return float(value) if math.isfinite(value) else None
+    return None
 
 
 def choice(*known: str):
@@ -131,7 +142,7 @@ OPTIONS: dict[str, Option] = {
     # the run
     "name": Option("", folder_name, "name of the run's folder; empty: the file's name"),
     "save_dir": Option("saved", text, "folder that holds the runs' folders"),
-    "seed": Option(0, whole(0), "fixes weights, order, crops, flips and mixup"),
+    "seed": Option(0, whole(0, 2**63 - 1), "fixes weights, order, crops, flips and mixup"),
     "deterministic": Option(False, flag, "on CUDA: deterministic kernels where they exist (slower)"),
     "device": Option("auto", choice("auto", "cpu", "cuda"), "auto: CUDA where there is one"),
     "workers": Option(4, whole(0), "per node: threads that decode images"),
@@ -145,7 +156,7 @@ OPTIONS: dict[str, Option] = {
     "image_size": Option(None, optional(whole(8)), "side in pixels; null: 32; only dataset: folder resizes"),
     "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after the cut"),
     "imb_factor": Option(None, optional(imbalance), "smallest class / largest class; null: the data set as it is"),
-    "subset_seed": Option(0, whole(0), "which images the cut keeps; 0: the very images of MiSLAS and LDAM-DRW"),
+    "subset_seed": Option(0, whole(0, 2**32 - 1), "which images the cut keeps; 0: those of MiSLAS and LDAM-DRW"),
     "val_per_class": Option(
         0, whole(0), "training images per class held out before the cut; they then choose the best"
     ),
@@ -192,7 +203,13 @@ OBSOLETE = {
 
 # Switches of the originals that choose the loss.
 LOSS_SWITCHES = {"arbloss": "arb", "warbloss": "weighted_arb", "arbloss_fl": "focal_arb", "LAS": "las"}
-ARB_LOSSES = ("arb", "weighted_arb", "focal_arb")
+# What a new key says, in terms of those switches.
+IMPLIED_SWITCHES = {
+    "arb": {"arbloss": True},
+    "weighted_arb": {"arbloss": True, "warbloss": True},
+    "focal_arb": {"arbloss": True, "arbloss_fl": True},
+    "las": {"LAS": True},
+}
 OLD_SWITCHES = (*LOSS_SWITCHES, "arb_loss_use_global_class_cnt", "not_pretrained")
 
 
@@ -210,10 +227,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNod
     values = {key: option.default for key, option in OPTIONS.items()}
     given: set[str] = set()
     notes: list[str] = []
+    switches: dict[str, bool] = {}  # the originals' loss switches, as the sources so far left them
     for where, source in [*_file_sources(Path(path)), ("command line", _pairs(overrides))]:
         parsed = {key: _parse(key, value, where) for key, value in source.items() if _known(key, where)}
         notes += _obsolete_notes(where, parsed)
-        settings = _translate(parsed, values, where, notes)
+        settings, switches = _translate(parsed, values, switches, where, notes)
         values |= settings
         given |= settings.keys()
     values["name"] = values["name"] or Path(path).stem
@@ -230,7 +248,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNod
 
 def dump_config(cfg: CfgNode, **changes: Any) -> str:
     """``cfg`` as YAML, with single values replaced; the text alone reproduces the run."""
-    return yaml.safe_dump({**cfg, **changes}, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump({**cfg, **changes}, sort_keys=False)
 
 
 def _file_sources(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
@@ -245,7 +263,7 @@ def _file_sources(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, di
         return [(str(path), source)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: _BASE_ must be the path of one YAML file, relative to this one")
-    if not (path.parent / base).is_file():
+    if not os.path.isfile(path.parent / base):
         raise ConfigError(f"{path}: _BASE_ names {path.parent / base}, which is no file")
     return [*_file_sources(path.parent / base, (*seen, path.resolve())), (str(path), source)]
 
@@ -254,7 +272,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, except that a key given twice is an error and not silently the last one."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
@@ -262,14 +281,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path) -> dict:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such configuration file (give the path of a YAML file, see config/)")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # PyYAML lets through whatever its constructors meet: KeyError, OverflowError, ...
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold a mapping of options (key: value), not {type(content).__name__}")
     return content
@@ -281,8 +300,11 @@ def _pairs(overrides: Sequence[str]) -> dict:
     pairs = {}
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         try:
-            pairs[key] = value if key in OPTIONS and _is_text(OPTIONS[key]) else yaml.safe_load(value)
-        except yaml.YAMLError:
+            if key in OPTIONS and _is_text(OPTIONS[key]):
+                pairs[key] = None if value in ("null", "None") else value
+            else:
+                pairs[key] = yaml.safe_load(value)
+        except Exception:  # as in _read_yaml
             raise ConfigError(f"command line: {key}: cannot read the value {value!r}") from None
     return pairs
 
@@ -327,53 +349,67 @@ def _obsolete_notes(where: str, source: dict) -> list[str]:
     return notes
 
 
-def _translate(source: dict, before: dict, where: str, notes: list[str]) -> dict:
-    """The new keys that ``source`` sets, its old switches translated; ``before`` is what earlier sources gave."""
+def _translate(
+    source: dict, before: dict, switches: dict, where: str, notes: list[str]
+) -> tuple[dict, dict[str, bool]]:
+    """The new keys that ``source`` sets, its old switches translated, and the loss switches as they stand after it.
+
+    ``before`` and ``switches`` are what earlier sources gave.
+    """
     new = {key: value for key, value in source.items() if key in OPTIONS}
-    old = {"loss": _old_loss(source, before["loss"], where)}
+    loss, switches = _old_loss(source, before["loss"], switches, where)
+    old = {} if loss is None else {"loss": loss}
     if "arb_loss_use_global_class_cnt" in source:
         old["class_counts"] = "global" if source["arb_loss_use_global_class_cnt"] else "batch"
     if source.get("not_pretrained"):
         old["pretrained"] = False
+    elif "not_pretrained" in source and (before["pretrained"] is False or new.get("pretrained") is False):
+        old["pretrained"] = None  # the data set's habit
     for key, value in old.items():
-        if value is None:
-            continue
-        switches = ", ".join(f"{k}: {v}" for k, v in source.items() if k in OLD_SWITCHES and _sets(k) == key)
+        given = ", ".join(f"{k}: {v}" for k, v in source.items() if k in OLD_SWITCHES and _sets(k) == key)
         if key in new and new[key] != value:
-            raise ConfigError(f"{where}: {switches} (read as {key}: {value}) and {key}: {new[key]} disagree; keep one")
+            raise ConfigError(f"{where}: {given} (read as {key}: {value}) and {key}: {new[key]} disagree; keep one")
         if before[key] != value:
-            notes.append(f"{where}: {switches} is read as {key}: {value}")
+            notes.append(f"{where}: {given} is read as {key}: {value}")
         new[key] = value
-    return new
+    return new, switches
 
 
 def _sets(switch: str) -> str:
     return {"arb_loss_use_global_class_cnt": "class_counts", "not_pretrained": "pretrained"}.get(switch, "loss")
 
 
-def _old_loss(source: dict, before: str, where: str) -> str | None:
-    """The loss that the originals' switches choose in this source; None where they leave it as it was."""
-    on = [key for key in LOSS_SWITCHES if source.get(key)]
-    off = [key for key in LOSS_SWITCHES if source.get(key) is False]
-    arb_stays = before in ARB_LOSSES and "loss" not in source and "arbloss" not in off
-    las_stays = before == "las" and "loss" not in source and "LAS" not in off
-    if ("LAS" in on and (len(on) > 1 or arb_stays)) or (on and las_stays and on != ["LAS"]):
-        raise ConfigError(
-            f"{where}: LAS and {next((k for k in on if k != 'LAS'), 'arbloss')} cannot both be True: label-aware "
-            "smoothing over ARB's log-probabilities is infinite with batch counts (a class absent from the batch has "
-            "log-probability -inf) and moves decisions to rare classes with global ones; switch one off"
-        )
+def _old_loss(source: dict, before: str, switches: dict, where: str) -> tuple[str | None, dict[str, bool]]:
+    """(the loss that the originals' switches choose in this source, None where they are silent; all switches after it).
+
+    Switches keep their value from source to source; a new key ``loss`` replaces what earlier sources said of them.
+    """
+    given = {key: source[key] for key in LOSS_SWITCHES if key in source}
+    implied = IMPLIED_SWITCHES.get(source.get("loss"), {})
+    if not given:
+        return None, implied if "loss" in source else switches
+    merged = given if "loss" in source else {**switches, **given}
+    # A variant that is chosen here replaces an earlier one; without arbloss there are no variants of it.
+    if given.get("arbloss") is False or any(given.get(key) for key in ("warbloss", "arbloss_fl")):
+        merged = {key: value for key, value in merged.items() if key in given or key in ("arbloss", "LAS")}
+    on = [key for key in LOSS_SWITCHES if merged.get(key)]
     variants = [key for key in on if key != "arbloss"]
+    if "LAS" in on and len(on) > 1:
+        raise ConfigError(
+            f"{where}: LAS and {next(k for k in on if k != 'LAS')} cannot both be True: label-aware smoothing over "
+            "ARB's log-probabilities is infinite with batch counts (a class absent from the batch has log-probability "
+            "-inf) and moves decisions to rare classes with global ones; switch one off"
+        )
     if len(variants) > 1:
         raise ConfigError(f"{where}: {' and '.join(variants)} are both True and choose different losses; keep one")
     if on:
-        return LOSS_SWITCHES[(variants or on)[0]]
-    if any(LOSS_SWITCHES[key] == before for key in off) or ("arbloss" in off and before in ARB_LOSSES):
-        return None if "loss" in source and source["loss"] != before else "ce"
-    disagreeing = [key for key in off if LOSS_SWITCHES[key] == source.get("loss")]
-    if disagreeing:
-        raise ConfigError(f"{where}: {disagreeing[0]}: False and loss: {source['loss']} disagree; keep one")
-    return None
+        return LOSS_SWITCHES[(variants or on)[0]], merged
+    if "loss" not in source:
+        return ("ce" if before in LOSS_SWITCHES.values() else before), merged
+    wrong = [key for key in given if LOSS_SWITCHES[key] == source["loss"]]
+    if wrong:
+        raise ConfigError(f"{where}: {wrong[0]}: False and loss: {source['loss']} disagree; keep one")
+    return None, implied
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -92,13 +92,13 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(here)
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if launched:
         dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         yield here
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         if launched:
             dist.destroy_process_group()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from utils import distributed
 from utils.errors import InputError
@@ -44,6 +45,13 @@ def _made(folder: Path) -> bool:
     return True
 
 
+class _Terminal(logging.Handler):
+    """Lines on standard output that do not run into a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
 class RunLog:
     """The log, ``metrics.jsonl`` and TensorBoard of one run.
 
@@ -63,8 +71,7 @@ class RunLog:
         self.logger.setLevel(logging.INFO)
         file = logging.FileHandler(folder / "logs" / f"{name}.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        terminal = logging.StreamHandler(sys.stdout)
-        for handler in (file, terminal):
+        for handler in (file, _Terminal()):
             self.logger.addHandler(handler)
         self._keep_before(start_epoch)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=start_epoch or None)
@@ -74,7 +81,7 @@ class RunLog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self.info(f"stopped: {error or type(error).__name__}")
+            self.info(f"stopped: {str(error) or type(error).__name__}")
         for handler in list(self.logger.handlers):
             handler.close()
             self.logger.removeHandler(handler)
