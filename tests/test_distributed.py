@@ -16,7 +16,8 @@ from utils.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
-# What each of the two processes does; it leaves its findings in <folder>/<rank>.json.
+# What each of the two processes does; it leaves its findings in <folder>/<rank>.json. All of it is in a function, as in
+# the scripts: a parallel module that lives until the interpreter ends can abort it ("terminate called without ...").
 WORKER = """
 import json, sys, time
 from pathlib import Path
@@ -29,62 +30,66 @@ from utils.run_log import RunLog, new_folder
 
 folder = Path(sys.argv[1])
 found = {}
-with distributed.processes("cpu") as device:
-    rank = distributed.rank()
-    found["device"], found["world_size"], found["main"] = str(device), distributed.world_size(), distributed.is_main()
-    found["sum"] = distributed.all_reduce_sum(torch.tensor([1.0 + rank, 10.0 * rank])).tolist()
-    found["min"] = distributed.all_reduce_min(torch.tensor([5 - rank, 7 + rank])).tolist()
-    found["text"] = distributed.broadcast_text(f"from {rank}: ü" * (rank + 1))
+def work():
+    with distributed.processes("cpu") as device:
+        found["rank"] = rank = distributed.rank()
+        found["device"], found["world_size"], found["main"] = str(device), distributed.world_size(), distributed.is_main()
+        found["sum"] = distributed.all_reduce_sum(torch.tensor([1.0 + rank, 10.0 * rank])).tolist()
+        found["min"] = distributed.all_reduce_min(torch.tensor([5 - rank, 7 + rank])).tolist()
+        found["text"] = distributed.broadcast_text(f"from {rank}: ü" * (rank + 1))
 
-    norm = nn.BatchNorm1d(3)
-    norm.running_mean += 1 + rank
-    norm.num_batches_tracked += 10 + rank
-    with torch.no_grad():
-        norm.weight += rank
-    distributed.broadcast_buffers(norm)
-    found["buffers"] = [norm.running_mean.tolist(), norm.num_batches_tracked.item()]
-    found["weight"] = norm.weight.tolist()
+        norm = nn.BatchNorm1d(3)
+        norm.running_mean += 1 + rank
+        norm.num_batches_tracked += 10 + rank
+        with torch.no_grad():
+            norm.weight += rank
+        distributed.broadcast_buffers(norm)
+        found["buffers"] = [norm.running_mean.tolist(), norm.num_batches_tracked.item()]
+        found["weight"] = norm.weight.tolist()
 
-    with distributed.main_first():
-        found["entered"] = time.monotonic_ns()
-        if rank == 0:
-            found["worked"] = sum(range(3_000_000))
-            (folder / "made by the first").write_text("whole")
-        found["read"] = (folder / "made by the first").read_text()
-        found["left"] = time.monotonic_ns()
+        with distributed.main_first():
+            found["entered"] = time.monotonic_ns()
+            if rank == 0:
+                found["worked"] = sum(range(3_000_000))
+                (folder / "made by the first").write_text("whole")
+            found["read"] = (folder / "made by the first").read_text()
+            found["left"] = time.monotonic_ns()
 
-    model = nn.Linear(2, 1, bias=False)
-    with torch.no_grad():
-        model.weight.fill_(1.0 + rank)
-    parallel = distributed.parallel(model, device)
-    parallel(torch.tensor([[1.0, 4.0 * rank]])).sum().backward()
-    found["same start"], found["gradient"] = model.weight.tolist(), model.weight.grad.tolist()
+        model = nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            model.weight.fill_(1.0 + rank)
+        parallel = distributed.parallel(model, device)
+        parallel(torch.tensor([[1.0, 4.0 * rank]])).sum().backward()
+        found["same start"], found["gradient"] = model.weight.tolist(), model.weight.grad.tolist()
 
-    meter = TrainMeter(device)
-    targets = torch.zeros(1 + 2 * rank, dtype=torch.long)
-    meter.update(rank, torch.tensor(2.0 + 4 * rank), torch.eye(3)[targets + rank], targets)
-    found["averages"], found["last"] = meter.averages(), meter.last_step()
-    meter.update(2, torch.tensor(0.0), torch.eye(3)[[0] * 4], torch.zeros(4, dtype=torch.long))
-    found["later averages"] = meter.averages()
-    meter.check(0)
-    if rank == 1:
-        meter.update(4, torch.tensor(float("nan")), torch.eye(3), torch.zeros(3, dtype=torch.long))
-    try:
-        meter.check(6)
-    except DivergenceError as error:
-        found["diverged"] = str(error)
+        meter = TrainMeter(device)
+        targets = torch.zeros(1 + 2 * rank, dtype=torch.long)
+        meter.update(rank, torch.tensor(2.0 + 4 * rank), torch.eye(3)[targets + rank], targets)
+        found["averages"], found["last"] = meter.averages(), meter.last_step()
+        meter.update(2, torch.tensor(0.0), torch.eye(3)[[0] * 4], torch.zeros(4, dtype=torch.long))
+        found["later averages"] = meter.averages()
+        meter.check(0)
+        if rank == 1:
+            meter.update(4, torch.tensor(float("nan")), torch.eye(3), torch.zeros(3, dtype=torch.long))
+        try:
+            meter.check(6)
+        except DivergenceError as error:
+            found["diverged"] = str(error)
 
-    run_folder = new_folder(str(folder / "saved"), "run")
-    found["folder"] = str(run_folder)
-    with RunLog(run_folder, "run") as run:
-        run.info(f"line of {rank}")
-        run.write_epoch({"epoch": 0, "rank": rank})
-        run.scalars(0, {"loss": 1.0})
-        run.class_accuracies(0, torch.zeros(2), ["a", "b"])
-        found["history"] = run.history()
-    distributed.barrier()
+        run_folder = new_folder(str(folder / "saved"), "run")
+        found["folder"] = str(run_folder)
+        with RunLog(run_folder, "run") as run:
+            run.info(f"line of {rank}")
+            run.write_epoch({"epoch": 0, "rank": rank})
+            run.scalars(0, {"loss": 1.0})
+            run.class_accuracies(0, torch.zeros(2), ["a", "b"])
+            found["history"] = run.history()
+        distributed.barrier()
+
+
+work()
 found["after"] = [distributed.rank(), distributed.world_size(), distributed.is_main()]
-(folder / f"{rank}.json").write_text(json.dumps(found))
+(folder / f"{found['rank']}.json").write_text(json.dumps(found))
 """
 
 
