@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         groups = class_groups(cfg, data)
         model = new_model(cfg, data)
         loaded = load_weights(model, cfg.resume)
-        predictions = predict(model.to(device), data.eval_loader(data.test, device))
+        predictions = predict(model.to(device), data.test_loader(device))
         metrics = report(predictions, data.class_counts, groups)
         folder = report_folder(Path(cfg.resume), cfg.save_dir, cfg.name)
         if distributed.is_main():

@@ -4,7 +4,9 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -13,17 +15,19 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from datasets import Data, build_data, find_spec
-from datasets.loaders import TrainLoader
+from datasets.loaders import EvalLoader, TrainLoader
 from methods import Method, build_method, check_names
 from models import build_model, find_backbone
 from utils import distributed
 from utils.checkpoint import TrainState, is_ours, load_content, read_checkpoint, restore, save_checkpoint
 from utils.command_line import exit_code, parse
 from utils.config import dump_config, read_config
+from utils.errors import InputError
 from utils.evaluation import group_line, mislas_lines, predict, save_predictions
 from utils.files import write_text
 from utils.metrics import (
     GROUPS,
+    Predictions,
     TrainMeter,
     check_weights,
     class_accuracy,
@@ -45,30 +49,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with distributed.processes(cfg.device, cfg.deterministic) as device:
         data = load_data(cfg)
         groups = class_groups(cfg, data)
-        model = new_model(cfg, data).to(device)
-        method = new_method(cfg, data).to(device)
-        optimizer = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=cfg.lr,
-            momentum=cfg.momentum,
-            weight_decay=cfg.weight_decay,
-        )
         loader = data.train_loader(cfg.batch_size, cfg.seed, device, distributed.rank(), distributed.world_size())
+        test, held_out = data.test_loader(device), data.val_loader(device)
+        model = new_model(cfg, data).to(device)
+        check_smallest_batch(model, loader, cfg.batch_size)
+        method = new_method(cfg, data).to(device)
+        optimizer = new_optimizer(cfg, model, method)
         state, folder, settings, origin = start(cfg, model, method, optimizer)
 
         with RunLog(folder, cfg.name, state.epoch) as run:
             describe(run, cfg, data, groups, [*notes, *origin], device)
             write_settings(folder, settings)
             parallel = distributed.parallel(model, device)
-            for epoch in range(state.epoch, cfg.num_epochs):
+            epochs = range(state.epoch, cfg.num_epochs)
+            for epoch in epochs:
                 row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
                 row |= train_epoch(parallel, method, optimizer, loader, run, epoch, cfg.seed, cfg.print_freq)
                 if (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs:
-                    row |= evaluate(model, data, groups, run, epoch, device)
+                    evaluation = evaluate(model, test, held_out, data.class_counts, groups)
+                    row |= evaluation.entries
+                    publish(run, epoch, evaluation, data)
                 record(run, row)
                 best = advance(state, row)
                 save(folder, best, model=model, method=method, optimizer=optimizer, state=state, config=settings)
-            finish(run, state, model, data, groups, device)
+            if not epochs:  # a finished run was resumed
+                evaluation = evaluate(model, test, held_out, data.class_counts, groups)
+                announce(run, evaluation)
+            finish(run, state, evaluation, groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,6 +87,20 @@ def check(cfg: CfgNode) -> None:
     find_spec(cfg.dataset)
     find_backbone(cfg.backbone)
     check_names(cfg.loss, cfg.class_counts)
+
+
+def check_smallest_batch(model: nn.Module, loader: TrainLoader, batch_size: int) -> None:
+    """Batch norm cannot normalise one value per channel: one image, where the network pools it down to one pixel."""
+    if min(loader.batch_sizes) > 1:
+        return
+    copy = deepcopy(model).train()
+    try:
+        copy(next(loader.epoch(0)).images[:1])
+    except ValueError:
+        raise InputError(
+            f"batch_size: {batch_size} leaves a batch of one image, which the batch norm of this backbone cannot train "
+            "on at this image_size; choose another batch_size"
+        ) from None
 
 
 def load_data(cfg: CfgNode) -> Data:
@@ -121,6 +142,12 @@ def new_method(cfg: CfgNode, data: Data) -> Method:
         smooth_shape=cfg.smooth_shape,
         smooth_power=cfg.smooth_power,
     )
+
+
+def new_optimizer(cfg: CfgNode, model: nn.Module, method: Method) -> torch.optim.Optimizer:
+    """SGD over whatever learns: frozen backbones do not, and a method may have parameters of its own."""
+    learning = [p for module in (model, method) for p in module.parameters() if p.requires_grad]
+    return torch.optim.SGD(learning, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
 
 
 def start(
@@ -192,22 +219,39 @@ def show_progress() -> bool:
     return sys.stderr.isatty() and distributed.is_main()
 
 
-def evaluate(model: nn.Module, data: Data, groups: dict, run: RunLog, epoch: int, device: torch.device) -> dict:
-    """Evaluates the bare model with rank 0's statistics; keeps the predictions; returns the row's entries."""
+class Evaluation(NamedTuple):
+    """One evaluation: what goes into the epoch's row, and what it was computed from."""
+
+    entries: dict  # "test", "halves" and, where training images are held out, "val"; see utils.metrics.report
+    predictions: Predictions  # on the test set
+
+
+def evaluate(
+    model: nn.Module, test: EvalLoader, held_out: EvalLoader | None, class_counts: Tensor, groups: dict
+) -> Evaluation:
+    """Evaluates the bare model, with rank 0's batch-norm statistics on every rank."""
     distributed.broadcast_buffers(model)
-    predictions = predict(model, data.eval_loader(data.test, device))
-    test = report(predictions, data.class_counts, groups)
-    entries = {"test": test, "halves": half_accuracies(predictions)}
-    if data.val is not None:
-        held_out = predict(model, data.eval_loader(data.val, device))
-        entries["val"] = report(held_out, data.class_counts, groups)
-    if distributed.is_main():
-        save_predictions(run.folder / "predictions", epoch, predictions)
-    for line in mislas_lines(test):
+    predictions = predict(model, test)
+    entries = {"test": report(predictions, class_counts, groups), "halves": half_accuracies(predictions)}
+    if held_out is not None:
+        entries["val"] = report(predict(model, held_out), class_counts, groups)
+    return Evaluation(entries, predictions)
+
+
+def announce(run: RunLog, evaluation: Evaluation) -> None:
+    """MiSLAS's two lines, in the log."""
+    for line in mislas_lines(evaluation.entries["test"]):
         run.info(line)
+
+
+def publish(run: RunLog, epoch: int, evaluation: Evaluation, data: Data) -> None:
+    """The lines in the log, the predictions, and accuracy per class for TensorBoard."""
+    announce(run, evaluation)
+    predictions = evaluation.predictions
     accuracy, _ = class_accuracy(predictions.classes, predictions.targets, data.num_classes)
     run.class_accuracies(epoch, 100 * accuracy, data.class_names)
-    return entries
+    if distributed.is_main():
+        save_predictions(run.folder / "predictions", epoch, predictions)
 
 
 def advance(state: TrainState, row: Mapping) -> bool:
@@ -312,15 +356,13 @@ def write_settings(folder: Path, settings: Mapping) -> None:
         write_text(folder / "config.yaml", dump_config(settings))
 
 
-def finish(run: RunLog, state: TrainState, model: nn.Module, data: Data, groups: dict, device: torch.device) -> None:
-    """The table of the three numbers. A run that was finished before is evaluated once more."""
-    rows = [row for row in run.history() if "test" in row]
+def finish(run: RunLog, state: TrainState, evaluation: Evaluation, groups: dict) -> None:
+    """The table of the three numbers, in the log and as ``summary.json``."""
     if not distributed.is_main():
         return
-    if not rows or rows[-1]["epoch"] != state.epoch - 1:
-        predictions = predict(model, data.eval_loader(data.test, device))
-        test = report(predictions, data.class_counts, groups)
-        rows.append({"epoch": state.epoch - 1, "test": test, "halves": half_accuracies(predictions)})
+    rows = [row for row in run.history() if "test" in row]
+    if not rows or rows[-1]["epoch"] != state.epoch - 1:  # a checkpoint that came without its run's folder
+        rows.append({"epoch": state.epoch - 1, **evaluation.entries})
     headline = next(iter(groups))
     summary = summarise(rows, run.folder / "predictions", groups[headline])
     write_summary(run.folder / "summary.json", summary)

@@ -36,8 +36,12 @@ class Data:
         spec = self.spec
         return TrainLoader(*self.train, batch_size, spec.mean, spec.std, spec.flip, seed, device, rank, world_size)
 
-    def eval_loader(self, split: tuple[Tensor, Tensor], device: torch.device) -> EvalLoader:
-        return EvalLoader(*split, EVAL_BATCH, self.spec.mean, self.spec.std, device)
+    def test_loader(self, device: torch.device) -> EvalLoader:
+        return EvalLoader(*self.test, EVAL_BATCH, self.spec.mean, self.spec.std, device)
+
+    def val_loader(self, device: torch.device) -> EvalLoader | None:
+        """None where nothing is held out."""
+        return self.val and EvalLoader(*self.val, EVAL_BATCH, self.spec.mean, self.spec.std, device)
 
 
 def build_data(

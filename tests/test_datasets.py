@@ -183,7 +183,7 @@ def test_the_loaders_of_a_data_set_use_its_row(whole):
     assert len(torch.cat([batch.indices for batch in whole_epoch]).unique()) == len(whole.train[1])
     black = (0 - spec.mean[0]) / spec.std[0]
     assert min(batch.images.min() for batch in whole_epoch).item() == pytest.approx(black, abs=1e-6)
-    tests = list(whole.eval_loader(whole.test, CPU))
+    tests = list(whole.test_loader(CPU))
     assert torch.equal(torch.cat([images for images, _ in tests]), normalise(whole.test[0], spec.mean, spec.std))
     assert torch.equal(torch.cat([targets for _, targets in tests]), whole.test[1])
 

@@ -33,7 +33,8 @@ found = {}
 def work():
     with distributed.processes("cpu") as device:
         found["rank"] = rank = distributed.rank()
-        found["device"], found["world_size"], found["main"] = str(device), distributed.world_size(), distributed.is_main()
+        found["device"], found["main"] = str(device), distributed.is_main()
+        found["world_size"] = distributed.world_size()
         found["sum"] = distributed.all_reduce_sum(torch.tensor([1.0 + rank, 10.0 * rank])).tolist()
         found["min"] = distributed.all_reduce_min(torch.tensor([5 - rank, 7 + rank])).tolist()
         found["text"] = distributed.broadcast_text(f"from {rank}: ü" * (rank + 1))

@@ -444,6 +444,16 @@ def test_a_broken_image_is_named(tmp_path, capsys):
     assert f"{broken}: is no readable image" in result.said
 
 
+def test_a_last_batch_of_one_image_is_refused_before_training_where_batch_norm_cannot_take_it(tmp_path, capsys):
+    """477 images in batches of 68 leave one; ResNet-18 pools 32 pixels down to one, ResNet-20 to eight."""
+    arguments = ["--cfg", CE, "batch_size", 68, "num_epochs", 1, "save_dir", tmp_path / "saved"]
+    result = failure(capsys, train_stage1.main, *arguments, "backbone", "resnet18")
+    assert result.code == 2
+    assert "batch_size: 68 leaves a batch of one image" in result.said
+    assert not (tmp_path / "saved").exists()
+    assert failure(capsys, train_stage1.main, *arguments).code == 0
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, capsys):
     path = finished / "ckps" / "current.pth.tar"
     arguments = ["--cfg", ARB, "backbone", "resnet32", "resume", path, "save_dir", tmp_path / "saved"]
