@@ -111,10 +111,17 @@ def choice(*known: str):
     return parse
 
 
-def several(kind, increasing: bool = False, length: int | None = None):
+def class_range(value):
+    bounds = several(whole(0))(value)
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise ValueError("must be [first, last + 1], such as [0, 3]")
+    return bounds
+
+
+def several(kind, increasing: bool = False):
     def parse(value):
-        if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
-            raise ValueError(f"must be a list of {length if length is not None else 'values'}, such as [160, 180]")
+        if not isinstance(value, list | tuple):
+            raise ValueError("must be a list of values, such as [160, 180]")
         values = [kind(v) for v in value]
         if increasing and any(a >= b for a, b in itertools.pairwise(values)):
             raise ValueError("must increase from value to value")
@@ -136,8 +143,6 @@ def flag_or_path(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # Every option, once.
 
-CLASS_RANGE = optional(several(whole(0), increasing=True, length=2))
-
 OPTIONS: dict[str, Option] = {
     # the run
     "name": Option("", folder_name, "name of the run's folder; empty: the file's name"),
@@ -153,7 +158,7 @@ OPTIONS: dict[str, Option] = {
     "dataset": Option("cifar10", text, "cifar10, cifar100, digits or folder"),
     "data_path": Option("./data", text, "where the data set lies"),
     "num_classes": Option(None, optional(whole(1)), "null: what the data set has; otherwise checked against it"),
-    "image_size": Option(None, optional(whole(8)), "side in pixels; null: 32; only dataset: folder resizes"),
+    "image_size": Option(None, optional(whole(8)), "side in pixels; null: 32; only digits and folder resize"),
     "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after the cut"),
     "imb_factor": Option(None, optional(imbalance), "smallest class / largest class; null: the data set as it is"),
     "subset_seed": Option(0, whole(0, 2**32 - 1), "which images the cut keeps; 0: those of MiSLAS and LDAM-DRW"),
@@ -161,9 +166,11 @@ OPTIONS: dict[str, Option] = {
         0, whole(0), "training images per class held out before the cut; they then choose the best"
     ),
     "shots": Option(None, optional(choice("index", "count")), "many/medium/few by; null: count for folder, else index"),
-    "head_class_idx": Option(None, CLASS_RANGE, "[first, last + 1] of the many-shot classes; null: the data set's"),
-    "med_class_idx": Option(None, CLASS_RANGE, "the same for medium-shot classes"),
-    "tail_class_idx": Option(None, CLASS_RANGE, "the same for few-shot classes"),
+    "head_class_idx": Option(
+        None, optional(class_range), "[first, last + 1] of the many-shot classes; null: the data set's"
+    ),
+    "med_class_idx": Option(None, optional(class_range), "the same for medium-shot classes"),
+    "tail_class_idx": Option(None, optional(class_range), "the same for few-shot classes"),
     # model
     "backbone": Option("resnet32", text, "resnet20 ... resnet110 (CIFAR), resnet10 ... resnext101 (torchvision)"),
     "pretrained": Option(None, optional(flag_or_path), "torchvision backbones: True, False, a file; null: places only"),
