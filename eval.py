@@ -1,17 +1,19 @@
 """Evaluation of a checkpoint: python eval.py --cfg config/<...>.yaml resume CHECKPOINT [key value ...]"""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from train_stage1 import check, class_groups, load_data, new_model
+from yacs.config import CfgNode
+
+from train_stage1 import FIXED, check, class_groups, load_data, new_model
 from utils import distributed
-from utils.checkpoint import CheckpointError, load_weights
+from utils.checkpoint import CheckpointError, changed_options, load_content, read_checkpoint
 from utils.command_line import exit_code, parse
 from utils.config import read_config
 from utils.evaluation import class_table, details, group_line, mislas_lines, predict, table, write_report
 from utils.metrics import report
-from utils.run_log import new_folder
+from utils.run_log import folder_of, new_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,13 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = load_data(cfg)
         groups = class_groups(cfg, data)
         model = new_model(cfg, data)
-        loaded = load_weights(model, cfg.resume)
+        content = read_checkpoint(cfg.resume)
+        loaded = load_content(model, content, cfg.resume)
         predictions = predict(model.to(device), data.test_loader(device))
         metrics = report(predictions, data.class_counts, groups)
-        folder = report_folder(Path(cfg.resume), cfg.save_dir, cfg.name)
+        folder = report_folder(cfg.resume, cfg.save_dir, cfg.name)
         if distributed.is_main():
             write_report(folder, metrics, predictions, data.class_counts, data.class_names)
             print(f"{cfg.resume}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
+            print(differences(content, cfg), end="")
             print(f"\n{class_table(predictions, data.class_counts, data.class_names)}")
             print(f"\n{table(by_rule(metrics))}")
             print(f"\n{group_line(metrics['group_sizes'])}\n{details(metrics)}\n")
@@ -43,12 +47,21 @@ def by_rule(metrics: dict) -> dict[str, dict]:
     return {f"groups by {rule}": {**whole, **shots} for rule, shots in metrics["shots"].items()}
 
 
-def report_folder(checkpoint: Path, save_dir: str, name: str) -> Path:
+def differences(content: Mapping, cfg: CfgNode) -> str:
+    """A line that warns where groups and training counts are not those of the checkpoint's own training set."""
+    changed = {key: pair for key, pair in changed_options(content, cfg).items() if key in FIXED}
+    return "".join(
+        f"note: trained with {key} {old}, but this configuration says {new}, and what is below follows it\n"
+        for key, (old, new) in changed.items()
+    )
+
+
+def report_folder(checkpoint: str, save_dir: str, name: str) -> Path:
     """``eval/<checkpoint name>`` in the run's folder, else a new folder ``<name>_eval_<time>``."""
-    kept = checkpoint.resolve().parent
-    if kept.name == "ckps" and (kept.parent / "config.yaml").is_file():
-        return kept.parent / "eval" / checkpoint.name.removesuffix(".pth.tar")
-    return new_folder(save_dir, f"{name}_eval")
+    run = folder_of(checkpoint)
+    return (
+        run / "eval" / Path(checkpoint).name.removesuffix(".pth.tar") if run else new_folder(save_dir, f"{name}_eval")
+    )
 
 
 if __name__ == "__main__":

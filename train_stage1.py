@@ -24,7 +24,16 @@ from datasets.loaders import EvalLoader, TrainLoader
 from methods import Method, build_method, check_names
 from models import build_model, find_backbone
 from utils import distributed
-from utils.checkpoint import TrainState, is_ours, load_content, read_checkpoint, restore, save_checkpoint
+from utils.checkpoint import (
+    CheckpointError,
+    TrainState,
+    changed_options,
+    is_ours,
+    load_content,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from utils.command_line import exit_code, parse
 from utils.config import dump_config, read_config
 from utils.errors import InputError
@@ -41,10 +50,16 @@ from utils.metrics import (
     report,
     shot_groups,
 )
-from utils.run_log import RunLog, new_folder, progress_line
+from utils.run_log import RunLog, folder_of, new_folder, progress_line
 from utils.schedule import lr_at
 from utils.seed import seeded_weights
 from utils.summary import summarise, summary_table, write_summary
+
+# What a run cannot change when it goes on: its data and its model.
+FIXED = {
+    *("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class"),
+    *("backbone", "pretrained", "seed"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,7 +133,7 @@ def load_data(cfg: CfgNode) -> Data:
         imb_factor=cfg.imb_factor,
         subset_seed=cfg.subset_seed,
         val_per_class=cfg.val_per_class,
-        workers=cfg.workers,
+        workers=distributed.workers_here(cfg.workers),
     )
 
 
@@ -167,11 +182,18 @@ def start(
         source = load_content(model, content, cfg.resume)["source"]
         note = f"{cfg.resume}: {source}; weights only, training starts at epoch 0"
         return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note]
+    changed = changed_options(content, cfg)
+    for key in FIXED.intersection(changed):
+        old, new = changed[key]
+        raise CheckpointError(
+            f"{cfg.resume}: was trained with {key} {old}, and {key} {new} is asked for; a run goes on with its own "
+            "data and model (its config.yaml has them), or starts anew without resume"
+        )
     state = restore(content, cfg.resume, model, method, optimizer)
     settings["resume"] = content["config"].get("resume", "")
-    kept = Path(cfg.resume).resolve().parent
-    folder = kept.parent if kept.name == "ckps" else new_folder(cfg.save_dir, cfg.name)
-    return state, folder, settings, [f"{cfg.resume}: going on after {state.epoch} epochs, in {folder}"]
+    folder = folder_of(cfg.resume) or new_folder(cfg.save_dir, cfg.name)
+    notes = [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
+    return state, folder, settings, [f"{cfg.resume}: going on after {state.epoch} epochs, in {folder}", *notes]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:

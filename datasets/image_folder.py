@@ -83,8 +83,19 @@ def _classes(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def _refuse_other_images(folder: Path, index: dict[str, int]) -> None:
+    """Images that would be passed over in silence, such as .webp, are named; other files are nobody's business."""
+    known = Image.registered_extensions()
+    for name in index:
+        for path in sorted((folder / name).rglob("*")) if (folder / name).is_dir() else ():
+            ending = path.suffix.lower()
+            if ending in known and ending not in EXTENSIONS and not _hidden(path.name):
+                raise DataError(f"{path}: images must be png, jpg or jpeg; convert it or move it away")
+
+
 def _split(folder: Path, index: dict[str, int], size: int, workers: int, decode: Callable) -> Split:
     samples = make_dataset(str(folder), index, is_valid_file=_is_image, allow_empty=True)
+    _refuse_other_images(folder, index)
     if not samples:
         raise DataError(f"data_path: {folder} holds no images; expected are {LAYOUT}")
     paths = [path for path, _ in samples]

@@ -32,7 +32,10 @@ class Settings(NamedTuple):
 
 
 class Criterion(nn.Module):
-    """A ``*_terms`` function of :mod:`methods.losses` with its options; tensors among them are buffers."""
+    """A ``*_terms`` function of :mod:`methods.losses` with its options; tensors among them are buffers.
+
+    The buffers follow from data and configuration, so no checkpoint keeps them.
+    """
 
     def __init__(self, terms: Callable[..., losses.Terms], **options):
         super().__init__()
@@ -40,7 +43,7 @@ class Criterion(nn.Module):
         self.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
         self.tensors = [name for name, value in options.items() if isinstance(value, Tensor)]
         for name in self.tensors:
-            self.register_buffer(name, options[name])
+            self.register_buffer(name, options[name], persistent=False)
 
     def forward(self, logits: Tensor, class_counts: Tensor) -> losses.Terms:
         return self.terms(logits, class_counts, **self.options, **{name: getattr(self, name) for name in self.tensors})
@@ -49,10 +52,7 @@ class Criterion(nn.Module):
 def _smoothing(s: Settings) -> Tensor:
     if s.smooth_head is None or s.smooth_tail is None:
         raise InputError("loss: las needs smooth_head and smooth_tail, such as 0.3 and 0.0")
-    try:
-        return losses.smoothing_by_count(s.class_counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
-    except ValueError as error:
-        raise InputError(f"smooth_{error}") from None
+    return losses.smoothing_by_count(s.class_counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
 
 
 LOSSES: dict[str, Callable[[Settings], Criterion]] = {
@@ -94,7 +94,7 @@ class Method(nn.Module):
         self.criterion = criterion
         self.counts = counts
         self.mixup_alpha = mixup_alpha
-        self.register_buffer("class_counts", class_counts)
+        self.register_buffer("class_counts", class_counts, persistent=False)
 
     def start_epoch(self, epoch: int) -> None:
         """Called before every epoch; methods with deferred parts switch them on here."""

@@ -7,6 +7,8 @@ from models.places import PlacesModel
 from utils.errors import InputError
 
 CIFAR_BACKBONES = {f"resnet{depth}": depth for depth in resnet_cifar.DEPTHS}
+# The data sets of this project. Only places has an arrangement of its own; a name is checked against slips.
+DATASETS = ("cifar10", "cifar100", "digits", "folder", "imagenet", "ina2018", "places")
 BACKBONES = (*CIFAR_BACKBONES, *resnet.CONSTRUCTORS)
 
 
@@ -31,6 +33,8 @@ def build_model(
     ``classifier``: a name of ``CLASSIFIERS``. Raises ``ValueError`` (:class:`InputError`) that lists what is known.
     """
     name = find_backbone(backbone)
+    if dataset not in DATASETS:
+        raise InputError(f"dataset: {dataset!r} is unknown; known are {', '.join(DATASETS)}")
     if classifier not in CLASSIFIERS:
         raise InputError(f"classifier: {classifier!r} is unknown; known are {', '.join(CLASSIFIERS)}")
     if pretrained is None:

@@ -128,6 +128,11 @@ def test_main_first_runs_the_block_once_and_passes_errors_on():
         ran.append(1 / 0)
 
 
+def test_workers_are_at_most_the_cpus():
+    usable = len(os.sched_getaffinity(0))
+    assert [distributed.workers_here(n) for n in (0, 1, 10_000)] == [0, 1, usable]
+
+
 @pytest.mark.parametrize("size", [None, "1"])
 def test_without_a_launcher_there_is_no_group(monkeypatch, size):
     monkeypatch.delenv("WORLD_SIZE", raising=False) if size is None else monkeypatch.setenv("WORLD_SIZE", size)

@@ -77,6 +77,11 @@ def test_shots_by_count_change_the_headline(run, capsys):
     assert "classes by count: many 2, medium 4, few 4" in said
 
 
+def test_other_data_than_the_checkpoints_own_are_named(run, capsys):
+    evaluate("resume", run / "ckps" / "current.pth.tar", "imb_factor", "0.5")
+    assert "note: trained with imb_factor 0.05, but this configuration says 0.5" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

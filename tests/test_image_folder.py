@@ -68,10 +68,18 @@ def test_classes_are_the_training_folders_in_alphabetical_order(tmp_path):
 def test_png_and_jpeg_are_read_whatever_their_case_and_other_files_are_not(tree):
     for name in ("a.PNG", "b.jpg", "c.JPG", "d.jpeg", "e.JPEG", "f.Png"):
         save(tree / "train/cat" / name)
-    for name in ("notes.txt", "g.bmp", "h.png.bak", "Thumbs.db"):
+    for name in ("notes.txt", "h.png.bak", "Thumbs.db"):
         (tree / "train/cat" / name).write_text("no image")
     assert np.bincount(read(tree).train.targets).tolist() == [8, 2]
     assert read(tree).train.load(np.arange(10)).shape == (10, 8, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["a.webp", "b.BMP", "deeper/c.tif"])
+def test_images_of_another_kind_are_named_and_not_passed_over(tree, name):
+    (tree / "train/cat" / name).parent.mkdir(exist_ok=True)
+    (tree / "train/cat" / name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{name}: images must be png, jpg or jpeg"):
+        read(tree)
 
 
 def test_val_is_read_where_there_is_no_test(tree):

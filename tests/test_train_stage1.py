@@ -27,6 +27,8 @@ from methods import build_method
 from models import build_model
 from tests.conftest import ARB, ROOT, failure, train
 from utils.config import load_config
+from utils.errors import DivergenceError
+from utils.run_log import RunLog
 
 CE = "config/digits/digits_imb005.yaml"
 
@@ -70,7 +72,7 @@ def assert_same_run(first, second):
 
 
 def test_the_first_command_of_the_readme(tmp_path):
-    """Exactly as written after &&, in a copy of the project; its table is the one that the README shows."""
+    """Exactly as written after &&, in a copy of the project; another CPU may give slightly other numbers."""
     commands = re.findall(r"^\s*pip install -r requirements.txt && (.+)$", (ROOT / "README.md").read_text(), re.M)
     command = next(c for c in commands if "train_stage1.py" in c)
     for name in ("config", "datasets", "methods", "models", "utils"):
@@ -243,6 +245,27 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_epoch_twice(tmp_path):
     train(tmp_path, "num_epochs", 2, "resume", folder / "ckps" / "current.pth.tar")
     assert [row["epoch"] for row in history(folder)] == [0, 1]
     assert history(folder)[0] == rows[0]
+    assert (
+        "epochs from 1 on were trained before; their 2 rows are dropped"
+        in next((folder / "logs").iterdir()).read_text()
+    )
+
+
+def test_a_run_goes_on_with_its_own_data_and_names_what_else_changed(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / finished.name)
+    path = folder / "ckps" / "current.pth.tar"
+    before = (folder / "config.yaml").read_text()
+    for key, value in (("imb_factor", 0.5), ("val_per_class", 5), ("subset_seed", 1)):
+        result = failure(capsys, train_stage1.main, "--cfg", ARB, "resume", path, key, value)
+        assert result.code == 2
+        assert len(result.lines) == 1
+        assert f"was trained with {key} " in result.said
+        assert f"{key} {value} is asked for" in result.said
+    assert (folder / "config.yaml").read_text() == before
+    train(tmp_path, "num_epochs", 3, "lr", 0.05, "resume", path)
+    said = capsys.readouterr().out
+    assert "lr was 0.1 so far and is 0.05 from here on" in said
+    assert "num_epochs was 2 so far and is 3 from here on" in said
 
 
 def test_resuming_a_finished_run_prints_the_table_and_changes_nothing(finished, tmp_path, capsys):
@@ -310,22 +333,31 @@ class ScalarReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("cfg", [ARB, CE])
-def test_a_step_fetches_no_number_from_the_device(cfg):
+def one_epoch(cfg, batch_size, run, lr=0.1):
+    """An epoch by the trainer's own loop, in batches of ``batch_size``, with one log line."""
     cfg = load_config(cfg)
     data = train_stage1.load_data(cfg)
     model, method = train_stage1.new_model(cfg, data), train_stage1.new_method(cfg, data)
-    loader = data.train_loader(32, 0, torch.device("cpu"), 0, 1)
-    meter = train_stage1.TrainMeter(torch.device("cpu"))
-    draws = method.draws(loader.batch_sizes, 0, 0)
+    loader = data.train_loader(batch_size, 0, torch.device("cpu"), 0, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     with ScalarReads() as counter:
-        batch = next(loader.epoch(0))
-        output = method(model, batch.images, batch.targets, draws[0])
-        (output.loss * batch.weight).backward()
-        meter.update(0, output.loss, output.logits, batch.targets)
-        assert counter.reads == 0
-        meter.check(0)
-        assert counter.reads > 0
+        train_stage1.train_epoch(model, method, optimizer, loader, run, epoch=0, seed=0, print_freq=1000)
+    return counter.reads, len(loader)
+
+
+@pytest.mark.parametrize("cfg", [ARB, CE])
+def test_a_step_fetches_no_number_from_the_device(cfg, tmp_path):
+    """An epoch of eight steps reads as many numbers, at its one log line and its end, as one of three."""
+    with RunLog(tmp_path, "run") as run:
+        (few, three), (many, eight) = one_epoch(cfg, 160, run), one_epoch(cfg, 64, run)
+    assert (three, eight) == (3, 8)
+    assert 0 < few == many
+
+
+def test_a_weight_that_the_last_step_made_infinite_stops_the_run(tmp_path):
+    """The loss of the only step is finite; what the step leaves behind is not."""
+    with RunLog(tmp_path, "run") as run, pytest.raises(DivergenceError, match="epoch 0, last step: a weight"):
+        one_epoch(CE, 477, run, lr=3e38)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +405,8 @@ def test_own_class_folders_with_their_natural_counts(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "162 training images in 3 classes (largest 120, smallest 12), 30 test images" in said
     assert history(folder)[0]["test"]["group_sizes"] == {"count": {"many": 1, "medium": 1, "few": 1}}
-    assert content(folder)["state_dict_method"]["class_counts"].tolist() == [120, 12, 30]  # one, two, zero
+    cfg = load_config("config/folder/base.yaml", ["data_path", str(tmp_path / "images")])
+    assert train_stage1.load_data(cfg).class_counts.tolist() == [120, 12, 30]  # one, two, zero
 
 
 def test_two_processes_write_one_folder_and_train(tmp_path):
@@ -390,6 +423,59 @@ def test_two_processes_write_one_folder_and_train(tmp_path):
     assert len(history(folder)) == 1
     assert done.stdout.count("last epoch (epoch 0)") == 1
     assert "2 processes: mixup pairs, batch counts" in done.stdout
+
+
+# One epoch by the trainer's own loop, in as many processes as the launcher started; rank 0 leaves its findings.
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+import train_stage1
+from torch import nn
+from models.model import Model
+from utils import distributed
+from utils.config import load_config
+from utils.run_log import RunLog, new_folder
+
+def work(folder):
+    cfg = load_config("config/digits/digits_imb005.yaml")
+    with distributed.processes("cpu") as device:
+        data = train_stage1.load_data(cfg)
+        torch.manual_seed(0)
+        # No batch norm: each process would normalise by its own share.
+        model = Model(nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Tanh()), nn.Linear(8, 10))
+        method = train_stage1.new_method(cfg, data)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        loader = data.train_loader(28, 0, device, distributed.rank(), distributed.world_size())
+        with RunLog(new_folder(str(folder), "run"), "run") as run:
+            parallel = distributed.parallel(model, device)
+            row = train_stage1.train_epoch(parallel, method, optimizer, loader, run, 0, 0, 1000)
+        normed = train_stage1.new_model(cfg, data)
+        normed.backbone.bn1.running_mean += distributed.rank()
+        groups = train_stage1.class_groups(cfg, data)
+        found = train_stage1.evaluate(normed, data.test_loader(device), None, data.class_counts, groups).entries
+        weights = {name: value.tolist() for name, value in model.state_dict().items()}
+        content = {"train": row["train"], "weights": weights, "nll": found["test"]["nll"]}
+        (folder / f"{distributed.rank()} of {distributed.world_size()}.json").write_text(json.dumps(content))
+
+work(Path(sys.argv[1]))
+"""
+
+
+def test_two_processes_train_as_one_does_on_the_same_global_batches(tmp_path):
+    """477 images in batches of 28: the last batch has one image, and the second process no share of it."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        command = [sys.executable, *launcher, str(tmp_path / "worker.py"), str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("0 of 1", "0 of 2", "1 of 2"))
+    assert first["weights"] == second["weights"]
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(torch.tensor(first["weights"][name]), torch.tensor(weight), rtol=1e-4, atol=1e-5)
+    assert first["train"] == pytest.approx(one["train"], rel=1e-5)
+    assert first["nll"] == second["nll"] == pytest.approx(one["nll"], rel=1e-6)  # both with rank 0's statistics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,10 +542,18 @@ def test_a_last_batch_of_one_image_is_refused_before_training_where_batch_norm_c
 
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, capsys):
     path = finished / "ckps" / "current.pth.tar"
-    arguments = ["--cfg", ARB, "backbone", "resnet32", "resume", path, "save_dir", tmp_path / "saved"]
-    result = failure(capsys, train_stage1.main, *arguments)
-    assert result.code == 2
-    assert "is of another architecture" in result.said
+    own = torch.load(path, weights_only=True)
+    torch.save({key: own[key] for key in own if key != "config"}, tmp_path / "weights.pth.tar")
+    for file, expected in (
+        (path, "was trained with backbone resnet20"),
+        (tmp_path / "weights.pth.tar", "architecture"),
+    ):
+        arguments = ["--cfg", ARB, "backbone", "resnet32", "resume", file, "save_dir", tmp_path / "saved"]
+        result = failure(capsys, train_stage1.main, *arguments)
+        assert result.code == 2
+        assert len(result.lines) == 1
+        assert expected in result.said
+    assert not (tmp_path / "saved").exists()
 
 
 def test_from_the_shell_there_is_no_traceback(tmp_path):

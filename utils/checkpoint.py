@@ -8,7 +8,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from utils.files import atomic_file
 
 # The parts of a model, by the key that MiSLAS gives each.
 PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dict_classifier": "classifier"}
+# Options that say nothing about what is trained.
+INCIDENTAL = ("name", "save_dir", "resume", "device", "workers", "print_freq", "data_path")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel / DistributedDataParallel and of torch.compile
 
 
@@ -104,7 +106,8 @@ def _check_sums(path: Path) -> None:
 
 def is_ours(content: Mapping) -> bool:
     """Whether a checkpoint holds all that going on exactly needs, not only weights."""
-    return all(key in content for key in ("optimizer", "state_dict_method", "config", "selected_on"))
+    whole = all(key in content for key in ("optimizer", "state_dict_method", "selected_on"))
+    return whole and isinstance(content.get("config"), Mapping)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict:
@@ -133,9 +136,7 @@ def _load_content(model: nn.Module, content: Mapping, path: str | Path) -> dict:
     needed = _parts(model)
     missing = [key for key in needed if key not in states]
     if missing:
-        raise CheckpointError(
-            f"{path}: has no {', '.join(missing)}; it holds: {', '.join(map(str, content)) or 'nothing'}"
-        )
+        raise CheckpointError(f"{path}: has no {', '.join(missing)}; it holds: {_some(content)}")
     if isinstance(content.get("state_dict_lws_model"), Mapping):
         _fold_scaling(states["state_dict_classifier"], _strip(content["state_dict_lws_model"]), path)
         source += ", stage 2's scaling folded into the classifier"
@@ -160,9 +161,19 @@ def restore(content: Mapping, path: str | Path, model: nn.Module, method: nn.Mod
     try:
         method.load_state_dict(content["state_dict_method"])
         optimizer.load_state_dict(content["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        return TrainState(int(content["epoch"]), float(content["best_acc1"]), float(content["its_ece"]))
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {_brief(error)}") from None
-    return TrainState(content["epoch"], float(content["best_acc1"]), content["its_ece"])
+
+
+def changed_options(content: Mapping, config: Mapping) -> dict[str, tuple]:
+    """Option -> (value in our checkpoint, value in ``config``) where they differ; paths and the like do not count."""
+    saved = content["config"] if is_ours(content) else {}
+    return {
+        key: (saved[key], config[key])
+        for key in config
+        if key in saved and saved[key] != config[key] and key not in INCIDENTAL
+    }
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -212,5 +223,10 @@ def _numpy_scalars() -> list:
     return [*((scalar, name) for name in names), (np.dtype, "numpy.dtype"), *kinds]
 
 
+def _some(keys: Iterable, most: int = 6) -> str:
+    names = [str(key) for key in keys]
+    return (", ".join(names[:most]) + (", ..." if len(names) > most else "")) or "nothing"
+
+
 def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return " ".join(str(error).split()).split(". ")[0][:160] or type(error).__name__

@@ -3,17 +3,25 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from utils.errors import DivergenceError, InputError
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line, as for every other bad input, instead of argparse's usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"command line: {message} (usage: {self.prog} --cfg FILE [key value ...], such as lr 0.05)")
+
+
 def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """``--cfg FILE [key value ...]``; ``--local-rank`` comes from torch.distributed.launch and is not needed."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = _Parser(description=description)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, see config/")
     parser.add_argument("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="key value", help="such as: lr 0.05 seed 1")
-    return parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", metavar="key value", help="such as: lr 0.05 seed 1")
+    return parser.parse_intermixed_args(arguments)
 
 
 def exit_code(main: Callable[[], None]) -> int:

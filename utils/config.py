@@ -303,11 +303,16 @@ def _read_yaml(path: Path) -> dict:
 
 def _pairs(overrides: Sequence[str]) -> dict:
     if len(overrides) % 2:
-        raise ConfigError(f"command line: overrides come in pairs, such as 'lr 0.05'; '{overrides[-1]}' stands alone")
+        raise ConfigError(
+            "command line: overrides come in pairs, such as 'lr 0.05' or 'lr_steps [10,20]' (quote a list that has "
+            f"spaces); '{overrides[-1]}' stands alone"
+        )
     pairs = {}
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         try:
-            if key in OPTIONS and _is_text(OPTIONS[key]):
+            if not isinstance(value, str):
+                pairs[key] = value
+            elif key in OPTIONS and _is_text(OPTIONS[key]):
                 pairs[key] = None if value in ("null", "None") else value
             else:
                 pairs[key] = yaml.safe_load(value)
@@ -321,10 +326,9 @@ def _is_text(option: Option) -> bool:
 
 
 def _known(key: Any, where: str) -> bool:
-    known = [*OPTIONS, *OLD_SWITCHES, *OBSOLETE]
-    if key in known:
+    if key in (*OPTIONS, *OLD_SWITCHES, *OBSOLETE):
         return True
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(key), [*OPTIONS, *OLD_SWITCHES], n=1, cutoff=0.0)
     raise ConfigError(f"{where}: unknown key '{key}'; the nearest known one is '{near[0]}'")
 
 
@@ -401,11 +405,12 @@ def _old_loss(source: dict, before: str, switches: dict, where: str) -> tuple[st
         merged = {key: value for key, value in merged.items() if key in given or key in ("arbloss", "LAS")}
     on = [key for key in LOSS_SWITCHES if merged.get(key)]
     variants = [key for key in on if key != "arbloss"]
-    if "LAS" in on and len(on) > 1:
+    arb = next((key for key in (*on, *implied) if key != "LAS"), None)
+    if "LAS" in on and arb:
         raise ConfigError(
-            f"{where}: LAS and {next(k for k in on if k != 'LAS')} cannot both be True: label-aware smoothing over "
-            "ARB's log-probabilities is infinite with batch counts (a class absent from the batch has log-probability "
-            "-inf) and moves decisions to rare classes with global ones; switch one off"
+            f"{where}: LAS and {arb} cannot both be True: label-aware smoothing over ARB's log-probabilities is "
+            "infinite with batch counts (a class absent from the batch has log-probability -inf) and moves decisions "
+            "to rare classes with global ones; switch one off"
         )
     if len(variants) > 1:
         raise ConfigError(f"{where}: {' and '.join(variants)} are both True and choose different losses; keep one")
@@ -431,6 +436,8 @@ def _check_together(values: dict, path: str | Path) -> None:
         )
     if values["loss"] == "las" and (values["smooth_head"] is None or values["smooth_tail"] is None):
         raise ConfigError(f"{path}: loss: las needs smooth_head and smooth_tail, such as 0.3 and 0.0")
+    if values["loss"] == "las" and values["smooth_shape"] == "exp" and values["smooth_power"] is None:
+        raise ConfigError(f"{path}: smooth_shape: exp needs smooth_power, such as 2.0")
     ranges = [key for key in ("head_class_idx", "med_class_idx", "tail_class_idx") if values[key] is not None]
     if len(ranges) in (1, 2):
         raise ConfigError(f"{path}: head_class_idx, med_class_idx and tail_class_idx come together; {ranges} alone")

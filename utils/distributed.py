@@ -71,6 +71,13 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
+def workers_here(workers: int) -> int:
+    """This process's share of a node's ``workers``, at most the CPUs that it may use."""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(-(-workers // processes_here), usable)
+
+
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """``model`` such that a backward pass averages gradients over the processes."""
     if not dist.is_initialized():

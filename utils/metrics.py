@@ -1,4 +1,6 @@
-"""Accuracy, groups and calibration: pure functions of predictions. Legend: N samples, C classes.
+"""Accuracy, groups and calibration: pure functions of predictions; and the running sums of training.
+
+Legend: N samples, C classes.
 
 Accuracies and calibration errors in reports are percent; ``calibration_error`` itself gives fractions of 1.
 """

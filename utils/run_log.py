@@ -23,6 +23,12 @@ from utils.files import write_text
 SCALAR_CLASSES = 100  # up to this many classes each has its own curve; beyond, one histogram
 
 
+def folder_of(checkpoint: str | Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None for a file that lies elsewhere."""
+    kept = Path(checkpoint).resolve().parent
+    return kept.parent if kept.name == "ckps" and (kept.parent / "config.yaml").is_file() else None
+
+
 def new_folder(save_dir: str, name: str) -> Path:
     """Makes ``<save_dir>/<name>_<time>`` on rank 0 and returns it on every rank; never an existing folder."""
     path = ""
@@ -73,7 +79,9 @@ class RunLog:
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         for handler in (file, _Terminal()):
             self.logger.addHandler(handler)
-        self._keep_before(start_epoch)
+        dropped = self._keep_before(start_epoch)
+        if dropped:
+            self.info(f"note: epochs from {start_epoch} on were trained before; their {dropped} rows are dropped")
         self.board = SummaryWriter(folder / "tensorboard", purge_step=start_epoch or None)
 
     def __enter__(self) -> "RunLog":
@@ -128,9 +136,11 @@ class RunLog:
     def _metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 
-    def _keep_before(self, epoch: int) -> None:
-        rows = [row for row in self.history() if row["epoch"] < epoch]
-        write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    def _keep_before(self, epoch: int) -> int:
+        rows = self.history()
+        kept = [row for row in rows if row["epoch"] < epoch]
+        write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        return len(rows) - len(kept)
 
 
 def progress_line(epoch: int, step: int, steps: int, seconds: float, last: Mapping, mean: Mapping) -> str:
