@@ -445,7 +445,7 @@ def work(folder):
         # No batch norm: each process would normalise by its own share.
         model = Model(nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Tanh()), nn.Linear(8, 10))
         method = train_stage1.new_method(cfg, data)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
         loader = data.train_loader(17, 0, device, distributed.rank(), distributed.world_size())
         with RunLog(new_folder(str(folder), "run"), "run") as run:
             parallel = distributed.parallel(model, device)
@@ -463,7 +463,7 @@ work(Path(sys.argv[1]))
 
 
 def test_two_processes_train_as_one_does_on_the_same_global_batches(tmp_path):
-    """477 images in batches of 17: shares of 8 and 9, and a last batch of one image, of which one process has no share."""
+    """477 images in batches of 17: shares of 8 and 9, and a last batch of one image: one process has no share of it."""
     (tmp_path / "worker.py").write_text(WORKER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
