@@ -18,7 +18,7 @@ from utils.run_log import folder_of, new_folder
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse("Evaluate a checkpoint of ours, of MiSLAS or of ARBLOSS.", arguments)
-    cfg, _ = read_config(args.cfg, args.overrides)
+    cfg, notes = read_config(args.cfg, args.overrides)
     check(cfg)
     if not cfg.resume:
         raise CheckpointError("resume: eval.py needs a checkpoint; add: resume saved/<run>/ckps/current.pth.tar")
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if distributed.is_main():
             write_report(folder, metrics, predictions, data.class_counts, data.class_names)
             print(f"{cfg.resume}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
-            print(differences(content, cfg), end="")
+            print(*(f"note: {note}" for note in [*notes, *differences(content, cfg)]), sep="\n")
             print(f"\n{class_table(predictions, data.class_counts, data.class_names)}")
             print(f"\n{table(by_rule(metrics))}")
             print(f"\n{group_line(metrics['group_sizes'])}\n{details(metrics)}\n")
@@ -47,13 +47,13 @@ def by_rule(metrics: dict) -> dict[str, dict]:
     return {f"groups by {rule}": {**whole, **shots} for rule, shots in metrics["shots"].items()}
 
 
-def differences(content: Mapping, cfg: CfgNode) -> str:
-    """A line that warns where groups and training counts are not those of the checkpoint's own training set."""
+def differences(content: Mapping, cfg: CfgNode) -> list[str]:
+    """Lines that warn where groups and training counts are not those of the checkpoint's own training set."""
     changed = {key: pair for key, pair in changed_options(content, cfg).items() if key in FIXED}
-    return "".join(
-        f"note: trained with {key} {old}, but this configuration says {new}, and what is below follows it\n"
+    return [
+        f"trained with {key} {old}, but this configuration says {new}, and what is below follows it"
         for key, (old, new) in changed.items()
-    )
+    ]
 
 
 def report_folder(checkpoint: str, save_dir: str, name: str) -> Path:

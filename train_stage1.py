@@ -55,11 +55,8 @@ from utils.schedule import lr_at
 from utils.seed import seeded_weights
 from utils.summary import summarise, summary_table, write_summary
 
-# What a run cannot change when it goes on: its data and its model.
-FIXED = {
-    *("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class"),
-    *("backbone", "pretrained", "seed"),
-}
+# What a run cannot change when it goes on: its data. (That the model fits is checked against the weights themselves.)
+FIXED = ("dataset", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -183,11 +180,11 @@ def start(
         note = f"{cfg.resume}: {source}; weights only, training starts at epoch 0"
         return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note]
     changed = changed_options(content, cfg)
-    for key in FIXED.intersection(changed):
+    for key in (key for key in FIXED if key in changed):
         old, new = changed[key]
         raise CheckpointError(
             f"{cfg.resume}: was trained with {key} {old}, and {key} {new} is asked for; a run goes on with its own "
-            "data and model (its config.yaml has them), or starts anew without resume"
+            "data (its config.yaml has them), or starts anew without resume"
         )
     state = restore(content, cfg.resume, model, method, optimizer)
     settings["resume"] = content["config"].get("resume", "")

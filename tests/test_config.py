@@ -750,3 +750,13 @@ def test_any_mapping_gives_a_frozen_configuration_or_a_refusal(write, values):
 @given(pairs=st.lists(KEYS | SNIPPET, max_size=4))
 def test_any_command_line_gives_a_frozen_configuration_or_a_refusal(write, pairs):
     config_or_refusal(write("lr: 0.1"), pairs)
+
+
+def test_a_stage_2_file_of_mislas_loads_with_its_nulls(tmp_path):
+    """Such a file says what its checkpoint is; there alpha is null beside mixup: False."""
+    file = tmp_path / "stage2.yaml"
+    file.write_text("mode: 'stage2'\nsmooth_head: 0.3\nsmooth_tail: 0.0\nlr_factor: 0.5\nmixup: False\nalpha: null\n")
+    cfg = load_config(file)
+    assert (cfg.mixup, cfg.alpha, cfg.smooth_head) == (False, None, 0.3)
+    with pytest.raises(ConfigError, match="mixup: True needs alpha"):
+        load_config(file, ["mixup", "True"])

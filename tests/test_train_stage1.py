@@ -544,15 +544,12 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
     path = finished / "ckps" / "current.pth.tar"
     own = torch.load(path, weights_only=True)
     torch.save({key: own[key] for key in own if key != "config"}, tmp_path / "weights.pth.tar")
-    for file, expected in (
-        (path, "was trained with backbone resnet20"),
-        (tmp_path / "weights.pth.tar", "architecture"),
-    ):
+    for file in (path, tmp_path / "weights.pth.tar"):
         arguments = ["--cfg", ARB, "backbone", "resnet32", "resume", file, "save_dir", tmp_path / "saved"]
         result = failure(capsys, train_stage1.main, *arguments)
         assert result.code == 2
         assert len(result.lines) == 1
-        assert expected in result.said
+        assert "is of another architecture" in result.said
     assert not (tmp_path / "saved").exists()
 
 

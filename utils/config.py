@@ -185,7 +185,7 @@ OPTIONS: dict[str, Option] = {
     "smooth_shape": Option("concave", choice("concave", "linear", "convex", "exp"), "from tail to head"),
     "smooth_power": Option(None, optional(number(0, above=True)), "exponent of smooth_shape: exp; null: none"),
     "mixup": Option(False, flag, "input mixup"),
-    "alpha": Option(1.0, number(0), "mixup: lambda ~ Beta(alpha, alpha); 0: no mixing"),
+    "alpha": Option(1.0, optional(number(0)), "mixup: lambda ~ Beta(alpha, alpha); 0: no mixing"),
     # optimisation
     "num_epochs": Option(200, whole(1), "epochs"),
     "batch_size": Option(128, whole(1), "images per step over all processes"),
@@ -438,6 +438,8 @@ def _check_together(values: dict, path: str | Path) -> None:
         raise ConfigError(f"{path}: loss: las needs smooth_head and smooth_tail, such as 0.3 and 0.0")
     if values["loss"] == "las" and values["smooth_shape"] == "exp" and values["smooth_power"] is None:
         raise ConfigError(f"{path}: smooth_shape: exp needs smooth_power, such as 2.0")
+    if values["mixup"] and values["alpha"] is None:
+        raise ConfigError(f"{path}: mixup: True needs alpha, such as 1.0")
     ranges = [key for key in ("head_class_idx", "med_class_idx", "tail_class_idx") if values[key] is not None]
     if len(ranges) in (1, 2):
         raise ConfigError(f"{path}: head_class_idx, med_class_idx and tail_class_idx come together; {ranges} alone")
