@@ -14,7 +14,7 @@ to all targets once, and ``terms(targets)`` gives the loss per sample, so that b
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -155,13 +155,13 @@ class ARBLoss(nn.Module):
 
     def __init__(
         self,
-        class_counts: Tensor | None = None,
+        class_counts: Tensor | Sequence[float] | None = None,
         reduction: str = "mean",
         clamp: float | None = 30.0,
         ignore_index: int = -100,
     ):
         super().__init__()
-        self.register_buffer("class_counts", class_counts)
+        self.register_buffer("class_counts", None if class_counts is None else torch.as_tensor(class_counts))
         self.reduction, self.clamp, self.ignore_index = reduction, clamp, ignore_index
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -190,7 +190,11 @@ def _reduce(losses: Tensor, reduction: str, count: Tensor) -> Tensor:
 
 
 def smoothing_by_count(
-    class_counts: Tensor, smooth_head: float, smooth_tail: float, shape: str = "concave", power: float | None = None
+    class_counts: Tensor | Sequence[float],
+    smooth_head: float,
+    smooth_tail: float,
+    shape: str = "concave",
+    power: float | None = None,
 ) -> Tensor:
     """Smoothing e_y per class, float32 [C], from ``smooth_tail`` (rarest) to ``smooth_head`` (most frequent).
 
@@ -208,7 +212,7 @@ def smoothing_by_count(
         raise ValueError(f"shape: {shape!r} is unknown; known are {', '.join(shapes)}")
     if shape == "exp" and power is None:
         raise ValueError("shape: exp needs a power, such as 2.0")
-    counts = class_counts.double()
+    counts = torch.as_tensor(class_counts).double()
     low, high = counts.min(), counts.max()
     rank = (counts - low) / (high - low) if high > low else torch.ones_like(counts)
     return (smooth_tail + (smooth_head - smooth_tail) * shapes[shape](rank)).float()

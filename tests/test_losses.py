@@ -143,6 +143,7 @@ def test_the_module_counts_the_batch_or_takes_the_given_counts():
     module = ARBLoss(COUNTS, reduction="sum", clamp=None)
     assert torch.equal(module(logits, targets), arb_loss(logits, targets, COUNTS, "sum", clamp=None))
     assert "class_counts" in module.state_dict()
+    assert torch.equal(ARBLoss([50, 20, 0, 7, 1])(logits, targets), arb_loss(logits, targets, COUNTS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
