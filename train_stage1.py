@@ -180,8 +180,9 @@ def start(
         note = f"{cfg.resume}: {source}; weights only, training starts at epoch 0"
         return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note]
     changed = changed_options(content, cfg)
-    for key in (key for key in FIXED if key in changed):
-        old, new = changed[key]
+    other_data = [key for key in FIXED if key in changed]
+    if other_data:
+        key, (old, new) = other_data[0], changed[other_data[0]]
         raise CheckpointError(
             f"{cfg.resume}: was trained with {key} {old}, and {key} {new} is asked for; a run goes on with its own "
             "data (its config.yaml has them), or starts anew without resume"

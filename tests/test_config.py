@@ -596,6 +596,11 @@ def test_an_old_and_a_new_switch_that_agree_load(write, old, new, key, value):
         ("class_counts: global_masked", "arb_loss_use_global_class_cnt: False", "class_counts", "batch"),
         ("not_pretrained: True", "pretrained: True", "pretrained", True),
         ("pretrained: True", "not_pretrained: True", "pretrained", False),
+        # A variant that is switched off later leaves what the other switches say.
+        ("arbloss: True, arbloss_fl: True", "arbloss_fl: False", "loss", "arb"),
+        ("arbloss: True, warbloss: True", "warbloss: False", "loss", "arb"),
+        ("warbloss: True", "LAS: True, warbloss: False", "loss", "las"),
+        ("not_pretrained: True", "not_pretrained: False", "pretrained", None),
     ],
 )
 def test_between_sources_the_later_one_wins(write, first, second, key, value):
@@ -604,20 +609,6 @@ def test_between_sources_the_later_one_wins(write, first, second, key, value):
     assert load_config(write(f"_BASE_: base.yaml\n{second}"))[key] == value
     pairs = [word for line in second.splitlines() for word in line.split(": ")]
     assert load_config(write("_BASE_: base.yaml"), pairs)[key] == value
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "key", "value"),
-    [
-        ("arbloss: True\narbloss_fl: True", "arbloss_fl: False", "loss", "arb"),
-        ("arbloss: True\nwarbloss: True", "warbloss: False", "loss", "arb"),
-        ("warbloss: True", "LAS: True\nwarbloss: False", "loss", "las"),
-        ("not_pretrained: True", "not_pretrained: False", "pretrained", None),
-    ],
-)
-def test_a_variant_switched_off_later_leaves_what_the_other_switches_say(write, first, second, key, value):
-    write(f"smooth_head: 0.3\nsmooth_tail: 0.0\n{first}", "base.yaml")
-    assert load_config(write(f"_BASE_: base.yaml\n{second}"))[key] == value
 
 
 @pytest.mark.parametrize(

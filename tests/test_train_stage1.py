@@ -553,6 +553,32 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
     assert not (tmp_path / "saved").exists()
 
 
+class Hostile:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_cut_or_unsafe_checkpoint_is_refused_and_runs_nothing(finished, tmp_path, capsys):
+    whole = (finished / "ckps" / "current.pth.tar").read_bytes()
+    (tmp_path / "cut.pth.tar").write_bytes(whole[: len(whole) // 2])
+    torch.save({"state_dict_model": Hostile(tmp_path / "made")}, tmp_path / "unsafe.pth.tar")
+    for name, expected in (("cut", "is damaged"), ("unsafe", "unsafe to load")):
+        path = tmp_path / f"{name}.pth.tar"
+        arguments = ["--cfg", ARB, "resume", path, "save_dir", tmp_path / "saved"]
+        result = failure(capsys, train_stage1.main, *arguments)
+        assert result.code == 2
+        assert len(result.lines) == 1
+        assert f"{path}: " in result.said
+        assert expected in result.said
+    assert not (tmp_path / "saved").exists()
+    assert not (tmp_path / "made").exists()
+
+
 def test_from_the_shell_there_is_no_traceback(tmp_path):
     done = subprocess.run([sys.executable, "train_stage1.py", "--cfg", CE, "lr", "0"], capture_output=True, text=True)
     assert done.returncode == 2
