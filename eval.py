@@ -6,7 +6,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from train_stage1 import FIXED, check, class_groups, load_data, new_model
+from train_stage1 import FIXED, check, class_groups, class_map, load_data, new_model
 from utils import distributed
 from utils.checkpoint import CheckpointError, changed_options, load_content, read_checkpoint
 from utils.command_line import exit_code, parse
@@ -22,19 +22,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(cfg)
     if not cfg.resume:
         raise CheckpointError("resume: eval.py needs a checkpoint; add: resume saved/<run>/ckps/current.pth.tar")
+    content = read_checkpoint(cfg.resume)
     with distributed.processes(cfg.device, cfg.deterministic) as device:
-        data = load_data(cfg)
+        data = load_data(cfg, content)
         groups = class_groups(cfg, data)
         model = new_model(cfg, data)
-        content = read_checkpoint(cfg.resume)
         loaded = load_content(model, content, cfg.resume)
-        predictions = predict(model.to(device), data.test_loader(device))
+        test = data.test_loader(device, rank=distributed.rank(), world_size=distributed.world_size())
+        predictions = predict(model.to(device), test)
         metrics = report(predictions, data.class_counts, groups)
         folder = report_folder(cfg.resume, cfg.save_dir, cfg.name)
         if distributed.is_main():
             write_report(folder, metrics, predictions, data.class_counts, data.class_names)
             print(f"{cfg.resume}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
-            print(*(f"note: {note}" for note in [*notes, *differences(content, cfg)]), sep="\n")
+            print(
+                *(f"note: {note}" for note in [*notes, *class_map(cfg, content)[1], *differences(content, cfg)]),
+                sep="\n",
+            )
             print(f"\n{class_table(predictions, data.class_counts, data.class_names)}")
             print(f"\n{table(by_rule(metrics))}")
             print(f"\n{group_line(metrics['group_sizes'])}\n{details(metrics)}\n")

@@ -63,21 +63,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse("Train one stage with ARB-Loss or a baseline.", arguments)
     cfg, notes = read_config(args.cfg, args.overrides)
     check(cfg)
+    content = read_checkpoint(cfg.resume) if cfg.resume else None
     with distributed.processes(cfg.device, cfg.deterministic) as device:
-        data = load_data(cfg)
+        data = load_data(cfg, content)
         groups = class_groups(cfg, data)
-        loader = data.train_loader(cfg.batch_size, cfg.seed, device, distributed.rank(), distributed.world_size())
-        test, held_out = data.test_loader(device), data.val_loader(device)
-        model = new_model(cfg, data).to(device)
-        check_smallest_batch(model, loader, cfg.batch_size)
+        shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        loader = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **shares)
+        test, held_out = data.test_loader(device, **shares), data.val_loader(device, **shares)
+        model = new_model(cfg, data).to(device, memory_format=torch.channels_last)  # as the images are
+        check_smallest_batch(model, loader, data.image_size, cfg.batch_size)
         method = new_method(cfg, data).to(device)
         optimizer = new_optimizer(cfg, model, method)
-        state, folder, settings, origin = start(cfg, model, method, optimizer)
+        state, folder, settings, origin = start(cfg, content, model, method, optimizer)
 
         with RunLog(folder, cfg.name, state.epoch) as run:
             describe(run, cfg, data, groups, [*notes, *origin], device)
             write_settings(folder, settings)
-            parallel = distributed.parallel(model, device)
+            parallel = distributed.parallel(model, device, cfg.sync_bn)
             epochs = range(state.epoch, cfg.num_epochs)
             for epoch in epochs:
                 row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
@@ -88,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     publish(run, epoch, evaluation, data)
                 record(run, row)
                 best = advance(state, row)
-                save(folder, best, model=model, method=method, optimizer=optimizer, state=state, config=settings)
+                parts = {"model": model, "method": method, "optimizer": optimizer, "class_map": data.class_map}
+                save(folder, best, state=state, config=settings, **parts)
             if not epochs:  # a finished run was resumed
                 evaluation = evaluate(model, test, held_out, data.class_counts, groups)
                 announce(run, evaluation)
@@ -106,13 +109,13 @@ def check(cfg: CfgNode) -> None:
     check_names(cfg.loss, cfg.class_counts)
 
 
-def check_smallest_batch(model: nn.Module, loader: TrainLoader, batch_size: int) -> None:
+def check_smallest_batch(model: nn.Module, loader: TrainLoader, image_size: int, batch_size: int) -> None:
     """Batch norm cannot normalise one value per channel: one image, where the network pools it down to one pixel."""
     if min(loader.batch_sizes) > 1:
         return
     copy = deepcopy(model).train()
     try:
-        copy(next(loader.epoch(0)).images[:1])
+        copy(torch.zeros(1, 3, image_size, image_size, device=loader.device))
     except ValueError:
         raise InputError(
             f"batch_size: {batch_size} leaves a batch of one image, which the batch norm of this backbone cannot train "
@@ -120,7 +123,8 @@ def check_smallest_batch(model: nn.Module, loader: TrainLoader, batch_size: int)
         ) from None
 
 
-def load_data(cfg: CfgNode) -> Data:
+def load_data(cfg: CfgNode, content: Mapping | None = None) -> Data:
+    """``content``: of the checkpoint to go on from or to evaluate, which knows the numbers of its classes."""
     return build_data(
         cfg.dataset,
         cfg.data_path,
@@ -131,7 +135,28 @@ def load_data(cfg: CfgNode) -> Data:
         subset_seed=cfg.subset_seed,
         val_per_class=cfg.val_per_class,
         workers=distributed.workers_here(cfg.workers),
+        decoder=cfg.decoder,
+        train_txt=cfg.train_txt,
+        val_txt=cfg.val_txt,
+        class_map=class_map(cfg, content)[0],
     )
+
+
+def class_map(cfg: CfgNode, content: Mapping | None) -> tuple[str | Sequence[int], list[str]]:
+    """How the labels of list data become classes, and a line that says it; see :mod:`datasets.class_order`.
+
+    A checkpoint goes with the numbers that it was trained with; one without a map comes from MiSLAS or ARBLOSS.
+    """
+    if find_spec(cfg.dataset).lists is None:
+        return cfg.class_map, []
+    if content is None:
+        choice, reason = cfg.class_map or "stable", ""
+    elif content.get("class_map") is not None:
+        choice, reason = content["class_map"], f", class_map {cfg.class_map} is not needed" if cfg.class_map else ""
+        return choice, [f"class map: the checkpoint's{reason}"]
+    else:
+        choice, reason = cfg.class_map or "legacy", ", the checkpoint has none"
+    return choice, [f"class map: {choice}{reason}"]
 
 
 def class_groups(cfg: CfgNode, data: Data) -> dict[str, dict[str, Tensor]]:
@@ -168,17 +193,19 @@ def new_optimizer(cfg: CfgNode, model: nn.Module, method: Method) -> torch.optim
 
 
 def start(
-    cfg: CfgNode, model: nn.Module, method: Method, optimizer: torch.optim.Optimizer
+    cfg: CfgNode, content: Mapping | None, model: nn.Module, method: Method, optimizer: torch.optim.Optimizer
 ) -> tuple[TrainState, Path, dict, list[str]]:
-    """Where training starts: (state, the run's folder, the settings it records, notes for the log)."""
-    settings = dict(cfg)
-    if not cfg.resume:
-        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, []
-    content = read_checkpoint(cfg.resume)
+    """Where training starts: (state, the run's folder, the settings it records, notes for the log).
+
+    ``content``: of the checkpoint that ``resume`` names, or None.
+    """
+    settings, numbering = dict(cfg), class_map(cfg, content)[1]
+    if content is None:
+        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, numbering
     if not is_ours(content):
         source = load_content(model, content, cfg.resume)["source"]
         note = f"{cfg.resume}: {source}; weights only, training starts at epoch 0"
-        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note]
+        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note, *numbering]
     changed = changed_options(content, cfg)
     other_data = [key for key in FIXED if key in changed]
     if other_data:
@@ -188,10 +215,15 @@ def start(
             "data (its config.yaml has them), or starts anew without resume"
         )
     state = restore(content, cfg.resume, model, method, optimizer)
-    settings["resume"] = content["config"].get("resume", "")
+    settings |= {key: content["config"].get(key, "") for key in ("resume", "class_map")}
     folder = folder_of(cfg.resume) or new_folder(cfg.save_dir, cfg.name)
     notes = [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
-    return state, folder, settings, [f"{cfg.resume}: going on after {state.epoch} epochs, in {folder}", *notes]
+    return (
+        state,
+        folder,
+        settings,
+        [f"{cfg.resume}: going on after {state.epoch} epochs, in {folder}", *numbering, *notes],
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
@@ -221,14 +253,18 @@ def train_epoch(
     method.start_epoch(epoch)
     device = loader.device
     meter = TrainMeter(device)
-    draws = method.draws(loader.batch_sizes, seed, epoch)
-    steps = tqdm(loader.epoch(epoch), f"epoch {epoch}", len(loader), leave=False, disable=not show_progress())
-    for step, batch in enumerate(steps):
-        output = method(model, batch.images, batch.targets, draws[step].to(device))
-        optimizer.zero_grad()
-        (output.loss * batch.weight).backward()
-        optimizer.step()
+    draws = method.draws(loader.batch_sizes, seed, epoch, loader.accumulate)
+    batches = tqdm(loader.epoch(epoch), f"epoch {epoch}", len(loader.passes), leave=False, disable=not show_progress())
+    for number, batch in enumerate(batches):
+        with distributed.averaging(model, batch.ends_step):
+            output = method(model, batch.images, batch.targets, draws[number].to(device), batch.weight)
+            (output.loss * batch.weight).backward()
+        step = number // loader.accumulate
         meter.update(step, output.loss, output.logits, batch.targets, batch.weight)
+        if not batch.ends_step:
+            continue
+        optimizer.step()
+        optimizer.zero_grad()
         if step % print_freq == 0:
             meter.check(epoch)
             per_step = (time.perf_counter() - began) / (step + 1)
@@ -319,12 +355,13 @@ def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequenc
         f"{cfg.name}: training {method_in_words(cfg)}; {schedule_in_words(cfg)}; "
         f"seed {cfg.seed}, subset seed {cfg.subset_seed}"
     )
-    counts = data.class_counts
+    counts, filled = data.class_counts, data.class_counts[data.class_counts > 0]
+    classes = f"{data.num_classes}" if len(filled) == len(counts) else f"{len(filled)} of {data.num_classes}"
     run.info(
-        f"data: {cfg.dataset}, {int(counts.sum())} training images in {data.num_classes} classes "
-        f"(largest {int(counts.max())}, smallest {int(counts.min())}), "
-        + (f"{len(data.val[1])} held out, " if data.val else "")
-        + f"{len(data.test[1])} test images; model: {cfg.backbone}"
+        f"data: {cfg.dataset}, {int(counts.sum())} training images in {classes} classes "
+        f"(largest {int(filled.max())}, smallest {int(filled.min())}), "
+        + (f"{len(data.val.targets)} held out, " if data.val else "")
+        + f"{len(data.test.targets)} test images; model: {cfg.backbone}"
     )
     run.info(group_line(group_sizes(groups)))
     run.info(

@@ -1,47 +1,82 @@
 """Data sets: rows in :mod:`datasets.specs`, a long-tailed cut, and loaders over what it keeps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.loaders import EvalLoader, TrainLoader
+from datasets.loaders import EvalLoader, MemoryPixels, Pixels, TrainLoader
 from datasets.long_tail import cut_counts, hold_out, long_tail_indices
-from datasets.source import DataError, Split
+from datasets.source import DataError, ImageFiles, Source, Split
 from datasets.specs import DatasetSpec, find_spec
+from datasets.streaming import StreamedPixels
 
 __all__ = ["Data", "DataError", "build_data", "find_spec"]
 
 EVAL_BATCH = 500  # any size gives the same predictions; this one fits everywhere
+STREAMED_EVAL_BATCH = 100
+
+
+class Images(NamedTuple):
+    """One part of the data: images uint8 [N, H, W, 3] in memory, or the files that hold them; targets int64 [N]."""
+
+    images: Tensor | ImageFiles
+    targets: Tensor
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set after the cut, decoded: images uint8 [N, H, W, 3], targets int64 [N]."""
+    """A data set after the cut."""
 
     spec: DatasetSpec
     class_names: list[str]
     class_counts: Tensor  # int64 [C], training images per class after the cut
-    train: tuple[Tensor, Tensor]
-    val: tuple[Tensor, Tensor] | None  # held-out training images, the same number of each class
-    test: tuple[Tensor, Tensor]
+    train: Images
+    val: Images | None  # held-out training images, the same number of each class
+    test: Images
+    class_map: Tensor | None  # int64 [C], label in the lists -> class; None: there are no lists
+    image_size: int
+    workers: int
+    decoder: str
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def train_loader(self, batch_size: int, seed: int, device: torch.device, rank: int, world_size: int) -> TrainLoader:
-        spec = self.spec
-        return TrainLoader(*self.train, batch_size, spec.mean, spec.std, spec.flip, seed, device, rank, world_size)
+    def train_loader(
+        self,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ) -> TrainLoader:
+        """See :class:`TrainLoader`."""
+        pixels, targets = self._pixels(self.train, device), self.train.targets
+        return TrainLoader(pixels, targets, batch_size, seed, device, rank, world_size, accumulate)
 
-    def test_loader(self, device: torch.device) -> EvalLoader:
-        return EvalLoader(*self.test, EVAL_BATCH, self.spec.mean, self.spec.std, device)
+    def test_loader(self, device: torch.device, rank: int = 0, world_size: int = 1) -> EvalLoader:
+        """See :class:`EvalLoader`."""
+        return self._eval_loader(self.test, device, rank, world_size)
 
-    def val_loader(self, device: torch.device) -> EvalLoader | None:
+    def val_loader(self, device: torch.device, rank: int = 0, world_size: int = 1) -> EvalLoader | None:
         """None where nothing is held out."""
-        return self.val and EvalLoader(*self.val, EVAL_BATCH, self.spec.mean, self.spec.std, device)
+        return self.val and self._eval_loader(self.val, device, rank, world_size)
+
+    def _eval_loader(self, part: Images, device: torch.device, rank: int, world_size: int) -> EvalLoader:
+        batch_size = STREAMED_EVAL_BATCH if self.spec.lists else EVAL_BATCH
+        return EvalLoader(self._pixels(part, device), part.targets, batch_size, device, rank, world_size)
+
+    def _pixels(self, part: Images, device: torch.device) -> Pixels:
+        mean, std = self.spec.mean, self.spec.std
+        if isinstance(part.images, ImageFiles):
+            return StreamedPixels(part.images, self.image_size, mean, std, device, self.workers, self.decoder)
+        return MemoryPixels(part.images, mean, std, device, self.spec.flip)
 
 
 def build_data(
@@ -54,16 +89,23 @@ def build_data(
     subset_seed: int = 0,
     val_per_class: int = 0,
     workers: int = 0,
+    decoder: str = "pil",
+    train_txt: str = "",
+    val_txt: str = "",
+    class_map: str | Sequence[int] = "",
 ) -> Data:
     """Reads a data set and cuts it. Raises :class:`DataError`.
 
     ``num_classes``: None, or what the configuration expects. ``imb_factor``: None leaves the counts as they are.
-    ``subset_seed`` 0 keeps the reference's images. ``workers`` threads decode.
+    ``subset_seed`` 0 keeps the reference's images. ``workers`` threads or processes decode, with ``decoder`` (see
+    :func:`datasets.decoding.open_rgb`). ``train_txt``, ``val_txt``, ``class_map`` are for data sets that come as lists.
     """
     spec = find_spec(dataset)
     if image_size not in (None, spec.image_size) and not spec.any_size:
         raise DataError(f"image_size: {image_size}, but images of {dataset} have {spec.image_size} pixels")
-    source = spec.read(Path(data_path), image_size or spec.image_size, workers)
+    image_size = image_size or spec.image_size
+    lists = {"train_txt": train_txt, "val_txt": val_txt, "class_map": class_map}
+    source = _read(spec, dataset, Path(data_path), image_size, workers, {k: v for k, v in lists.items() if len(v)})
     classes = len(source.class_names)
     if spec.num_classes not in (None, classes):
         raise DataError(f"data_path: {data_path} has {classes} classes, {dataset} has {spec.num_classes}")
@@ -76,16 +118,31 @@ def build_data(
         natural = np.bincount(source.train.targets[train], minlength=classes)
         counts = cut_counts(natural, imb_type, imb_factor, spec.ranked_cut)
         train = train[long_tail_indices(source.train.targets[train], counts, subset_seed)]
-    images, targets = _decoded(source.train, train)
+    kept = _images(source.train, train)
     return Data(
         spec,
         source.class_names,
-        torch.bincount(targets, minlength=classes),
-        (images, targets),
-        None if val is None else _decoded(source.train, val),
-        _decoded(source.test, np.arange(len(source.test.targets))),
+        torch.bincount(kept.targets, minlength=classes),
+        kept,
+        None if val is None else _images(source.train, val),
+        _images(source.test, np.arange(len(source.test.targets))),
+        None if source.class_map is None else torch.from_numpy(source.class_map),
+        image_size,
+        workers,
+        decoder,
     )
 
 
-def _decoded(split: Split, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(np.ascontiguousarray(split.load(chosen))), torch.from_numpy(split.targets[chosen])
+def _read(spec: DatasetSpec, name: str, data_path: Path, image_size: int, workers: int, lists: dict) -> Source:
+    if spec.lists is not None:
+        return spec.lists.read(data_path, spec.num_classes, **lists)
+    if lists:
+        raise DataError(f"{next(iter(lists))}: {name} does not come as lists; only imagenet, ina2018 and places do")
+    return spec.read(data_path, image_size, workers)
+
+
+def _images(split: Split, chosen: np.ndarray) -> Images:
+    targets = torch.from_numpy(split.targets[chosen])
+    if split.load is None:
+        return Images(split.files.select(chosen), targets)
+    return Images(torch.from_numpy(np.ascontiguousarray(split.load(chosen))), targets)

@@ -1,8 +1,41 @@
 """Order of classes by frequency: list data sets number their classes from the most to the least frequent."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+
+from datasets.source import DataError
+
+
+def class_map_for(choice: str | Sequence[int], counts: np.ndarray) -> np.ndarray:
+    """Label in the lists -> class, int64 [C].
+
+    ``choice``: "stable" or "legacy" (see below), the path of a text file with C whole numbers, or the numbers
+    themselves: number i is the class that label i trains as. ``counts [C]`` are the training images per label.
+    """
+    if isinstance(choice, str) and choice in ("stable", "legacy"):
+        order = stable_order(counts) if choice == "stable" else legacy_order(counts)
+        return np.argsort(order)
+    numbers, name = (_read_map(choice), choice) if isinstance(choice, str) else (choice, "of the checkpoint")
+    chosen = np.asarray(numbers).reshape(-1)
+    if not np.array_equal(np.sort(chosen), np.arange(len(counts))):
+        raise DataError(
+            f"class_map: {name}: must hold each of 0 .. {len(counts) - 1} once, one number per label; "
+            f"it holds {len(chosen)} numbers"
+        )
+    return chosen.astype(np.int64)
+
+
+def _read_map(path: str) -> np.ndarray:
+    try:
+        return np.array(Path(path).read_text(encoding="utf-8").split(), dtype=np.int64)
+    except OSError as error:
+        raise DataError(
+            f"class_map: {path}: cannot be read ({error.strerror}); known are stable, legacy, FILE"
+        ) from None
+    except (ValueError, OverflowError):
+        raise DataError(f"class_map: {path}: must hold whole numbers and nothing else") from None
 
 
 def stable_order(counts: Sequence[int]) -> np.ndarray:
@@ -23,7 +56,7 @@ def legacy_order(counts: Sequence[int]) -> np.ndarray:
     while waiting:
         low, high, depth = waiting.pop()
         if depth < 0:
-            raise ValueError("the legacy order of these counts would need NumPy's heapsort")
+            raise DataError("class_map: the legacy order of these counts would need NumPy's heapsort; take stable")
         while high - low > 15:
             cut = _partition(keys, order, low, high)
             depth -= 1

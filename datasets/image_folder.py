@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import make_dataset
 
+from datasets.decoding import open_rgb
 from datasets.source import DataError, Source, Split
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -39,16 +40,6 @@ def decode_exact(path: str, size: int) -> np.ndarray:
             "dataset: folder takes images of any size"
         )
     return np.asarray(image)
-
-
-def open_rgb(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: is no readable image ({' '.join(str(error).split())})") from None
 
 
 def read(data_path: Path, image_size: int, workers: int, decode: Callable = decode) -> Source:

@@ -1,12 +1,12 @@
-"""Batches of a data set that lives in memory, as uint8, on the device that trains.
+"""Training and evaluation batches of one process, whatever the pixels come from.
 
-Which images a step sees, and how they are cropped, is a function of (seed, epoch): drawn once per epoch as tables.
-With W processes, process r takes the r-th share of every global batch; shares differ by at most one image, and nothing
-is padded or dropped.
+Which images a step sees, and how they are augmented, is a function of (seed, epoch). With W processes, process r takes
+the r-th share of every global batch, in k passes where a step accumulates; these W k parts differ by at most one image,
+and nothing is padded or dropped.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +16,31 @@ from utils.seed import generator
 
 
 class Batch(NamedTuple):
-    """What a training step sees of the data."""
+    """What one pass of a training step sees of the data."""
 
     images: Tensor  # float32 [B, 3, H, W], normalised
     targets: Tensor  # int64 [B]
     indices: Tensor  # int64 [B], positions in the training set
-    weight: float  # B * W / size of the global batch: what this process's mean counts in the average over processes
+    weight: float  # B * W / size of the global batch: what this mean counts in the step's average over processes
+    ends_step: bool = True  # the step's last pass
+
+
+class Pass(NamedTuple):
+    """A part of a global batch: positions in the epoch's order, and what :class:`Batch` says of it."""
+
+    positions: slice
+    weight: float
+    ends_step: bool
+
+
+class Pixels(Protocol):
+    """Where batches of images come from: float32 [B, 3, H, W], normalised, on the device."""
+
+    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[Tensor]:
+        """The images at ``order[part]``, cropped and mirrored at random: a function of (seed, epoch, image)."""
+
+    def plain(self, parts: Iterable[slice]) -> Iterator[Tensor]:
+        """The images at each of ``parts`` as they are."""
 
 
 def share(size: int, rank: int, world_size: int) -> slice:
@@ -29,70 +48,105 @@ def share(size: int, rank: int, world_size: int) -> slice:
     return slice(size * rank // world_size, size * (rank + 1) // world_size)
 
 
+def plan_passes(size: int, batch_size: int, rank: int, world_size: int, accumulate: int) -> list[Pass]:
+    """The passes of this process over an epoch of ``size`` images, ``accumulate`` per step.
+
+    k passes of a process see what k processes would see. A last batch smaller than the number of parts leaves some
+    empty; every process has to take part in every step, so these take the batch's first image, with weight 0.
+    """
+    passes = []
+    for start in range(0, size, batch_size):
+        whole = min(batch_size, size - start)
+        for number in range(accumulate):
+            part = share(whole, rank * accumulate + number, world_size * accumulate)
+            weight = (part.stop - part.start) * world_size / whole
+            part = part if weight else slice(0, 1)
+            passes.append(Pass(slice(start + part.start, start + part.stop), weight, number == accumulate - 1))
+    return passes
+
+
 class TrainLoader:
-    """Augmented, shuffled batches; ``len`` is the number of steps of an epoch."""
+    """Augmented, shuffled batches; ``len`` is the number of steps of an epoch, of ``accumulate`` passes each."""
 
     def __init__(
         self,
-        images: Tensor,
+        pixels: Pixels,
         targets: Tensor,
         batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        flip: bool,
         seed: int,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
     ):
-        """``images`` uint8 [N, H, W, 3], ``targets`` int64 [N]; ``batch_size`` is global."""
-        self.images, self.targets = images.to(device), targets.to(device)
-        self.padding = images.shape[1] // 8  # 4 of 32 pixels, as in the reference
-        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.flip, self.seed, self.device = flip, seed, device
-        starts = range(0, len(targets), batch_size)
-        sizes = [min(batch_size, len(targets) - start) for start in starts]
-        shares = [share(size, rank, world_size) for size in sizes]
-        self.weights = [(s.stop - s.start) * world_size / size for s, size in zip(shares, sizes, strict=True)]
-        # A last batch smaller than the number of processes leaves some without a share. Every process has to take part
-        # in the step, so these take one image, with weight 0.
-        shares = [s if s.stop > s.start else slice(0, 1) for s in shares]
-        self.steps = [slice(start + s.start, start + s.stop) for start, s in zip(starts, shares, strict=True)]
-        self.batch_sizes = [s.stop - s.start for s in shares]  # of this process
+        """``targets`` int64 [N]; ``batch_size`` is global."""
+        self.pixels, self.targets = pixels, targets.to(device)
+        self.seed, self.device, self.accumulate = seed, device, accumulate
+        self.passes = plan_passes(len(targets), batch_size, rank, world_size, accumulate)
+        self.batch_sizes = [p.positions.stop - p.positions.start for p in self.passes]
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.passes) // self.accumulate
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of ``epoch``, the same in every run with this seed."""
-        size = len(self.targets)
-        order = torch.from_numpy(generator(self.seed, epoch, "order").permutation(size)).to(self.device)
-        offsets, flips = (t.to(self.device) for t in draw_crops(size, self.padding, self.flip, self.seed, epoch))
-        for step, weight in zip(self.steps, self.weights, strict=True):
-            chosen = order[step]
-            cropped = crop_and_flip(self.images[chosen], offsets[chosen], flips[chosen], self.padding)
-            yield Batch(normalise(cropped, self.mean, self.std), self.targets[chosen], chosen, weight)
+        """The batches of ``epoch``, one per pass, the same in every run with this seed."""
+        order = torch.from_numpy(generator(self.seed, epoch, "order").permutation(len(self.targets)))
+        images = self.pixels.augmented(order, [p.positions for p in self.passes], self.seed, epoch)
+        order = order.to(self.device)
+        for part, (positions, weight, ends_step) in zip(images, self.passes, strict=True):
+            chosen = order[positions]
+            yield Batch(part, self.targets[chosen], chosen, weight, ends_step)
 
 
 class EvalLoader:
-    """Every image once, in order, without augmentation: (images [B, 3, H, W], targets [B])."""
+    """Images in order, without augmentation: (images [B, 3, H, W], targets [B]).
+
+    With W processes, process r takes the r-th share of the batches. A batch is never divided, so that every image is
+    computed among the same others, to the last bit, whatever the number of processes.
+    """
 
     def __init__(
         self,
-        images: Tensor,
+        pixels: Pixels,
         targets: Tensor,
         batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
         device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
     ):
-        self.images, self.targets = images.to(device), targets.to(device)
-        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.batch_size = batch_size
+        """``targets`` int64 [N] of the whole set."""
+        self.pixels, self.targets = pixels, targets.to(device)
+        mine = share(-(-len(targets) // batch_size), rank, world_size)
+        self.parts = [slice(n * batch_size, (n + 1) * batch_size) for n in range(mine.start, mine.stop)]
 
     def __len__(self) -> int:
-        return -(-len(self.targets) // self.batch_size)
+        return len(self.parts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = zip(self.images.split(self.batch_size), self.targets.split(self.batch_size), strict=True)
-        return ((normalise(images, self.mean, self.std), targets) for images, targets in parts)
+        images = self.pixels.plain(self.parts)
+        return ((batch, self.targets[part]) for batch, part in zip(images, self.parts, strict=True))
+
+
+class MemoryPixels:
+    """Small images that live as uint8 on the device; padded with black, cropped and flipped there in whole batches."""
+
+    def __init__(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device, flip: bool = True
+    ):
+        """``images`` uint8 [N, H, W, 3]."""
+        self.images, self.flip = images.to(device), flip
+        self.padding = images.shape[1] // 8  # 4 of 32 pixels, as in the reference
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
+
+    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[Tensor]:
+        """See :class:`Pixels`; the draws of an epoch are tables."""
+        draws = draw_crops(len(self.images), self.padding, self.flip, seed, epoch)
+        offsets, flips, order = (table.to(self.images.device) for table in (*draws, order))
+        for part in parts:
+            chosen = order[part]
+            cropped = crop_and_flip(self.images[chosen], offsets[chosen], flips[chosen], self.padding)
+            yield normalise(cropped, self.mean, self.std)
+
+    def plain(self, parts: Iterable[slice]) -> Iterator[Tensor]:
+        """See :class:`Pixels`."""
+        return (normalise(self.images[part], self.mean, self.std) for part in parts)

@@ -28,11 +28,17 @@ def long_tail_indices(targets: np.ndarray, counts: Sequence[int], seed: int = 0)
     """
     random = np.random.RandomState(seed)
     kept = []
-    for label, count in enumerate(counts):
-        positions = np.flatnonzero(np.asarray(targets) == label)
+    for positions, count in zip(positions_by_class(targets, len(counts)), counts, strict=True):
         random.shuffle(positions)
         kept.append(positions[:count])
     return np.concatenate(kept)
+
+
+def positions_by_class(targets: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """Ascending positions in ``targets [N]`` of each class."""
+    order = np.argsort(targets, kind="stable")
+    ends = np.bincount(targets, minlength=num_classes).cumsum()
+    return np.split(order[: ends[num_classes - 1]], ends[: num_classes - 1])
 
 
 def cut_counts(natural: np.ndarray, imb_type: str, imb_factor: float, ranked: bool) -> list[int]:
@@ -51,15 +57,17 @@ def cut_counts(natural: np.ndarray, imb_type: str, imb_factor: float, ranked: bo
 def hold_out(
     targets: np.ndarray, per_class: int, class_names: Sequence[str], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(remaining, held out): positions in ``targets [N]``, ``per_class`` of each class held out, both ascending."""
+    """(remaining, held out): positions in ``targets [N]``, both ascending; ``per_class`` held out of each class.
+
+    A class without images has none to give.
+    """
     random = generator(seed, 0, "validation split")
     held = []
-    for label, name in enumerate(class_names):
-        positions = np.flatnonzero(targets == label)
-        if len(positions) <= per_class:
+    for name, positions in zip(class_names, positions_by_class(targets, len(class_names)), strict=True):
+        if 0 < len(positions) <= per_class:
             raise DataError(
                 f"val_per_class: {per_class}, but class {name!r} has only {len(positions)} training images; "
-                f"at most {max(len(positions) - 1, 0)} can be held out"
+                f"at most {len(positions) - 1} can be held out"
             )
         held.append(random.permutation(positions)[:per_class])
     held_out = np.sort(np.concatenate(held))

@@ -1,6 +1,7 @@
 """What a data set's reader gives: labels at once, pixels on demand."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +14,45 @@ class DataError(InputError):
 
 
 @dataclass(frozen=True)
+class ImageFiles:
+    """Where images lie: as bytes in one block, which forked workers share (a list of strings they would all copy)."""
+
+    root: str
+    names: np.ndarray  # bytes [N], relative to the root
+
+    @classmethod
+    def under(cls, root: str | os.PathLike, names: Iterable[str]) -> "ImageFiles":
+        """``names`` relative to ``root``; an iterable of known length."""
+        width = max((len(os.fsencode(name)) for name in names), default=1)
+        encoded = (os.fsencode(name) for name in names)
+        return cls(os.fspath(root), np.fromiter(encoded, dtype=f"S{max(width, 1)}", count=len(names)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> str:
+        """The path of one image, as the operating system takes it."""
+        return os.path.join(self.root, os.fsdecode(self.names[index].item()))
+
+    def select(self, chosen: np.ndarray) -> "ImageFiles":
+        """The files at positions ``chosen [n]``."""
+        return ImageFiles(self.root, self.names[chosen])
+
+
+@dataclass(frozen=True)
 class Split:
     """Training or test images that are not decoded yet."""
 
     targets: np.ndarray  # int64 [N]
-    load: Callable[[np.ndarray], np.ndarray]  # indices [n] -> uint8 [n, H, W, 3]
+    load: Callable[[np.ndarray], np.ndarray] | None = None  # indices [n] -> uint8 [n, H, W, 3]; None: never all at once
+    files: ImageFiles | None = None  # None: the images are no files
 
 
 @dataclass(frozen=True)
 class Source:
+    """A whole data set, as a reader found it."""
+
     train: Split
     test: Split
     class_names: list[str]  # [C]
+    class_map: np.ndarray | None = None  # int64 [C], label in the lists -> class; None: labels are classes

@@ -5,16 +5,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import cifar, digits, image_folder
+from datasets.image_list import ImageLists
 from datasets.source import DataError, Source
 
 Ranges = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
+class Published:
+    """What the literature says of a data set: images in all and per class."""
+
+    train: int
+    test: int
+    largest: int  # training images of the most frequent class
+    smallest: int
+
+
+@dataclass(frozen=True)
 class DatasetSpec:
     """What differs from data set to data set."""
 
-    read: Callable[[Path, int, int], Source]  # (data_path, image_size, workers)
+    read: Callable[[Path, int, int], Source] | None  # (data_path, image_size, workers); None: see lists
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
     num_classes: int | None = None  # None: what the reader finds
@@ -23,10 +34,31 @@ class DatasetSpec:
     ranked_cut: bool = False  # True: the cut follows the natural counts; False: the class index
     any_size: bool = False  # the reader scales images to image_size
     image_size: int = 32  # unless the configuration says otherwise
+    lists: ImageLists | None = None  # the data set comes as lists of files, which workers decode as they are needed
+    published: Published | None = None
 
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INAT_MEAN, INAT_STD = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
+
+
+def _list_row(lists: ImageLists, mean: tuple, std: tuple, bounds: tuple[int, int, int], published: Published):
+    """A row of a data set with lists; ``bounds``: where many, medium and few end."""
+    ranges = tuple(zip((0, *bounds), bounds, strict=False))
+    return DatasetSpec(
+        None,
+        mean,
+        std,
+        bounds[2],
+        ranges,
+        ranked_cut=True,
+        image_size=224,
+        any_size=True,
+        lists=lists,
+        published=published,
+    )
+
 
 SPECS = {
     "cifar10": DatasetSpec(cifar.read_cifar10, CIFAR_MEAN, CIFAR_STD, 10, ((0, 3), (3, 7), (7, 10))),
@@ -36,6 +68,27 @@ SPECS = {
         digits.read, (0.305,) * 3, (0.376,) * 3, 10, ((0, 3), (3, 7), (7, 10)), flip=False, any_size=True
     ),
     "folder": DatasetSpec(image_folder.read, IMAGENET_MEAN, IMAGENET_STD, ranked_cut=True, any_size=True),
+    "imagenet": _list_row(
+        ImageLists(("ImageNet_LT_train.txt",), ("ImageNet_LT_test.txt",)),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        (390, 835, 1000),
+        Published(115_846, 50_000, 1280, 5),
+    ),
+    "ina2018": _list_row(
+        ImageLists(("iNaturalist18_train.txt", "train2018.json"), ("iNaturalist18_val.txt", "val2018.json")),
+        INAT_MEAN,
+        INAT_STD,
+        (842, 4543, 8142),
+        Published(437_513, 24_426, 1000, 2),
+    ),
+    "places": _list_row(
+        ImageLists(("Places_LT_train.txt",), ("Places_LT_test.txt",), ("data_256", "train"), ("val_256", "val")),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        (131, 288, 365),
+        Published(62_500, 36_500, 4980, 5),
+    ),
 }
 
 

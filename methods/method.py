@@ -64,12 +64,13 @@ LOSSES: dict[str, Callable[[Settings], Criterion]] = {
 }
 
 
-def step_counts(kind: str, targets: Tensor, class_counts: Tensor) -> Tensor:
-    """The n of one step, [C]: which counts ARB-Loss reads.
+def step_counts(kind: str, targets: Tensor, class_counts: Tensor, weight: float = 1.0) -> Tensor:
+    """The n of one pass, [C]: which counts ARB-Loss reads.
 
     ``targets [B]``, unmixed; ``class_counts [C]`` of the training set. ``global``: the training set's; ``batch``: this
-    process's batch; ``batch_synced``: all processes' batches; ``global_masked``: the training set's, 0 for classes
-    absent from the batch; ``batch_unmasked``: the batch's, B n_k / N for classes absent from it.
+    process's batch; ``batch_synced``: all processes' batches, where one of ``weight`` 0 does not count;
+    ``global_masked``: the training set's, 0 for classes absent from the batch; ``batch_unmasked``: the batch's,
+    B n_k / N for classes absent from it.
     """
     if kind == "global":
         return class_counts
@@ -77,7 +78,7 @@ def step_counts(kind: str, targets: Tensor, class_counts: Tensor) -> Tensor:
     if kind == "batch":
         return batch
     if kind == "batch_synced":
-        return distributed.all_reduce_sum(batch)
+        return distributed.all_reduce_sum(batch * (weight > 0))
     if kind == "global_masked":
         return torch.where(batch > 0, class_counts, 0)
     return torch.where(batch > 0, batch, len(targets) * class_counts / class_counts.sum())
@@ -99,17 +100,27 @@ class Method(nn.Module):
     def start_epoch(self, epoch: int) -> None:
         """Called before every epoch; methods with deferred parts switch them on here."""
 
-    def draws(self, batch_sizes: Sequence[int], seed: int, epoch: int) -> list[StepDraws]:
-        """What the steps of ``epoch`` draw at random; the same for every method with the same seed and alpha."""
-        return mixup.draw(self.mixup_alpha, batch_sizes, seed, epoch)
+    def draws(self, batch_sizes: Sequence[int], seed: int, epoch: int, accumulate: int = 1) -> list[StepDraws]:
+        """What the passes of ``epoch`` draw at random; the same for every method with the same seed and alpha.
 
-    def forward(self, model: nn.Module, images: Tensor, targets: Tensor, draws: StepDraws) -> MethodOutput:
-        """``images [B, 3, H, W]``, ``targets [B]`` -> loss, logits, features."""
+        ``batch_sizes``: one per pass, ``accumulate`` passes per step. The passes of a step draw as that many processes
+        would: one lambda, and partners from the same stream.
+        """
+        tables = [mixup.draw(self.mixup_alpha, batch_sizes[n::accumulate], seed, epoch) for n in range(accumulate)]
+        return [draw for step in zip(*tables, strict=True) for draw in step]
+
+    def forward(
+        self, model: nn.Module, images: Tensor, targets: Tensor, draws: StepDraws, weight: float = 1.0
+    ) -> MethodOutput:
+        """``images [B, 3, H, W]``, ``targets [B]`` -> loss, logits, features.
+
+        The loss is a plain mean; of ``weight``, what it counts among the processes, only 0 matters here.
+        """
         mixed, targets_a, targets_b = images, targets, None
         if self.mixup_alpha > 0:
             mixed, targets_a, targets_b = mixup.mix(images, targets, draws.lam, draws.partner)
         logits, features = model(mixed, with_features=True)
-        terms = self.criterion(logits, step_counts(self.counts, targets, self.class_counts))
+        terms = self.criterion(logits, step_counts(self.counts, targets, self.class_counts, weight))
         loss = terms(targets_a).mean()
         if targets_b is not None:
             loss = draws.lam * loss + (1 - draws.lam) * terms(targets_b).mean()

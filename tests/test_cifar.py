@@ -96,16 +96,16 @@ def test_class_folders_are_read_in_the_alphabetical_order_of_their_names(tmp_pat
     data = build_data("cifar10", str(class_folders(tmp_path, NAMES)), workers=2)
     assert data.class_names == NAMES
     assert data.class_counts.tolist() == [2] * 10
-    assert data.train[1].tolist() == [label for label in range(10) for _ in range(2)]
-    assert data.test[1].tolist() == list(range(10))
-    np.testing.assert_array_equal(data.train[0], [pixels(label, n) for label in range(10) for n in (0, 1)])
-    np.testing.assert_array_equal(data.test[0], [pixels(label, 2) for label in range(10)])
+    assert data.train.targets.tolist() == [label for label in range(10) for _ in range(2)]
+    assert data.test.targets.tolist() == list(range(10))
+    np.testing.assert_array_equal(data.train.images, [pixels(label, n) for label in range(10) for n in (0, 1)])
+    np.testing.assert_array_equal(data.test.images, [pixels(label, 2) for label in range(10)])
 
 
 def test_cifar100_is_read_from_a_hundred_class_folders(tmp_path):
     data = build_data("cifar100", str(class_folders(tmp_path, [f"class {label:02}" for label in range(100)])))
-    assert (data.num_classes, len(data.test[1])) == (100, 100)
-    np.testing.assert_array_equal(data.test[0][42], pixels(42, 2))
+    assert (data.num_classes, len(data.test.targets)) == (100, 100)
+    np.testing.assert_array_equal(data.test.images[42], pixels(42, 2))
 
 
 @pytest.mark.parametrize("size", [(31, 32), (32, 64), (8, 8)])
@@ -142,11 +142,11 @@ def test_torchvisions_archive_is_read_unpacked_packed_or_downloaded(
         (site / base.filename).unlink(missing_ok=True)  # so there is nothing to download
     data = build_data(dataset, str(path))
     assert data.class_names == [f"name {label}" for label in range(classes)]
-    assert data.train[1].tolist() == list(range(classes)) * parts
-    assert data.test[1].tolist() == list(range(classes))
-    assert data.train[1].dtype == torch.int64
-    np.testing.assert_array_equal(data.train[0], np.concatenate([images] * parts))
-    np.testing.assert_array_equal(data.test[0], images)
+    assert data.train.targets.tolist() == list(range(classes)) * parts
+    assert data.test.targets.tolist() == list(range(classes))
+    assert data.train.targets.dtype == torch.int64
+    np.testing.assert_array_equal(data.train.images, np.concatenate([images] * parts))
+    np.testing.assert_array_equal(data.test.images, images)
 
 
 @pytest.mark.parametrize("dataset", BASES)
@@ -205,8 +205,8 @@ def test_the_real_cifar10_at_imbalance_100():
     data = build_data("cifar10", folder, imb_factor=0.01, workers=2)
     assert data.class_names == NAMES
     assert data.class_counts.tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-    assert data.train[0].shape == (12_406, 32, 32, 3)
-    assert torch.bincount(data.test[1]).tolist() == [1000] * 10
-    assert data.test[0].shape == (10_000, 32, 32, 3)
-    pixels_of_test = data.test[0].float().div(255)
+    assert data.train.images.shape == (12_406, 32, 32, 3)
+    assert torch.bincount(data.test.targets).tolist() == [1000] * 10
+    assert data.test.images.shape == (10_000, 32, 32, 3)
+    pixels_of_test = data.test.images.float().div(255)
     assert pixels_of_test.mean((0, 1, 2)).tolist() == pytest.approx(data.spec.mean, abs=0.005)

@@ -64,7 +64,7 @@ def test_an_unranked_cut_follows_the_class_index(whole, imb_type, imb_factor):
     data = build_data("digits", "", image_size=8, imb_type=imb_type, imb_factor=imb_factor)
     profile = torch.tensor(long_tail_counts(143, 10, imb_type, imb_factor))
     assert torch.equal(data.class_counts, torch.minimum(profile, whole.class_counts))
-    assert torch.equal(torch.bincount(data.train[1], minlength=10), data.class_counts)
+    assert torch.equal(torch.bincount(data.train.targets, minlength=10), data.class_counts)
     assert pairs(data.train) < pairs(whole.train)
     assert pairs(data.test) == pairs(whole.test)
 
@@ -82,14 +82,14 @@ def test_a_ranked_cut_follows_the_natural_counts(trees, imb_type, imb_factor, co
     data = build_data("folder", trees, image_size=8, imb_type=imb_type, imb_factor=imb_factor)
     assert data.class_counts.tolist() == counts
     assert data.class_counts.dtype == torch.int64
-    assert len(data.train[0]) == sum(counts)
+    assert len(data.train.images) == sum(counts)
     assert pairs(data.train) <= pairs(build_data("folder", trees, image_size=8).train)
 
 
 def test_held_out_images_are_taken_from_the_training_images(whole):
     data = build_data("digits", "", image_size=8, val_per_class=7)
     assert data.val is not None
-    assert torch.bincount(data.val[1]).tolist() == [7] * 10
+    assert torch.bincount(data.val.targets).tolist() == [7] * 10
     assert torch.equal(data.class_counts, whole.class_counts - 7)
     assert pairs(data.train) + pairs(data.val) == pairs(whole.train)
     assert pairs(data.test) == pairs(whole.test)
@@ -97,7 +97,7 @@ def test_held_out_images_are_taken_from_the_training_images(whole):
 
 def test_what_is_held_out_does_not_depend_on_the_cut_and_is_never_trained_on(whole):
     uncut, cut = (build_data("digits", "", image_size=8, val_per_class=7, imb_factor=f) for f in (None, 0.1))
-    assert torch.equal(uncut.val[0], cut.val[0])
+    assert torch.equal(uncut.val.images, cut.val.images)
     assert pairs(cut.train) < pairs(uncut.train)
     assert not pairs(cut.train) & pairs(cut.val)
     assert cut.class_counts[0] == 131  # 138 - 7, fewer than the profile's 136
@@ -105,8 +105,8 @@ def test_what_is_held_out_does_not_depend_on_the_cut_and_is_never_trained_on(who
 
 
 def test_a_class_without_enough_images_for_the_hold_out_is_named(trees):
-    with pytest.raises(DataError, match=r"^val_per_class: 2, but class 'dogwood' has only 0 training images; .*$"):
-        build_data("folder", trees, image_size=8, val_per_class=2)
+    with pytest.raises(DataError, match=r"^val_per_class: 4, but class 'ash' has only 4 training images; .*$"):
+        build_data("folder", trees, image_size=8, val_per_class=4)
 
 
 @pytest.mark.parametrize("options", [{"imb_factor": 0.1}, {"val_per_class": 5}])
@@ -135,15 +135,15 @@ def test_building_leaves_the_global_generators_alone():
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_change_nothing(trees, workers):
     one, many = (build_data("folder", trees, image_size=12, imb_factor=0.5, workers=w) for w in (0, workers))
-    assert torch.equal(one.train[0], many.train[0])
-    assert torch.equal(one.test[0], many.test[0])
+    assert torch.equal(one.train.images, many.train.images)
+    assert torch.equal(one.test.images, many.test.images)
 
 
 @pytest.mark.parametrize(("asked", "side"), [(None, 32), (8, 8), (20, 20)])
 def test_folders_are_scaled_to_the_size_asked_for(trees, asked, side):
     data = build_data("folder", trees, image_size=asked)
-    assert data.train[0].shape == (21, side, side, 3)
-    assert data.test[0].shape == (2, side, side, 3)
+    assert data.train.images.shape == (21, side, side, 3)
+    assert data.test.images.shape == (2, side, side, 3)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
@@ -166,7 +166,10 @@ def test_the_number_of_classes_must_agree(trees):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "cifar"}, r"^dataset: 'cifar' is unknown; known are cifar10, cifar100, digits, folder$"),
+        (
+            {"dataset": "cifar"},
+            r"^dataset: 'cifar' is unknown; known are cifar10, cifar100, digits, folder, imagenet, ina2018, places$",
+        ),
         ({"dataset": "digits", "imb_type": "linear", "imb_factor": 0.1}, r"^imb_type: 'linear' is unknown; known are"),
     ],
 )
@@ -180,12 +183,12 @@ def test_the_loaders_of_a_data_set_use_its_row(whole):
     batches = list(whole.train_loader(100, 3, CPU, 1, 2).epoch(0))
     assert {len(batch.targets) for batch in batches[:-1]} == {50}
     whole_epoch = list(whole.train_loader(100, 3, CPU, 0, 1).epoch(0))
-    assert len(torch.cat([batch.indices for batch in whole_epoch]).unique()) == len(whole.train[1])
+    assert len(torch.cat([batch.indices for batch in whole_epoch]).unique()) == len(whole.train.targets)
     black = (0 - spec.mean[0]) / spec.std[0]
     assert min(batch.images.min() for batch in whole_epoch).item() == pytest.approx(black, abs=1e-6)
     tests = list(whole.test_loader(CPU))
-    assert torch.equal(torch.cat([images for images, _ in tests]), normalise(whole.test[0], spec.mean, spec.std))
-    assert torch.equal(torch.cat([targets for _, targets in tests]), whole.test[1])
+    assert torch.equal(torch.cat([images for images, _ in tests]), normalise(whole.test.images, spec.mean, spec.std))
+    assert torch.equal(torch.cat([targets for _, targets in tests]), whole.test.targets)
 
 
 def test_a_tree_given_as_a_path_with_a_relative_part_is_found(trees, monkeypatch):

@@ -62,9 +62,9 @@ def test_images_come_in_the_order_asked_for():
 @pytest.mark.parametrize("size", [None, 16])
 def test_digits_train_unmirrored_at_the_configured_size(size):
     data = build_data("digits", "", image_size=size)
-    assert data.train[0].shape == (1397, size or 32, size or 32, 3)
-    assert data.test[0].shape == (400, size or 32, size or 32, 3)
-    assert not data.train_loader(64, 0, torch.device("cpu"), 0, 1).flip
+    assert data.train.images.shape == (1397, size or 32, size or 32, 3)
+    assert data.test.images.shape == (400, size or 32, size or 32, 3)
+    assert not data.train_loader(64, 0, torch.device("cpu"), 0, 1).pixels.flip
 
 
 def test_mean_and_deviation_are_those_of_the_scans():

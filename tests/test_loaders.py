@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.augment import crop_and_flip, draw_crops, normalise
-from datasets.loaders import Batch, EvalLoader, TrainLoader, share
+from datasets.loaders import Batch, EvalLoader, MemoryPixels, TrainLoader, share
 from datasets.specs import CIFAR_MEAN, CIFAR_STD
 
 CPU = torch.device("cpu")
@@ -24,8 +24,9 @@ def images_and_targets(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_loader(size=53, batch_size=16, flip=True, seed=1, rank=0, world_size=1) -> TrainLoader:
-    split = images_and_targets(size)
-    return TrainLoader(*split, batch_size, CIFAR_MEAN, CIFAR_STD, flip, seed, CPU, rank, world_size)
+    images, targets = images_and_targets(size)
+    pixels = MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU, flip)
+    return TrainLoader(pixels, targets, batch_size, seed, CPU, rank, world_size)
 
 
 def assert_bit_equal(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
@@ -99,7 +100,6 @@ def test_weighted_means_of_the_shares_average_to_the_mean_of_the_global_batch(si
         assert sum(part.weight for part in parts) / world_size == pytest.approx(1)
         means = [part.weight * loss[part.indices].mean().item() for part in parts]
         assert sum(means) / world_size == pytest.approx(loss[joined(parts).indices].mean().item())
-    assert [loader.weights for loader in ranks] == [[part.weight for part in loader.epoch(0)] for loader in ranks]
 
 
 def test_a_process_without_a_share_looks_at_one_image_with_weight_zero():
@@ -111,7 +111,7 @@ def test_a_process_without_a_share_looks_at_one_image_with_weight_zero():
 
 
 def test_one_process_has_weight_one():
-    assert train_loader().weights == [1.0] * 4
+    assert [batch.weight for batch in train_loader().epoch(0)] == [1.0] * 4
 
 
 def test_an_epoch_is_the_same_whenever_it_is_drawn():
@@ -145,22 +145,22 @@ def test_training_touches_neither_the_images_nor_the_global_generators():
     list(loader.epoch(0))
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)
     assert torch.equal(torch.get_rng_state(), torch_before)
-    assert torch.equal(loader.images, images_and_targets(53)[0])
+    assert torch.equal(loader.pixels.images, images_and_targets(53)[0])
 
 
 @pytest.mark.parametrize(("side", "padding"), [(32, 4), (8, 1), (64, 8), (7, 0)])
 def test_padding_is_an_eighth_of_the_side(side, padding):
     images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    loader = TrainLoader(images, torch.zeros(2, dtype=torch.int64), 2, CIFAR_MEAN, CIFAR_STD, True, 0, CPU)
-    assert loader.padding == padding
-    assert next(loader.epoch(0)).images.shape == (2, 3, side, side)
+    pixels = MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU)
+    assert pixels.padding == padding
+    assert next(pixels.augmented(torch.arange(2), [slice(0, 2)], 0, 0)).shape == (2, 3, side, side)
 
 
 def test_without_flips_no_image_is_mirrored():
     ramp = torch.arange(SIDE, dtype=torch.uint8).mul(9).add(1).reshape(1, 1, SIDE, 1).expand(64, SIDE, SIDE, 3)
-    arguments = (ramp, torch.zeros(64, dtype=torch.int64), 64, (0.0,) * 3, (1.0,) * 3)
+    arguments = (ramp, (0.0,) * 3, (1.0,) * 3, CPU)
     for flip in (False, True):
-        images = next(TrainLoader(*arguments, flip, 0, CPU).epoch(0)).images
+        images = next(MemoryPixels(*arguments, flip).augmented(torch.arange(64), [slice(0, 64)], 0, 0))
         middle = images[:, 0, SIDE // 2, 2:-2].diff()  # left of the padding, brightness rises unless mirrored
         rises, falls = (middle > 0).all(1), (middle < 0).all(1)
         assert (rises | falls).all()
@@ -170,7 +170,7 @@ def test_without_flips_no_image_is_mirrored():
 @pytest.mark.parametrize("batch_size", [1, 10, 53, 500])
 def test_evaluation_sees_every_image_in_order_as_it_is(batch_size):
     images, targets = images_and_targets(53)
-    loader = EvalLoader(images, targets, batch_size, CIFAR_MEAN, CIFAR_STD, CPU)
+    loader = EvalLoader(MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU), targets, batch_size, CPU)
     for _ in range(2):
         batches = list(loader)
         assert len(batches) == len(loader)

@@ -143,7 +143,7 @@ def test_another_seed_holds_out_other_images():
     assert set(first.tolist()) != set(other.tolist())
 
 
-@pytest.mark.parametrize(("images", "most"), [(20, 19), (12, 11), (0, 0)])
+@pytest.mark.parametrize(("images", "most"), [(20, 19), (12, 11), (1, 0)])
 def test_a_class_too_small_for_the_hold_out_is_named_with_what_is_possible(images, most):
     targets = np.repeat([0, 1], [50, images])
     message = rf"^val_per_class: 20, but class 'rare fern' has only {images} training images; at most {most} can .*$"
@@ -151,3 +151,10 @@ def test_a_class_too_small_for_the_hold_out_is_named_with_what_is_possible(image
         hold_out(targets, 20, ["moss", "rare fern"], 0)
     if most:
         assert len(hold_out(targets, most, ["moss", "rare fern"], 0)[1]) == 2 * most
+
+
+def test_a_class_without_images_has_none_to_hold_out():
+    targets = np.repeat([0, 2], [50, 30])
+    remaining, held = hold_out(targets, 20, ["moss", "lost", "fern"], 0)
+    assert np.bincount(targets[held]).tolist() == [20, 0, 20]
+    assert len(remaining) == 40

@@ -22,7 +22,7 @@ from utils.files import atomic_file
 # The parts of a model, by the key that MiSLAS gives each.
 PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dict_classifier": "classifier"}
 # Options that say nothing about what is trained.
-INCIDENTAL = ("name", "save_dir", "resume", "device", "workers", "print_freq", "data_path")
+INCIDENTAL = ("name", "save_dir", "resume", "device", "workers", "print_freq", "data_path", "decoder", "class_map")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel / DistributedDataParallel and of torch.compile
 
 
@@ -51,8 +51,12 @@ def save_checkpoint(
     state: TrainState,
     config: Mapping,
     selected_on: str,
+    class_map: torch.Tensor | None = None,
 ) -> None:
-    """Writes everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper."""
+    """Writes everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper.
+
+    ``class_map``: int64 [C], label in the lists -> class, for data sets that come as lists.
+    """
     content = {
         "epoch": state.epoch,
         "best_acc1": torch.tensor([state.best_acc1], dtype=torch.float64),  # exact, or a tie would become a new best
@@ -60,7 +64,7 @@ def save_checkpoint(
         **{key: part.state_dict() for key, part in _parts(model).items()},
         "state_dict_method": method.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "class_map": None,
+        "class_map": class_map,
         "selected_on": selected_on,
         "config": dict(config),
     }

@@ -150,15 +150,21 @@ OPTIONS: dict[str, Option] = {
     "seed": Option(0, whole(0, 2**63 - 1), "fixes weights, order, crops, flips and mixup"),
     "deterministic": Option(False, flag, "on CUDA: deterministic kernels where they exist (slower)"),
     "device": Option("auto", choice("auto", "cpu", "cuda"), "auto: CUDA where there is one"),
-    "workers": Option(4, whole(0), "per node: threads that decode images"),
+    "workers": Option(4, whole(0), "per node: processes (list data sets) or threads that decode images"),
     "print_freq": Option(40, whole(1), "steps from one log line to the next"),
     "eval_every": Option(1, whole(1), "epochs from one evaluation to the next; the last epoch is always evaluated"),
     "resume": Option("", text, "checkpoint to go on from (ours), or to take weights from (any other)"),
     # data
-    "dataset": Option("cifar10", text, "cifar10, cifar100, digits or folder"),
+    "dataset": Option("cifar10", text, "cifar10, cifar100, imagenet, ina2018, places, digits or folder"),
     "data_path": Option("./data", text, "where the data set lies"),
+    "train_txt": Option("", text, "list data sets: the training list; empty: its usual name under data_path"),
+    "val_txt": Option("", text, "the same for the list of test images"),
+    "class_map": Option(
+        "", text, "list data sets: stable, legacy or a file; empty: the checkpoint's, else stable (resume: legacy)"
+    ),
     "num_classes": Option(None, optional(whole(1)), "null: what the data set has; otherwise checked against it"),
-    "image_size": Option(None, optional(whole(8)), "side in pixels; null: 32; only digits and folder resize"),
+    "image_size": Option(None, optional(whole(8)), "side in pixels; null: 224 for list data sets, else 32"),
+    "decoder": Option("pil", choice("pil", "fast"), "fast: TorchCodec, else torchvision, for JPEG files that are RGB"),
     "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after the cut"),
     "imb_factor": Option(None, optional(imbalance), "smallest class / largest class; null: the data set as it is"),
     "subset_seed": Option(0, whole(0, 2**32 - 1), "which images the cut keeps; 0: those of MiSLAS and LDAM-DRW"),
@@ -189,6 +195,8 @@ OPTIONS: dict[str, Option] = {
     # optimisation
     "num_epochs": Option(200, whole(1), "epochs"),
     "batch_size": Option(128, whole(1), "images per step over all processes"),
+    "accumulate": Option(1, whole(1), "passes per step, each over a part of a process's images: for small cards"),
+    "sync_bn": Option(False, flag, "batch norm over all processes' images instead of each its own (CUDA only)"),
     "lr": Option(0.1, number(0, above=True), "base learning rate of SGD"),
     "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
     "weight_decay": Option(2e-4, number(0), "weight decay of SGD"),

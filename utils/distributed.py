@@ -41,6 +41,20 @@ def all_reduce_min(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all processes, rank after rank, on every one; they may differ in number, and be none."""
+    if not dist.is_initialized():
+        return tensor
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
+    counts[rank()] = len(tensor)
+    counts = all_reduce_sum(counts).tolist()
+    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+
+
 def broadcast_text(value: str) -> str:
     """Rank 0's ``value``, on every rank."""
     box = [value]
@@ -78,11 +92,24 @@ def workers_here(workers: int) -> int:
     return min(-(-workers // processes_here), usable)
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` such that a backward pass averages gradients over the processes."""
+def parallel(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
+    """``model`` such that a backward pass averages gradients over the processes.
+
+    ``sync_bn``: batch norm normalises by all processes' images, not each by its own; on CUDA only.
+    """
     if not dist.is_initialized():
         return model
+    if sync_bn and device.type != "cuda":
+        raise InputError("sync_bn: True needs CUDA; on a CPU each process normalises by its own share (sync_bn False)")
+    if sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def averaging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+    """Inside the block a backward pass of a :func:`parallel` model averages gradients, or only adds them up."""
+    alone = wanted or not isinstance(model, nn.parallel.DistributedDataParallel)
+    return contextlib.nullcontext() if alone else model.no_sync()
 
 
 @contextlib.contextmanager
@@ -105,7 +132,9 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
         dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         yield here
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        # Not after an error: the others may wait in a collective, and leaving in order would wait for them. The
+        # launcher ends them when this process ends.
         if launched:
             dist.destroy_process_group()
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

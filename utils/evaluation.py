@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils import distributed
 from utils.errors import DivergenceError, InputError
 from utils.files import atomic_file, write_text
 from utils.metrics import GROUPS, Predictions, class_accuracy
@@ -19,14 +20,19 @@ NPZ_LIMIT = 50_000  # per-sample predictions are kept for test sets of at most t
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Predictions:
-    """The model's word on every sample, in eval mode, from raw logits; numbers leave the device once, at the end."""
+    """The model's word on every sample, in eval mode, from raw logits; numbers leave the device once, at the end.
+
+    ``batches`` are this process's share; the result holds all processes' samples, rank after rank.
+    """
     training = model.training
     model.eval()
-    parts = [_predict_batch(model(images), targets) for images, targets in batches]
+    device = next(model.parameters(), torch.empty(0)).device
+    parts = [_nothing(device), *(_predict_batch(model(images), targets) for images, targets in batches)]
     model.train(training)
-    if not parts:
+    fields = (distributed.gather_rows(torch.cat(field)) for field in zip(*parts, strict=True))
+    predictions = Predictions(*(field.cpu() for field in fields))
+    if not len(predictions.targets):
         raise InputError("the test set is empty: there is nothing to evaluate on")
-    predictions = Predictions(*(torch.cat(field).cpu() for field in zip(*parts, strict=True)))
     if not predictions.nll.isfinite().all():
         raise DivergenceError("the model's logits are not finite on the images it was evaluated on; nothing was saved")
     return predictions
@@ -42,6 +48,12 @@ def _predict_batch(logits: Tensor, targets: Tensor) -> Predictions:
         nll=F.nll_loss(log_probs, targets, reduction="none"),
         targets=targets,
     )
+
+
+def _nothing(device: torch.device) -> Predictions:
+    """Predictions on no sample: the share of a process when there are fewer batches than processes."""
+    kinds = (torch.int64, torch.float32, torch.bool, torch.float32, torch.int64)
+    return Predictions(*(torch.empty(0, dtype=kind, device=device) for kind in kinds))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

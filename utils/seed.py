@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 
-def generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
-    """A fresh generator that depends on its three arguments alone.
+def generator(seed: int, epoch: int, purpose: str, *index: int) -> np.random.Generator:
+    """A fresh generator that depends on its arguments alone.
 
     ``purpose`` ("order", "crop", "mixup", ...) keeps the streams apart: one more draw for the crops
-    does not shift the mixing weights.
+    does not shift the mixing weights. ``index``: of an image, where each has a generator of its own.
     """
-    return np.random.default_rng(np.random.SeedSequence([seed, epoch, zlib.crc32(purpose.encode())]))
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch, zlib.crc32(purpose.encode()), *index]))
 
 
 @contextlib.contextmanager

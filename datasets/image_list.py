@@ -1,0 +1,209 @@
+"""Data sets that come as lists of ``relative/path label``: ImageNet-LT, iNaturalist 2018, Places-LT.
+
+Classes are numbered from the most to the least frequent (:mod:`datasets.class_order`), as in MiSLAS. Everything here
+takes O(images + classes log classes).
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from datasets.class_order import class_map_for
+from datasets.source import DataError, ImageFiles, Source, Split
+
+
+class ListRows(NamedTuple):
+    """What a list says, whether it is right or not."""
+
+    paths: list[str]
+    labels: np.ndarray  # int64 [N]
+    lines: np.ndarray  # int64 [N], line numbers from 1
+    malformed: list[tuple[int, str]]  # (line number, text) of lines that are not "path label"
+
+
+def scan_image_list(path: str | Path) -> ListRows:
+    """Every line of a list, without a judgement; blank lines do not count. Raises :class:`DataError` if unreadable.
+
+    A ``.json`` file is read as iNaturalist's official annotations, which then take the place of lines.
+    """
+    return _annotations(path) if Path(path).suffix == ".json" else _lines(path)
+
+
+def _lines(path: str | Path) -> ListRows:
+    paths, labels, lines, malformed = [], array("q"), array("q"), []
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                parts = line.rsplit(None, 1)
+                try:
+                    name, label = parts
+                    labels.append(int(label))
+                except (ValueError, OverflowError):
+                    if parts:
+                        malformed.append((number, line.strip()))
+                    continue
+                paths.append(name)
+                lines.append(number)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return ListRows(paths, np.array(labels, dtype=np.int64), np.array(lines, dtype=np.int64), malformed)
+
+
+def _annotations(path: str | Path) -> ListRows:
+    """``images`` have an id and a file_name, ``annotations`` an image_id and a category_id."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        paths = [names[annotation["image_id"]] for annotation in content["annotations"]]
+        labels = np.array([annotation["category_id"] for annotation in content["annotations"]], dtype=np.int64)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise DataError(f"{path}: is no file of annotations in iNaturalist's format ({error!r})") from None
+    return ListRows(paths, labels, np.arange(1, len(labels) + 1), [])
+
+
+def read_image_list(path: str | Path, num_classes: int) -> tuple[list[str], np.ndarray]:
+    """(paths, labels int64 [N]) of a list; labels lie in 0 .. num_classes - 1.
+
+    Raises :class:`DataError` that names the first line that is wrong.
+    """
+    rows = scan_image_list(path)
+    if rows.malformed:
+        number, text = rows.malformed[0]
+        raise DataError(f"{path}, line {number}: {text[:80]!r} is not 'relative/path label'")
+    if not rows.paths:
+        raise DataError(f"{path}: names no image")
+    wrong = (rows.labels < 0) | (rows.labels >= num_classes)
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise DataError(
+            f"{path}, line {rows.lines[first]}: label {rows.labels[first]} is not one of 0 .. {num_classes - 1} "
+            f"({int(wrong.sum())} such labels)"
+        )
+    return rows.paths, rows.labels
+
+
+@dataclass(frozen=True)
+class ImageLists:
+    """Where a data set's two lists lie by default, and the names of its folders in the layouts that circulate."""
+
+    train: tuple[str, ...]  # names under data_path or data_path/data_txt, the first that exists is taken
+    test: tuple[str, ...]
+    train_folders: tuple[str, ...] = ()  # top folders of the training images, one per layout
+    test_folders: tuple[str, ...] = ()
+
+    def find(self, data_path: Path, train_txt: str = "", val_txt: str = "") -> tuple[Path, Path]:
+        """The two list files. ``train_txt``, ``val_txt``: as configured, or empty for the default places."""
+        return (
+            _find("train_txt", train_txt, self.train, data_path),
+            _find("val_txt", val_txt, self.test, data_path),
+        )
+
+    def read(
+        self,
+        data_path: Path,
+        num_classes: int,
+        train_txt: str = "",
+        val_txt: str = "",
+        class_map: str | Sequence[int] = "stable",
+    ) -> Source:
+        """Both lists; no image is opened. ``class_map``: "stable", "legacy", a file's path or the map itself."""
+        splits = []
+        lists = self.find(data_path, train_txt, val_txt)
+        for path, folders, by_name in zip(lists, (self.train_folders, self.test_folders), (False, True), strict=True):
+            paths, labels = read_image_list(path, num_classes)
+            splits.append((on_disk(paths, data_path, folders, by_name), labels))
+            first = data_path / splits[-1][0][0]
+            if not first.is_file():
+                raise DataError(f"data_path: {first} does not exist, the first image that {path} names")
+        (train, train_labels), (test, test_labels) = splits
+        chosen = class_map_for(class_map, np.bincount(train_labels, minlength=num_classes))
+        names = np.empty(num_classes, dtype=object)
+        names[chosen] = class_names(train, train_labels, num_classes)
+        return Source(
+            Split(chosen[train_labels], files=ImageFiles.under(data_path, train)),
+            Split(chosen[test_labels], files=ImageFiles.under(data_path, test)),
+            names.tolist(),
+            chosen,
+        )
+
+
+def _find(option: str, given: str, names: Sequence[str], data_path: Path) -> Path:
+    places = [Path(given), data_path / given] if given else [d / n for n in names for d in _folders(data_path)]
+    for place in places:
+        if place.is_file():
+            return place
+    wanted = " nor ".join(dict.fromkeys(str(place) for place in places))
+    raise DataError(f"{option}: there is no {wanted}; the README says where the lists come from")
+
+
+def _folders(data_path: Path) -> tuple[Path, Path]:
+    return data_path, data_path / "data_txt"
+
+
+def class_names(paths: Sequence[str], labels: np.ndarray, num_classes: int) -> list[str]:
+    """A name per label: the folder of its first image, below what all have in common; else the label itself."""
+    present, first = np.unique(labels, return_index=True)
+    names = [str(label) for label in range(num_classes)]
+    for label, folder in zip(present, below_common([os.path.dirname(paths[i]) for i in first]), strict=True):
+        names[label] = folder or names[label]
+    return names
+
+
+def below_common(folders: Sequence[str]) -> list[str]:
+    """Every folder without the part that all of them share; empty where nothing else is left."""
+    rooted = [os.path.normpath("/" + folder.lstrip("/")) for folder in folders]
+    above = os.path.commonpath(rooted) if rooted else ""
+    return [folder[len(above) :].strip("/") for folder in rooted]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts of Places: data_256/a/arena/hockey/1.jpg and val_256/2.jpg, or train/arena-hockey/1.jpg and
+# val/arena-hockey/2.jpg
+
+
+def on_disk(paths: list[str], data_path: Path, folders: Sequence[str], by_name: bool) -> list[str]:
+    """``paths`` as the images lie here: a list may be written for one layout and the disk have another.
+
+    ``folders``: the top folder in each layout. ``by_name``: file names are unique, and alone say which image is meant;
+    otherwise an image keeps its class folder, in the spelling of the other layout.
+    """
+    listed = paths[0].partition("/")[0]
+    here = [folder for folder in folders if (data_path / folder).is_dir()]
+    if listed not in folders or listed in here or not here:
+        return paths
+    return (_by_name if by_name else _by_class_folder)(paths, data_path, here[0])
+
+
+def _by_name(paths: list[str], data_path: Path, top: str) -> list[str]:
+    places = {name: folder for folder, _, names in os.walk(data_path / top) for name in names}
+    found = ((places.get(os.path.basename(path)), path) for path in paths)
+    return [
+        path if folder is None else os.path.relpath(os.path.join(folder, os.path.basename(path)), data_path)
+        for folder, path in found
+    ]
+
+
+def _by_class_folder(paths: list[str], data_path: Path, top: str) -> list[str]:
+    folders: dict[str, str] = {}
+    for listed in {os.path.dirname(path) for path in paths}:
+        spellings = (f"{top}/{other}" for other in _other_spellings(listed.partition("/")[2]))
+        folders[listed] = next((folder for folder in spellings if (data_path / folder).is_dir()), listed)
+    return [f"{folders[os.path.dirname(path)]}/{os.path.basename(path)}" for path in paths]
+
+
+def _other_spellings(folder: str) -> list[str]:
+    """``a/arena/hockey`` -> ``arena-hockey``, ...; ``arena-hockey`` -> ``a/arena/hockey``, ..."""
+    letter, _, name = folder.partition("/")
+    if len(letter) == 1 and name:
+        return [name.replace("/", joint) for joint in ("-", "_", "/")]
+    cuts = (i for i, sign in enumerate(folder) if sign == "_")  # underwater_ocean_deep is underwater/ocean_deep
+    others = [folder, folder.replace("-", "/"), *(f"{folder[:i]}/{folder[i + 1 :]}" for i in cuts)]
+    return [f"{folder[:1]}/{other}" for other in others]
