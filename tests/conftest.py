@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import train_stage1
+from tests.trees import PATTERNS, make_tree
 from utils.command_line import exit_code
 
 ROOT = Path(__file__).parent.parent
@@ -40,3 +41,12 @@ def failure(capsys, main, *arguments: object) -> SimpleNamespace:
 def finished(tmp_path_factory) -> Path:
     """The folder of a run of two epochs; tests do not write into it."""
     return train(tmp_path_factory.mktemp("saved"), "num_epochs", 2)
+
+
+@pytest.fixture(scope="session")
+def lists(tmp_path_factory) -> Path:
+    """A folder with small ``imagenet``, ``ina2018`` and ``places`` trees; tests do not write into them."""
+    root = tmp_path_factory.mktemp("lists")
+    for dataset in PATTERNS:
+        make_tree(root, dataset)
+    return root
