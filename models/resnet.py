@@ -7,6 +7,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from utils import distributed
 from utils.errors import InputError
 
 # resnet10 is the field's small ResNet for ImageNet-LT; torchvision has its class but no constructor for it.
@@ -75,7 +76,8 @@ def _download(name: str) -> dict:
     except (ValueError, KeyError):
         raise InputError(f"pretrained: True, but torchvision has no IMAGENET1K_V1 weights for {name}") from None
     try:
-        return weights.get_state_dict(check_hash=True)
+        with distributed.main_first():
+            return weights.get_state_dict(check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"pretrained: cannot download {weights.url} ({' '.join(str(error).split())}); "

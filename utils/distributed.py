@@ -77,12 +77,26 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others do: for files that the first one makes."""
-    if not is_main():
+    """Rank 0 goes through the block first, then the first process of every other node, then the rest.
+
+    For files that the first one makes, on a disk that nodes may share or not.
+    """
+    turn = 0 if is_main() else 1 if _local_rank() == 0 else 2
+    for _ in range(turn):
         barrier()
     yield
-    if is_main():
+    for _ in range(2 - turn):
         barrier()
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def who() -> str:
+    """" (rank r)" where a launcher started several processes, also before they have met; else nothing."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f" (rank {os.environ.get('RANK', '?')})" if several else ""
 
 
 def workers_here(workers: int) -> int:
@@ -123,13 +137,13 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
         raise InputError("device: cuda, but this machine has no usable CUDA device; use auto or cpu")
     on_cuda = device != "cpu" and torch.cuda.is_available()
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
+    here = torch.device("cuda", _local_rank()) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(here)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if launched:
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=here if on_cuda else None)
     try:
         yield here
         # Not after an error: the others may wait in a collective, and leaving in order would wait for them. The

@@ -1,0 +1,239 @@
+"""ImageNet-LT, iNaturalist 2018 and Places-LT end to end: configurations, class maps, the authors' commands."""
+
+import csv
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+import eval as eval_script
+import train_stage1
+from datasets.class_order import class_map_for
+from models import build_model
+from tests.conftest import ROOT, failure, train
+from tests.goldens.fill import fill_state_dict, wave_images
+from utils.checkpoint import load_weights
+from utils.config import load_config
+
+# As the authors released them: (loss, counts, mixup alpha or None, batch, weight decay, epochs).
+CONFIGS = {
+    "imagenet/imagenet_resnet50": ("ce", None, None, 1024, 5e-4, 200),
+    "imagenet/imagenet_resnet50_arbloss": ("arb", "batch", None, 768, 5e-4, 200),
+    "imagenet/imagenet_resnet50_arbloss_ugcc": ("arb", "global", None, 768, 5e-4, 200),
+    "imagenet/imagenet_resnet50_arbloss_ugcc_mixup": ("arb", "global", 0.2, 1024, 5e-4, 200),
+    "ina2018/ina2018_resnet50": ("ce", None, None, 1024, 1e-4, 200),
+    "ina2018/ina2018_resnet50_arbloss_ugcc": ("arb", "global", None, 1024, 1e-4, 200),
+    "ina2018/ina2018_resnet50_arbloss_ugcc_mixup": ("arb", "global", 0.2, 1024, 1e-4, 200),
+    "places/places_resnet50": ("ce", None, None, 1024, 5e-4, 90),
+    "places/places_resnet50_arbloss_ugcc_mixup": ("arb", "global", 0.2, 1024, 5e-4, 90),
+    "places/places_resnet152_arbloss_ugcc_mixup": ("arb", "global", 0.2, 1024, 5e-4, 90),
+}
+SMALL = ["batch_size", 8, "workers", 1, "num_epochs", 1]
+LINES = re.compile(r"^(?:\S+ \S+ )?(\* (?:Acc@1|ECE) .*)$", re.MULTILINE)
+PLACES = "config/places/places_resnet50_arbloss_ugcc_mixup.yaml"
+
+
+def test_these_are_all_configurations():
+    found = {p for d in ("imagenet", "ina2018", "places") for p in (ROOT / "config" / d).glob("*.yaml")}
+    assert {f"{p.parent.name}/{p.stem}" for p in found if p.stem != "base"} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_says_what_the_released_one_says(name):
+    cfg = load_config(f"config/{name}.yaml")
+    counts = cfg.class_counts if cfg.loss == "arb" else None
+    said = (cfg.loss, counts, cfg.alpha if cfg.mixup else None, cfg.batch_size, cfg.weight_decay, cfg.num_epochs)
+    assert said == CONFIGS[name]
+    assert (cfg.lr, cfg.cos, cfg.momentum, cfg.imb_factor, cfg.pretrained) == (0.1, True, 0.9, None, None)
+    assert cfg.dataset == name.split("/")[0]
+    assert cfg.backbone.removesuffix("_fe") == name.split("_")[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The authors' commands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_trains_with_two_processes_and_is_evaluated(name, lists, tmp_path):
+    """Two of them at full size; the pretrained weights of Places are a file with any numbers."""
+    dataset, full = (
+        name.split("/")[0],
+        name.endswith(("net_resnet50_arbloss_ugcc_mixup", "resnet152_arbloss_ugcc_mixup")),
+    )
+    options = ["data_path", lists / dataset, *SMALL, *([] if full else ["image_size", 64])]
+    if dataset == "places":
+        backbone = load_config(f"config/{name}.yaml").backbone.removesuffix("_fe")
+        weights = build_model("imagenet", backbone, 1000, pretrained=False).backbone.state_dict()
+        torch.save(weights, tmp_path / "weights.pth")
+        options += ["pretrained", tmp_path / "weights.pth"]
+    launch = ["-m", "torch.distributed.launch", "--nproc_per_node", 2, "--master_port", free_port()]
+    trained = script(*launch, "train_stage1.py", "--cfg", f"./config/{name}.yaml", *options, "save_dir", tmp_path)
+    (run,) = tmp_path.glob("*resnet*_2*")
+    evaluated = script("eval.py", "--cfg", run / "config.yaml", "resume", run / "ckps" / "current.pth.tar")
+    assert len(LINES.findall(evaluated)) == 2
+    assert LINES.findall(trained)[-2:] == LINES.findall(evaluated)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def script(*arguments: object) -> str:
+    """What a command that succeeds says."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class maps
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory, lists) -> Path:
+    """Places with two training images of each of 40 classes: every order of them is by frequency."""
+    root = tmp_path_factory.mktemp("tied")
+    image = next((lists / "places" / "val_256").iterdir()).read_bytes()
+    for name, folder in (("train", "data_256"), ("test", "val_256")):
+        paths = [(f"{folder}/{c}_{i}.jpg", c) for c in range(40) for i in range(2)]
+        (root / folder).mkdir()
+        for path, _ in paths:
+            (root / path).write_bytes(image)
+        (root / f"Places_LT_{name}.txt").write_text("".join(f"{path} {c}\n" for path, c in paths))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tied, tmp_path_factory) -> Path:
+    """A run on these data with a stable order."""
+    options = [
+        "data_path",
+        tied,
+        "pretrained",
+        False,
+        "image_size",
+        32,
+        "num_epochs",
+        1,
+        "workers",
+        0,
+        "batch_size",
+        40,
+    ]
+    return train(tmp_path_factory.mktemp("saved"), *options, cfg=PLACES)
+
+
+def test_the_log_and_the_checkpoint_know_the_class_map(run, tied):
+    counts = np.bincount([c for c in range(40) for _ in range(2)], minlength=365)
+    stored = torch.load(run / "ckps" / "current.pth.tar", weights_only=True)["class_map"]
+    assert stored.tolist() == class_map_for("stable", counts).tolist() == list(range(365))
+    assert class_map_for("legacy", counts).tolist() != stored.tolist()
+    assert "note: class map: stable\n" in next((run / "logs").iterdir()).read_text()
+
+
+def foreign(run: Path, path: Path) -> Path:
+    """The same weights as MiSLAS would have saved them."""
+    own = torch.load(run / "ckps" / "current.pth.tar", weights_only=True)
+    parts = {key: value for key, value in own.items() if key.startswith("state_dict_") and "method" not in key}
+    torch.save({"epoch": 1, "best_acc1": own["best_acc1"], "its_ece": np.float64(0.1), **parts}, path)
+    return path
+
+
+@pytest.mark.parametrize("wanted", ["stable", "legacy", None])
+def test_a_checkpoint_is_evaluated_with_its_own_map_else_in_the_legacy_order(run, tied, tmp_path, capsys, wanted):
+    counts = np.bincount([c for c in range(40) for _ in range(2)], minlength=365)
+    asked = [] if wanted is None else ["class_map", wanted]
+    config = ["--cfg", run / "config.yaml", "workers", 0, "save_dir", tmp_path / "saved", *asked]
+    eval_script.main([*map(str, config), "resume", str(run / "ckps" / "current.pth.tar")])
+    assert "note: class map: the checkpoint's" in capsys.readouterr().out
+    eval_script.main([*map(str, config), "resume", str(foreign(run, tmp_path / "best.pth.tar"))])
+    said = capsys.readouterr().out
+    assert f"note: class map: {wanted or 'legacy'}, the checkpoint has none\n" in said
+    (report,) = (tmp_path / "saved").glob("*/per_class.csv")
+    tested = [int(row["class"]) for row in csv.DictReader(report.open()) if row["test_images"] != "0"]
+    assert sorted(class_map_for(wanted or "legacy", counts)[:40]) == tested
+
+
+def test_going_on_keeps_the_map_and_a_foreign_file_brings_the_legacy_one(run, tied, tmp_path, capsys):
+    cfg = load_config(run / "config.yaml", ["resume", str(run / "ckps" / "current.pth.tar"), "class_map", "legacy"])
+    content = torch.load(cfg.resume, weights_only=True)
+    assert train_stage1.load_data(cfg, content).class_map.tolist() == list(range(365))
+    assert train_stage1.class_map(cfg, content)[1] == ["class map: the checkpoint's, class_map legacy is not needed"]
+    cfg = load_config(run / "config.yaml", ["resume", str(foreign(run, tmp_path / "best.pth.tar"))])
+    content = torch.load(cfg.resume, weights_only=False)
+    assert train_stage1.class_map(cfg, content) == ("legacy", ["class map: legacy, the checkpoint has none"])
+
+
+def test_options_of_lists_are_refused_for_other_data(capsys):
+    for option in ("class_map", "train_txt", "val_txt"):
+        bad = failure(
+            capsys, train_stage1.main, "--cfg", "config/digits/digits_imb005.yaml", option, "stable", "num_epochs", 1
+        )
+        assert (bad.code, len(bad.lines)) == (2, 1)
+        assert f"{option}: digits does not come as lists" in bad.said
+
+
+def test_bad_lists_and_images_end_in_one_line(lists, tmp_path, capsys):
+    base = ["--cfg", PLACES, "pretrained", False, "image_size", 32, "num_epochs", 1, "save_dir", tmp_path / "saved"]
+    bad = failure(capsys, train_stage1.main, *base, "data_path", tmp_path)
+    assert (bad.code, len(bad.lines)) == (2, 1)
+    assert "train_txt: there is no" in bad.said and "Places_LT_train.txt" in bad.said
+    broken = next((lists / "places" / "data_256").rglob("*.jpg")).read_bytes()[:300]
+    (tmp_path / "data_256").mkdir()
+    for i in range(4):
+        (tmp_path / "data_256" / f"{i}.jpg").write_bytes(broken)
+    for name in ("train", "test"):
+        (tmp_path / f"Places_LT_{name}.txt").write_text("".join(f"data_256/{i}.jpg 3\n" for i in range(4)))
+    bad = failure(capsys, train_stage1.main, *base, "data_path", tmp_path, "batch_size", 4, "workers", 1)
+    assert (bad.code, len(bad.lines)) == (2, 1)
+    assert re.search(r"data_256/\d.jpg: is no readable image", bad.said)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published checkpoints
+
+
+@pytest.mark.parametrize(
+    ("dataset", "backbone", "classes", "name", "images"),
+    [
+        ("cifar10", "resnet32", 10, "resnet32", (4, 32)),
+        ("imagenet", "resnet50", 50, "resnet50", (2, 64)),
+        ("places", "resnet152", 365, "places152", (2, 64)),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "torch 1.2"])
+def test_the_goldens_come_out_of_a_checkpoint_in_mislas_format(
+    dataset, backbone, classes, name, images, zipped, tmp_path
+):
+    """The reference's numbers, from its key names, through a file like its own."""
+    model = build_model(dataset, backbone, classes, pretrained=False)
+    parts = {
+        "state_dict_model": model.backbone,
+        "state_dict_classifier": model.classifier,
+        "state_dict_block": model.block,
+    }
+    content = {"epoch": 200, "best_acc1": torch.tensor([40.0]), "its_ece": np.float64(0.05)}
+    for key, part in parts.items():
+        if part is not None:
+            state = {k: v.clone() for k, v in part.state_dict().items()}
+            fill_state_dict(state)
+            content[key] = OrderedDict((f"module.{k}", v) for k, v in state.items())
+    torch.save(content, tmp_path / "model_best.pth.tar", _use_new_zipfile_serialization=zipped)
+    load_weights(model, tmp_path / "model_best.pth.tar")
+    stored = np.load(ROOT / "tests" / "goldens" / "forward.npz")
+    logits = model.eval()(wave_images(*images, int(stored["seed"]))).detach()
+    expected = stored[f"{name}.logits"]
+    assert_allclose(logits, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
