@@ -20,6 +20,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from datasets import Data, build_data, find_spec
+from datasets.decoding import fast_decoder
 from datasets.loaders import EvalLoader, TrainLoader
 from methods import Method, build_method, check_names
 from models import build_model, find_backbone
@@ -363,6 +364,9 @@ def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequenc
         + (f"{len(data.val.targets)} held out, " if data.val else "")
         + f"{len(data.test.targets)} test images; model: {cfg.backbone}"
     )
+    if data.spec.lists:
+        decoder = fast_decoder() if cfg.decoder == "fast" else "PIL"
+        run.info(f"images: {data.image_size} pixels, decoded with {decoder} by {data.workers} workers of each process")
     run.info(group_line(group_sizes(groups)))
     run.info(
         f"device {device} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}, "
@@ -406,8 +410,9 @@ def schedule_in_words(cfg: CfgNode) -> str:
         late = [step for step in cfg.lr_steps if step >= cfg.num_epochs]
         steps = ", ".join(f"x{f:g} from epoch {s}" for s, f in zip(cfg.lr_steps, cfg.lr_step_factors, strict=True))
         steps = f"{cfg.warmup_epochs} warm-up epochs, {steps}" + (f" ({late} never reached)" if late else "")
+    passes = f" in {cfg.accumulate} passes" if cfg.accumulate > 1 else ""
     return (
-        f"SGD for {cfg.num_epochs} epochs, batch {cfg.batch_size}, lr {cfg.lr:g}, {steps}, "
+        f"SGD for {cfg.num_epochs} epochs, batch {cfg.batch_size}{passes}, lr {cfg.lr:g}, {steps}, "
         f"momentum {cfg.momentum:g}, weight decay {cfg.weight_decay:g}"
     )
 

@@ -18,7 +18,7 @@ import eval as eval_script
 import train_stage1
 from datasets.class_order import class_map_for
 from models import build_model
-from tests.conftest import ROOT, failure, train
+from tests.conftest import ROOT, assert_same_run, failure, train
 from tests.goldens.fill import fill_state_dict, wave_images
 from utils.checkpoint import load_weights
 from utils.config import load_config
@@ -96,6 +96,21 @@ def script(*arguments: object) -> str:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(lists, tmp_path):
+    """Crops and colours come from (seed, epoch, image), wherever and by whomever they are made."""
+    options = ["data_path", lists / "imagenet", "backbone", "resnet10", "image_size", 32, "batch_size", 16]
+    options += ["cos", False, "warmup_epochs", 0, "accumulate", 2]
+    cfg = "config/imagenet/imagenet_resnet50_arbloss_ugcc_mixup.yaml"
+    whole = train(tmp_path / "whole", *options, "workers", 0, "num_epochs", 2, cfg=cfg)
+    parts = train(tmp_path / "parts", *options, "workers", 2, "num_epochs", 1, cfg=cfg)
+    last = parts / "ckps" / "current.pth.tar"
+    train(tmp_path / "parts", *options, "workers", 1, "num_epochs", 2, "resume", last, cfg=cfg)
+    assert_same_run(whole, parts)
+    log = next((whole / "logs").iterdir()).read_text()
+    assert "batch 16 in 2 passes" in log
+    assert "images: 32 pixels, decoded with PIL by 0 workers" in log
 
 
 # ---------------------------------------------------------------------------------------------------------------------

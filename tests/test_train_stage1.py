@@ -25,46 +25,12 @@ import train_stage1
 from datasets import build_data
 from methods import build_method
 from models import build_model
-from tests.conftest import ARB, ROOT, failure, train
+from tests.conftest import ARB, ROOT, assert_same_run, assert_same_tensors, content, failure, history, train
 from utils.config import load_config
 from utils.errors import DivergenceError
 from utils.run_log import RunLog
 
 CE = "config/digits/digits_imb005.yaml"
-
-
-def content(folder, name="current"):
-    return torch.load(folder / "ckps" / f"{name}.pth.tar", weights_only=True)
-
-
-def history(folder):
-    """The rows of metrics.jsonl without times and rates."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "timing"} for row in rows]
-
-
-def assert_same_tensors(a, b):
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        assert torch.equal(value, b[key]), key
-
-
-def assert_same_run(first, second):
-    """Weights, optimizer, metrics and predictions, bit for bit."""
-    a, b = content(first), content(second)
-    for key in ("state_dict_model", "state_dict_classifier", "state_dict_method"):
-        assert_same_tensors(a[key], b[key])
-    momentum = [state["optimizer"]["state"] for state in (a, b)]
-    assert momentum[0].keys() == momentum[1].keys()
-    for index in momentum[0]:
-        assert torch.equal(momentum[0][index]["momentum_buffer"], momentum[1][index]["momentum_buffer"])
-    assert torch.equal(a["best_acc1"], b["best_acc1"])
-    assert history(first) == history(second)
-    files = sorted(path.name for path in (first / "predictions").iterdir())
-    assert files == sorted(path.name for path in (second / "predictions").iterdir())
-    for name in files:
-        one, other = (np.load(folder / "predictions" / name) for folder in (first, second))
-        assert all(np.array_equal(one[key], other[key]) for key in one.files)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "num_classes": Option(None, optional(whole(1)), "null: what the data set has; otherwise checked against it"),
     "image_size": Option(None, optional(whole(8)), "side in pixels; null: 224 for list data sets, else 32"),
-    "decoder": Option("pil", choice("pil", "fast"), "fast: TorchCodec, else torchvision, for JPEG files that are RGB"),
+    "decoder": Option("pil", choice("pil", "fast"), "list data sets: pil, or fast (TorchCodec, else torchvision)"),
     "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after the cut"),
     "imb_factor": Option(None, optional(imbalance), "smallest class / largest class; null: the data set as it is"),
     "subset_seed": Option(0, whole(0, 2**32 - 1), "which images the cut keeps; 0: those of MiSLAS and LDAM-DRW"),
