@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from datasets.class_order import legacy_order, stable_order
+from datasets.class_order import class_map_for, legacy_order, stable_order
+from datasets.source import DataError
 
 # Pivots that split off next to nothing: NumPy 1.24 ends in heapsort here, whose order of ties is another one.
 BAD_PIVOTS = [20, 0, 18, 0, 16, 0, 14, 0, 12, 0, 10, 0, 8, 0, 6, 0, 4, 0, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1]
@@ -48,5 +49,63 @@ def test_counts_may_be_any_sequence(kind):
 
 
 def test_counts_that_drove_numpy_to_heapsort_are_refused():
-    with pytest.raises(ValueError, match="heapsort"):
+    with pytest.raises(DataError, match=r"^class_map: .* heapsort; take stable$"):
         legacy_order(BAD_PIVOTS)
+
+
+@pytest.mark.parametrize(("choice", "order"), [("stable", stable_order), ("legacy", legacy_order)])
+@given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=60))
+def test_a_map_gives_each_label_its_place_in_the_order(choice, order, counts):
+    class_map = class_map_for(choice, np.array(counts))
+    assert class_map.dtype == np.int64
+    assert [class_map[label] for label in order(counts)] == list(range(len(counts)))
+
+
+def test_the_most_frequent_label_is_class_0():
+    assert class_map_for("stable", np.array([5, 20, 1, 20])).tolist() == [2, 0, 3, 1]
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array])
+def test_a_map_may_be_given_in_numbers(kind):
+    class_map = class_map_for(kind([2, 0, 1]), np.array([1, 2, 3]))
+    assert class_map.dtype == np.int64
+    assert class_map.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("content", ["2 0 1", "2\n0\n1\n", "\n 2\t0  1\n\n"])
+def test_a_map_may_be_a_file(tmp_path, content):
+    path = tmp_path / "map.txt"
+    path.write_text(content)
+    class_map = class_map_for(str(path), np.array([1, 2, 3]))
+    assert class_map.dtype == np.int64
+    assert class_map.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("numbers", [[], [0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 3], [-1, 0, 1]])
+def test_a_map_that_is_no_permutation_is_refused(tmp_path, numbers):
+    path = tmp_path / "map.txt"
+    path.write_text(" ".join(map(str, numbers)))
+    for choice, name in ((numbers, "of the checkpoint"), (str(path), path)):
+        with pytest.raises(DataError) as error:
+            class_map_for(choice, np.array([1, 2, 3]))
+        assert str(error.value) == (
+            f"class_map: {name}: must hold each of 0 .. 2 once, one number per label; it holds {len(numbers)} numbers"
+        )
+
+
+@pytest.mark.parametrize("content", [b"0 1 two", b"0 1 2.0", b"0 1 99999999999999999999", b"\xff\xfe"])
+def test_a_file_of_other_things_is_refused(tmp_path, content):
+    path = tmp_path / "map.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        class_map_for(str(path), np.array([1, 2, 3]))
+    assert str(error.value) == f"class_map: {path}: must hold whole numbers and nothing else"
+
+
+def test_an_unknown_map_is_refused_with_the_known_ones(tmp_path):
+    path = tmp_path / "stabel"
+    with pytest.raises(DataError) as error:
+        class_map_for(str(path), np.array([1, 2, 3]))
+    assert str(error.value) == (
+        f"class_map: {path}: cannot be read (No such file or directory); known are stable, legacy, FILE"
+    )

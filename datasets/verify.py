@@ -1,0 +1,285 @@
+"""Checks a data set before it is trained on: python -m datasets.verify --cfg X [--images all|N] [key value ...]
+
+Ends with 0 where nothing is wrong, 1 where something is, 2 where it cannot be read (no such list, no such data set).
+"""
+
+import argparse
+import hashlib
+import os
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from datasets.decoding import open_rgb
+from datasets.image_list import ListRows, class_names, on_disk, scan_image_list
+from datasets.source import DataError
+from datasets.specs import DatasetSpec, find_spec
+from utils.command_line import exit_code, parse
+from utils.config import load_config
+
+SHOWN = 5  # examples of each problem
+CHUNK = 512  # files per task at most: a task for each would cost more than looking a file up
+LOOKERS = 16  # threads that look files up; they wait for the disk, not for a core
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    images = {"type": _number_of_images, "default": 0, "metavar": "all|N", "help": "decode all images, or N per split"}
+    args = parse("Check a data set before it is trained on.", arguments, images=images)
+    cfg = load_config(args.cfg, args.overrides)
+    spec = find_spec(cfg.dataset)
+    report = Report()
+    (check_lists if spec.lists else check_source)(spec, cfg, args.images, report)
+    if not args.images:
+        report.notes.append("no image was decoded; --images all or --images N does it")
+    say("", *(f"note: {note}" for note in report.notes))
+    say("", f"problems: {len(report.problems)}", *(line for lines in report.problems for line in lines))
+    return 1 if report.problems else 0
+
+
+def _number_of_images(text: str) -> int:
+    if text == "all":
+        return sys.maxsize
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be all or a whole number >= 1")
+    return int(text)
+
+
+def say(*lines: str) -> None:
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found so far."""
+
+    problems: list[list[str]] = field(default_factory=list)  # the lines of each
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, text: str) -> None:
+        self.problems.append([f"- {text}"])
+
+    def found(self, text: str, items: Sequence, show: Callable[[Any], str]) -> None:
+        """A problem with a few examples, unless nothing was found."""
+        if len(items):
+            more = [f"    and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+            self.problems.append([f"- {text}: {len(items)}", *(f"    {show(item)}" for item in items[:SHOWN]), *more])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets with readers of their own, which refuse what is missing or damaged
+
+
+def check_source(spec: DatasetSpec, cfg: CfgNode, images: int, report: Report) -> None:
+    """Says the numbers; ``images``: how many of each split are decoded."""
+    source = spec.read(Path(cfg.data_path), cfg.image_size or spec.image_size, cfg.workers)
+    names = source.class_names
+    if spec.num_classes not in (None, len(names)):
+        report.problem(f"classes: {cfg.dataset} has {spec.num_classes}, here {len(names)}")
+    say(f"{cfg.dataset} in {cfg.data_path}", f"classes: {', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}")
+    for title, split in (("train", source.train), ("test", source.test)):
+        say("", title, *_numbers(np.bincount(split.targets, minlength=len(names)), names))
+        chosen = _evenly(len(split.targets), images)
+        for start in tqdm(range(0, len(chosen), CHUNK), f"{title}: decoding", disable=not images):
+            split.load(chosen[start : start + CHUNK])
+        if images:
+            report.notes.append(f"{title}: {len(chosen)} of {len(split.targets)} images were decoded")
+
+
+def _numbers(counts: np.ndarray, names: Sequence[str]) -> list[str]:
+    """``counts [C]`` in words."""
+    present = np.flatnonzero(counts)
+    lines = [f"  images: {counts.sum()}", f"  classes with images: {len(present)} of {len(counts)}"]
+    if len(present):
+        for size, label in (("largest", counts.argmax()), ("smallest", present[counts[present].argmin()])):
+            lines.append(f"  {size} class: {counts[label]} images, label {label} ({names[label]})")
+    return lines
+
+
+def _evenly(total: int, wanted: int) -> np.ndarray:
+    """At most ``wanted`` of ``total`` positions, evenly spaced; int64 [n]."""
+    return np.linspace(0, total - 1, min(total, wanted)).round().astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets with lists
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One of the two lists, N lines, and where its images lie on this disk."""
+
+    title: str
+    rows: ListRows
+    files: list[str]  # [N], relative to data_path
+    labels: np.ndarray  # int64 [N], C where a label is out of range
+
+    def line(self, index: int) -> str:
+        return f"line {self.rows.lines[index]}: {self.rows.paths[index]}, label {self.rows.labels[index]}"
+
+
+def check_lists(spec: DatasetSpec, cfg: CfgNode, images: int, report: Report) -> None:
+    """As :func:`check_source`."""
+    root, classes = Path(cfg.data_path), spec.num_classes
+    say(f"{cfg.dataset} in {root}")
+    paths = spec.lists.find(root, cfg.train_txt, cfg.val_txt)
+    train = _read("train", paths[0], root, spec.lists.train_folders, classes)
+    test = _read("test", paths[1], root, spec.lists.test_folders, classes)
+    known = np.flatnonzero(train.labels < classes)
+    names = class_names([train.rows.paths[i] for i in known], train.labels[known], classes)
+    for split, path in ((train, paths[0]), (test, paths[1])):
+        counts = np.bincount(split.labels, minlength=classes + 1)[:classes]
+        say("", f"{split.title}: {path}", *_numbers(counts, names))
+        _compare_with_published(split.title, counts, spec, report)
+        _check_lines(split, classes, report)
+    _check_overlap(train, test, report)
+    _check_labels((train, test), names, report)
+    contents = [_check_files(split, root, images, max(cfg.workers, 1), report) for split in (train, test)]
+    same = sorted((contents[0][content], i) for content, i in contents[1].items() if content in contents[0])
+    if same:
+        example = f"train {train.line(same[0][0])}; test {test.line(same[0][1])}"
+        report.notes.append(f"{len(same)} decoded files are the same in train and test, such as {example}")
+
+
+def _read(title: str, path: Path, root: Path, folders: Sequence[str], classes: int) -> Listed:
+    rows = scan_image_list(path)
+    files = on_disk(rows.paths, root, folders, by_name=title == "test") if rows.paths else []
+    return Listed(title, rows, files, np.where((rows.labels >= 0) & (rows.labels < classes), rows.labels, classes))
+
+
+def _compare_with_published(title: str, counts: np.ndarray, spec: DatasetSpec, report: Report) -> None:
+    figures = [("images", getattr(spec.published, title), counts.sum())]
+    if title == "train" and counts.any():
+        figures.append(("largest class", spec.published.largest, counts.max()))
+        figures.append(("smallest class", spec.published.smallest, counts[counts > 0].min()))
+    for what, published, here in figures:
+        if published != here:
+            report.problem(f"{title}: {what}: published {published}, here {here}")
+
+
+def _check_lines(split: Listed, classes: int, report: Report) -> None:
+    """Lines that make no sense by themselves, and images that are listed twice."""
+    report.found(
+        f"{split.title}: lines that are not 'relative/path label'",
+        split.rows.malformed,
+        lambda line: f"line {line[0]}: {line[1][:80]!r}",
+    )
+    outside = np.flatnonzero(split.labels == classes)
+    report.found(f"{split.title}: labels outside 0 .. {classes - 1}", outside, split.line)
+    first: dict[str, int] = {}
+    again = [(first[file], i) for i, file in enumerate(split.files) if first.setdefault(file, i) != i]
+    report.found(
+        f"{split.title}: images listed again", again, lambda pair: f"{split.line(pair[1])}; {split.line(pair[0])}"
+    )
+
+
+def _check_overlap(train: Listed, test: Listed, report: Report) -> None:
+    first = {file: i for i, file in enumerate(train.files)}
+    both = [(first[file], i) for i, file in enumerate(test.files) if file in first]
+    report.found(
+        "images in train and test", both, lambda pair: f"train {train.line(pair[0])}; test {test.line(pair[1])}"
+    )
+
+
+def _check_labels(splits: tuple[Listed, Listed], names: Sequence[str], report: Report) -> None:
+    """Images labelled unlike most of their class folder, and labels that several class folders have.
+
+    A folder's images of both lists count. It is a class folder if more than half of them share a label.
+    """
+    index: dict[str, int] = {}  # class folder -> its number
+    named = [[index.setdefault(folder, len(index)) for folder in map(_class_folder, s.files)] for s in splits]
+    folders = [np.array(numbers, dtype=np.int64) for numbers in named]
+    outside, known = len(names), list(index)
+    pairs = np.concatenate(folders) * (outside + 1) + np.concatenate([split.labels for split in splits])
+    kinds, counts = np.unique(pairs, return_counts=True)
+    folder, label = np.divmod(kinds, outside + 1)
+    most = 2 * counts > np.bincount(folder, counts)[folder]
+    own = np.full(len(known), outside)  # the label of each folder; C: it is no class folder
+    own[folder[most]] = label[most]
+    for split, code in zip(splits, folders, strict=True):
+        expected = own[code]
+        judged = (expected < outside) & (code != code[:1]).any()  # one folder for all, such as val_256, is no class
+        report.found(
+            f"{split.title}: images labelled unlike most of their folder",
+            np.flatnonzero(judged & (split.labels < outside) & (split.labels != expected)),
+            lambda i, split=split, own=expected: f"{split.line(i)}, most have {own[i]} ({names[own[i]]})",
+        )
+        several: dict[int, list[str]] = {}
+        for one in np.unique(code[judged]):
+            several.setdefault(own[one].item(), []).append(known[one])
+        report.found(
+            f"{split.title}: labels of more than one class folder",
+            sorted((label, found) for label, found in several.items() if len(found) > 1),
+            lambda item: f"label {item[0]}: {', '.join(item[1][:SHOWN])}",
+        )
+        if not judged.all():
+            report.notes.append(f"{split.title}: {(~judged).sum()} images lie in no class folder; labels not checked")
+
+
+def _class_folder(path: str) -> str:
+    """Without the top folder, if there are several, so that ``train/cat`` and ``val/cat`` are one."""
+    folder = path.rpartition("/")[0]
+    return folder.partition("/")[2] or folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _check_files(split: Listed, root: Path, images: int, workers: int, report: Report) -> dict[bytes, int]:
+    """Looks every file up and decodes ``images`` of them; returns what those hold (a digest), and who holds it."""
+    paths = [os.path.join(root, file) for file in split.files]
+    there = np.array(_in_threads(_is_there, paths, LOOKERS, f"{split.title}: looking up"), dtype=bool)
+    missing = np.flatnonzero(~there)
+    report.found(f"{split.title}: missing or empty files", missing, lambda i: f"line {split.rows.lines[i]}: {paths[i]}")
+    chosen = np.flatnonzero(there)[_evenly(there.sum(), images)]
+    contents = _in_threads(_content, [paths[i] for i in chosen], workers, f"{split.title}: decoding")
+    report.found(
+        f"{split.title}: images that cannot be decoded",
+        [(i, content) for i, content in zip(chosen, contents, strict=True) if isinstance(content, str)],
+        lambda item: f"line {split.rows.lines[item[0]]}: {item[1]}",
+    )
+    if images:
+        report.notes.append(f"{split.title}: {len(chosen)} of {len(paths)} images were decoded")
+    return {content: i for i, content in zip(chosen, contents, strict=True) if isinstance(content, bytes)}
+
+
+def _is_there(path: str) -> bool:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # a NUL in the name
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0
+
+
+def _content(path: str) -> bytes | str:
+    """A digest of the file, or what is wrong with the image."""
+    try:
+        open_rgb(path)
+    except DataError as error:
+        return str(error)
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+
+
+def _in_threads(look: Callable[[str], Any], paths: Sequence[str], threads: int, title: str) -> list:
+    """``look`` at every path, in order."""
+    results, size = [], max(1, min(CHUNK, len(paths) // (8 * threads)))
+    with ThreadPoolExecutor(threads) as pool, tqdm(desc=title, total=len(paths), disable=not paths) as bar:
+        parts = (paths[start : start + size] for start in range(0, len(paths), size))
+        for part in pool.map(lambda part: [look(path) for path in part], parts):
+            results += part
+            bar.update(len(part))
+    return results
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
+    sys.exit(exit_code(main))

@@ -1,0 +1,426 @@
+"""Lists of images: what a line may look like, where lists and images lie, and the published lists themselves."""
+
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from datasets.class_order import class_map_for, legacy_order, stable_order
+from datasets.image_list import ImageLists, below_common, class_names, on_disk, read_image_list, scan_image_list
+from datasets.source import DataError
+from datasets.specs import SPECS
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "lists"
+PLACES = SPECS["places"].lists
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def touch(root: Path, *names: str) -> None:
+    """The readers open no image, so these need not be any."""
+    for name in names:
+        write(root / name, b"image")
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(DataError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def published(name: str) -> list[str]:
+    path = PUBLISHED / f"{name}.txt.xz"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    return lzma.decompress(path.read_bytes()).decode().splitlines(keepends=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+
+
+@pytest.mark.parametrize(
+    ("content", "paths", "labels"),
+    [
+        ("a/1.jpg 0\nb/2.jpg 2\n", ["a/1.jpg", "b/2.jpg"], [0, 2]),
+        ("a/1.jpg 0\nb/2.jpg 2", ["a/1.jpg", "b/2.jpg"], [0, 2]),
+        ("a/1.jpg 0\r\nb/2.jpg 2\r\n", ["a/1.jpg", "b/2.jpg"], [0, 2]),
+        ("\n\na/1.jpg 0\n   \n\nb/2.jpg 2\n\n", ["a/1.jpg", "b/2.jpg"], [0, 2]),
+        ("a b/c  d 3.jpg 1\n", ["a b/c  d 3.jpg"], [1]),
+        ("a/1.jpg\t1 \n", ["a/1.jpg"], [1]),
+        ("Übung/ß 写真.jpg 1\n", ["Übung/ß 写真.jpg"], [1]),
+        (b"\xef\xbb\xbfa/1.jpg 1\n", ["a/1.jpg"], [1]),
+        (b"caf\xe9/1.jpg 1\n", [os.fsdecode(b"caf\xe9/1.jpg")], [1]),
+    ],
+    ids=["plain", "no last newline", "CRLF", "blank lines", "spaces", "tab", "UTF-8", "byte order mark", "Latin-1"],
+)
+def test_a_line_is_a_path_and_a_label(tmp_path, content, paths, labels):
+    read_paths, read_labels = read_image_list(write(tmp_path / "x.txt", content), 3)
+    assert read_paths == paths
+    assert read_labels.dtype == np.int64
+    assert read_labels.tolist() == labels
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("b/2.jpg", "'b/2.jpg' is not 'relative/path label'"),
+        ("b/2.jpg one", "'b/2.jpg one' is not 'relative/path label'"),
+        ("b/2.jpg 1.5", "'b/2.jpg 1.5' is not 'relative/path label'"),
+        ("1", "'1' is not 'relative/path label'"),
+        ("b/2.jpg 99999999999999999999", "'b/2.jpg 99999999999999999999' is not 'relative/path label'"),
+        ("b/2.jpg 3", "label 3 is not one of 0 .. 2 (1 such labels)"),
+        ("b/2.jpg -1", "label -1 is not one of 0 .. 2 (1 such labels)"),
+    ],
+)
+def test_a_wrong_line_is_named_by_its_number(tmp_path, line, said):
+    path = write(tmp_path / "x.txt", f"a/1.jpg 0\n\n{line}\nc/3.jpg 2\n")
+    assert refusal(read_image_list, path, 3) == f"{path}, line 3: {said}"
+
+
+def test_the_scan_goes_on_after_wrong_lines(tmp_path):
+    rows = scan_image_list(write(tmp_path / "x.txt", "nothing\na/1.jpg 7\n\n b \nc/3.jpg x\nd/4.jpg -2\n"))
+    assert rows.paths == ["a/1.jpg", "d/4.jpg"]
+    assert (rows.labels.tolist(), rows.lines.tolist()) == ([7, -2], [2, 6])
+    assert rows.malformed == [(1, "nothing"), (4, "b"), (5, "c/3.jpg x")]
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_list_is_refused(tmp_path, content):
+    path = write(tmp_path / "x.txt", content)
+    assert refusal(read_image_list, path, 3) == f"{path}: names no image"
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.json"])
+def test_a_list_that_cannot_be_read_is_refused(tmp_path, name):
+    assert (
+        refusal(read_image_list, tmp_path / name, 3) == f"{tmp_path / name}: cannot be read: No such file or directory"
+    )
+    (tmp_path / name).mkdir()
+    assert refusal(read_image_list, tmp_path / name, 3) == f"{tmp_path / name}: cannot be read: Is a directory"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# iNaturalist's annotations
+
+
+def annotations(rows: list[tuple[str, int]]) -> str:
+    """The official format; ids are no positions, and images come in an order of their own."""
+    images = [{"id": 100 + i, "file_name": name, "width": 800, "height": 600} for i, (name, _) in enumerate(rows)]
+    found = [{"id": 100 + i, "image_id": 100 + i, "category_id": label} for i, (_, label) in enumerate(rows)]
+    categories = [{"id": label, "name": str(label), "supercategory": "Aves"} for label in range(3)]
+    return json.dumps({"info": {}, "images": images[::-1], "annotations": found, "categories": categories})
+
+
+ROWS = [("train_val2018/Aves/2/b.jpg", 2), ("train_val2018/Aves/0/a.jpg", 0), ("train_val2018/Aves/2/c.jpg", 2)]
+
+
+def test_annotations_equal_the_list(tmp_path):
+    as_json = read_image_list(write(tmp_path / "x.json", annotations(ROWS)), 3)
+    as_text = read_image_list(write(tmp_path / "x.txt", "".join(f"{path} {label}\n" for path, label in ROWS)), 3)
+    assert as_json[0] == as_text[0] == [path for path, _ in ROWS]
+    assert as_json[1].dtype == np.int64
+    assert as_json[1].tolist() == as_text[1].tolist() == [2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "train_val2018/Aves/2/b.jpg 2",
+        "[]",
+        '{"images": [], "annotations": [{"image_id": 1, "category_id": 0}]}',
+        '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1}]}',
+        '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "category_id": "x"}]}',
+        b"\xff\xfe\xfd",
+    ],
+)
+def test_other_json_is_refused(tmp_path, content):
+    path = write(tmp_path / "x.json", content)
+    assert refusal(read_image_list, path, 3).startswith(f"{path}: is no file of annotations in iNaturalist's format (")
+
+
+def test_labels_of_annotations_are_checked(tmp_path):
+    path = write(tmp_path / "x.json", annotations(ROWS))
+    assert refusal(read_image_list, path, 2) == f"{path}, line 1: label 2 is not one of 0 .. 1 (2 such labels)"
+    assert refusal(read_image_list, write(path, annotations([])), 2) == f"{path}: names no image"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the lists lie
+
+LISTS = ImageLists(("train.txt", "train.json"), ("test.txt",))
+
+
+@pytest.mark.parametrize("folder", ["", "data_txt"])
+@pytest.mark.parametrize("train", ["train.txt", "train.json"])
+def test_lists_have_default_places(tmp_path, folder, train):
+    touch(tmp_path / folder, train, "test.txt")
+    assert LISTS.find(tmp_path) == (tmp_path / folder / train, tmp_path / folder / "test.txt")
+
+
+def test_the_first_of_the_default_places_is_taken(tmp_path):
+    touch(tmp_path, "train.json", "data_txt/train.txt", "test.txt", "data_txt/test.txt")
+    assert LISTS.find(tmp_path) == (tmp_path / "data_txt/train.txt", tmp_path / "test.txt")
+    touch(tmp_path, "train.txt")
+    assert LISTS.find(tmp_path)[0] == tmp_path / "train.txt"
+
+
+def test_lists_may_be_given(tmp_path, monkeypatch):
+    touch(tmp_path, "data/train.txt", "data/test.txt", "data/my/a.txt", "elsewhere/b.txt", "here/c.txt")
+    monkeypatch.chdir(tmp_path / "here")
+    data = tmp_path / "data"
+    assert LISTS.find(data, "my/a.txt", str(tmp_path / "elsewhere/b.txt")) == (
+        data / "my/a.txt",
+        tmp_path / "elsewhere/b.txt",
+    )
+    assert LISTS.find(data, "", "c.txt") == (data / "train.txt", Path("c.txt"))
+
+
+def test_missing_lists_are_refused_with_every_place_that_was_tried(tmp_path):
+    places = [tmp_path / folder / name for name in ("train.txt", "train.json") for folder in ("", "data_txt")]
+    why = "; the README says where the lists come from"
+    assert refusal(LISTS.find, tmp_path) == f"train_txt: there is no {' nor '.join(map(str, places))}{why}"
+    touch(tmp_path, "train.txt")
+    assert refusal(LISTS.find, tmp_path, "", "x") == f"val_txt: there is no x nor {tmp_path / 'x'}{why}"
+    absolute = str(tmp_path / "x.txt")
+    assert refusal(LISTS.find, tmp_path, absolute) == f"train_txt: there is no {absolute}{why}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole data set
+
+
+def data_set(root: Path, train: list[tuple[str, int]], test: list[tuple[str, int]], images: list[str]) -> Path:
+    for name, rows in (("Places_LT_train.txt", train), ("Places_LT_test.txt", test)):
+        write(root / name, "".join(f"{path} {label}\n" for path, label in rows))
+    touch(root, *images)
+    return root
+
+
+NESTED = [
+    ("data_256/a/attic/1.jpg", 1),
+    ("data_256/a/arena/hockey/1.jpg", 0),
+    ("data_256/a/arena/hockey/2.jpg", 0),
+    ("data_256/u/underwater/ocean_deep/1.jpg", 3),
+    ("data_256/u/underwater/ocean_deep/2.jpg", 3),
+    ("data_256/u/underwater/ocean_deep/3.jpg", 3),
+]
+FLAT = [("val_256/v1.jpg", 1), ("val_256/v2.jpg", 0), ("val_256/v3.jpg", 3)]
+
+
+def in_one_folder_each(joint: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    train = [(f"train/{path[11:].replace('/', joint, path.count('/') - 3)}", label) for path, label in NESTED]
+    folders = {label: os.path.basename(os.path.dirname(path)) for path, label in train}
+    return train, [(f"val/{folders[label]}/{os.path.basename(path)}", label) for path, label in FLAT]
+
+
+def test_the_two_layouts_of_places_in_this_file():
+    train, test = in_one_folder_each("-")
+    assert [path for path, _ in train[1:4]] == [
+        "train/arena-hockey/1.jpg",
+        "train/arena-hockey/2.jpg",
+        "train/underwater-ocean_deep/1.jpg",
+    ]
+    assert test[1:] == [("val/arena-hockey/v2.jpg", 0), ("val/underwater-ocean_deep/v3.jpg", 3)]
+
+
+def test_classes_are_numbered_by_frequency(tmp_path):
+    source = PLACES.read(data_set(tmp_path, NESTED, FLAT, [path for path, _ in NESTED + FLAT]), 5)
+    assert source.class_map.tolist() == [1, 2, 3, 0, 4]
+    assert source.train.targets.tolist() == [2, 1, 1, 0, 0, 0]
+    assert source.test.targets.tolist() == [2, 1, 0]
+    assert source.class_names == ["u/underwater/ocean_deep", "a/arena/hockey", "a/attic", "2", "4"]
+    for split, rows in ((source.train, NESTED), (source.test, FLAT)):
+        assert split.load is None
+        assert [split.files.path(i) for i in range(len(split.files))] == [str(tmp_path / path) for path, _ in rows]
+
+
+@pytest.mark.parametrize("class_map", [[4, 3, 2, 1, 0], "map.txt"])
+def test_the_class_map_may_be_given(tmp_path, class_map):
+    if isinstance(class_map, str):
+        class_map = str(write(tmp_path / class_map, "4 3 2\n1 0\n"))
+    source = PLACES.read(data_set(tmp_path, NESTED, FLAT, [NESTED[0][0], FLAT[0][0]]), 5, class_map=class_map)
+    assert source.class_map.tolist() == [4, 3, 2, 1, 0]
+    assert source.train.targets.tolist() == [3, 4, 4, 1, 1, 1]
+    assert source.test.targets.tolist() == [3, 4, 1]
+    assert source.class_names == ["4", "u/underwater/ocean_deep", "2", "a/attic", "a/arena/hockey"]
+
+
+def test_the_legacy_order_reaches_the_labels(tmp_path):
+    rows = [(f"data_256/a/c{label}/1.jpg", label) for label in range(20)]
+    tree = data_set(tmp_path, rows, FLAT, [rows[0][0], FLAT[0][0]])
+    legacy = PLACES.read(tree, 20, class_map="legacy").train.targets
+    assert_array_equal(legacy[legacy_order([1] * 20)], np.arange(20))
+    assert legacy.tolist() != list(range(20))
+    assert PLACES.read(tree, 20).train.targets.tolist() == list(range(20))
+
+
+@pytest.mark.parametrize("joint", ["-", "_"])
+@pytest.mark.parametrize("listed", ["nested", "flat"])
+@pytest.mark.parametrize("lies", ["nested", "flat"])
+def test_a_list_of_either_layout_finds_the_images_of_either(tmp_path, joint, listed, lies):
+    layouts = {"nested": (NESTED, FLAT), "flat": in_one_folder_each(joint)}
+    images = [path for rows in layouts[lies] for path, _ in rows]
+    source = PLACES.read(data_set(tmp_path, *layouts[listed], images), 4)
+    files = [s.files.path(i) for s in (source.train, source.test) for i in range(len(s.files))]
+    assert files == [str(tmp_path / path) for path in images]
+    assert source.train.targets.tolist() == [2, 1, 1, 0, 0, 0]
+    assert source.test.targets.tolist() == [2, 1, 0]
+
+
+def test_paths_that_no_layout_explains_stay_as_they_are(tmp_path):
+    touch(tmp_path, "train/barn/1.jpg", "val/barn/v1.jpg")
+    listed = ["data_256/b/barn/1.jpg", "data_256/c/cave/2.jpg"]
+    assert on_disk(listed, tmp_path, PLACES.train_folders, False) == ["train/barn/1.jpg", "data_256/c/cave/2.jpg"]
+    listed = ["val_256/v1.jpg", "val_256/v2.jpg"]
+    assert on_disk(listed, tmp_path, PLACES.test_folders, True) == ["val/barn/v1.jpg", "val_256/v2.jpg"]
+    listed = ["other/b/barn/1.jpg"]
+    assert on_disk(listed, tmp_path, PLACES.train_folders, False) == listed
+    assert on_disk(["data_256/b/barn/1.jpg"], tmp_path, (), False) == ["data_256/b/barn/1.jpg"]
+
+
+def test_where_both_layouts_lie_here_the_list_s_own_is_read(tmp_path):
+    touch(tmp_path, "train/barn/1.jpg", "data_256/b/barn/1.jpg")
+    for listed in (["train/barn/1.jpg"], ["data_256/b/barn/1.jpg"]):
+        assert on_disk(listed, tmp_path, PLACES.train_folders, False) == listed
+
+
+def test_every_class_of_places_is_found_in_either_layout(tmp_path):
+    """All 365 folders, among them underwater/ocean_deep and apartment_building/outdoor."""
+    listed = sorted({line.rpartition("/")[0] for line in published("Places_LT_train")})
+    assert len(listed) == 365
+    for joint in "-_":
+        flat = [f"train/{folder[11:].replace('/', joint)}" for folder in listed]
+        for root, here, there in ((tmp_path / f"n{joint}", listed, flat), (tmp_path / f"f{joint}", flat, listed)):
+            for folder in here:
+                (root / folder).mkdir(parents=True)
+            found = on_disk([f"{folder}/1.jpg" for folder in there], root, PLACES.train_folders, False)
+            assert found == [f"{folder}/1.jpg" for folder in here]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_that_lie_elsewhere_are_refused(tmp_path, split):
+    missing = (NESTED if split == "train" else FLAT)[0][0]
+    tree = data_set(tmp_path, NESTED, FLAT, [path for path, _ in NESTED + FLAT if path != missing])
+    said = f"data_path: {tree / missing} does not exist, the first image that {tree}/Places_LT_{split}.txt names"
+    assert refusal(PLACES.read, tree, 4) == said
+
+
+def test_labels_of_both_lists_are_checked(tmp_path):
+    tree = data_set(tmp_path, NESTED, [*FLAT, ("val_256/v4.jpg", 4)], [path for path, _ in NESTED + FLAT])
+    assert "Places_LT_test.txt, line 4: label 4" in refusal(PLACES.read, tree, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of classes
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["train/n01/a.jpg", "train/n02/b.jpg", "train/n01/c.jpg"], ["n01", "n02", "2"]),
+        (["t/Aves/1/a.jpg", "t/Insecta/2/b.jpg", "t/Aves/1/c.jpg"], ["Aves/1", "Insecta/2", "2"]),
+        (["cat/a.jpg", "dog/b.jpg", "cat/c.jpg"], ["cat", "dog", "2"]),
+        (["cat/a.jpg", "category/b.jpg", "cat/c.jpg"], ["cat", "category", "2"]),
+        (["./t/cat/a.jpg", "./t/dog/b.jpg", "t/cat/c.jpg"], ["cat", "dog", "2"]),
+        (["/t/cat/a.jpg", "t/dog/b.jpg", "/t/cat/c.jpg"], ["cat", "dog", "2"]),
+        (["a.jpg", "b.jpg", "c.jpg"], ["0", "1", "2"]),
+        (["a.jpg", "dog/b.jpg", "c.jpg"], ["0", "dog", "2"]),
+    ],
+)
+def test_a_class_is_named_after_its_folder(paths, names):
+    assert class_names(paths, np.array([0, 1, 0]), 3) == names
+
+
+def test_no_images_give_no_names():
+    assert class_names([], np.array([], dtype=np.int64), 2) == ["0", "1"]
+    assert below_common([]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published lists
+
+
+@pytest.fixture
+def published_places(tmp_path):
+    lists = [write(tmp_path / name, "".join(published(name))) for name in ("Places_LT_train", "Places_LT_test")]
+    return [read_image_list(path, 365) for path in lists]
+
+
+def test_places_lt_gives_the_published_orders(published_places):
+    train, test = published_places
+    assert (len(train[1]), len(test[1])) == (62500, 36500)
+    counts = np.bincount(train[1], minlength=365)
+    stored = np.load(ROOT / "tests" / "goldens" / "class_order.npz")
+    assert_array_equal(counts, stored["places.counts"])
+    assert_array_equal(stable_order(counts), stored["places.stable_order"])
+    assert_array_equal(legacy_order(counts), stored["places.legacy_order"])
+
+
+def test_a_stable_map_would_score_42_percent_of_places_test_images_against_another_class(published_places):
+    train, test = published_places
+    counts = np.bincount(train[1], minlength=365)
+    stable, legacy = class_map_for("stable", counts), class_map_for("legacy", counts)
+    assert (stable != legacy).sum() == 153
+    assert np.mean(stable[test[1]] != legacy[test[1]]) == pytest.approx(0.42, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "per_class", "first"),
+    [("ImageNet_LT_test", "imagenet", 50, "n01440764"), ("iNaturalist18_val", "ina2018", 3, "Animalia/0")],
+)
+def test_published_test_lists_are_balanced(tmp_path, name, spec, per_class, first):
+    classes = SPECS[spec].num_classes
+    paths, labels = read_image_list(write(tmp_path / "x.txt", "".join(published(name))), classes)
+    assert len(set(paths)) == len(labels) == SPECS[spec].published.test
+    assert_array_equal(np.bincount(labels), np.full(classes, per_class))
+    names = class_names(paths, labels, classes)
+    assert len(set(names)) == classes
+    assert names[0] == first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size
+
+# The peak of this process alone: ru_maxrss starts from what the parent had when it forked.
+MEASURE = """
+import sys, time
+from pathlib import Path
+from datasets.specs import SPECS
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+before, start = peak(), time.perf_counter()
+source = SPECS["ina2018"].lists.read(Path(sys.argv[1]), 8142)
+print(len(source.train.targets), len(source.class_names), time.perf_counter() - start, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+def test_the_largest_lists_are_read_in_seconds_and_little_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.minimum(rng.exponential(1500, 437_513).astype(np.int64), 8141)
+    labels[:8142] = np.arange(8142)
+    for name, chosen in (("iNaturalist18_train.txt", labels), ("iNaturalist18_val.txt", np.arange(24_426) // 3)):
+        lines = [f"train_val2018/Plantae/{y}/{rng.bytes(16).hex()}.jpg {y}\n" for y in chosen]
+        write(tmp_path / name, "".join(lines))
+        touch(tmp_path, lines[0].split()[0])
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    images, classes, seconds, megabytes = map(float, done.stdout.split())
+    assert (images, classes) == (437_513, 8142)
+    assert seconds < 3
+    assert megabytes < 200
