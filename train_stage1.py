@@ -75,12 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_smallest_batch(model, loader, data.image_size, cfg.batch_size)
         method = new_method(cfg, data).to(device)
         optimizer = new_optimizer(cfg, model, method)
+        parallel = distributed.parallel(model, device, cfg.sync_bn)  # may refuse: before a folder is made
         state, folder, settings, origin = start(cfg, content, model, method, optimizer)
 
         with RunLog(folder, cfg.name, state.epoch) as run:
             describe(run, cfg, data, groups, [*notes, *origin], device)
             write_settings(folder, settings)
-            parallel = distributed.parallel(model, device, cfg.sync_bn)
             epochs = range(state.epoch, cfg.num_epochs)
             for epoch in epochs:
                 row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}

@@ -11,7 +11,6 @@ from PIL import Image
 
 from datasets.source import DataError
 
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what PIL raises
 
 
@@ -39,8 +38,8 @@ def fast_decoder() -> str:
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """A JPEG that every decoder reads alike: no CMYK, no rotation (TorchCodec would apply it)."""
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION, 1) == 1
+    """A JPEG that every decoder reads alike: no CMYK, no EXIF (TorchCodec applies rotations, also ones PIL misses)."""
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and "APP1" not in image.app
 
 
 def _decode_fast(content: bytes) -> Image.Image:

@@ -101,7 +101,7 @@ class StreamedPixels:
         self.requests.batches, self.requests.draw = batches, draw
         for images in self.loader:
             if isinstance(images, DataError):
-                raise images
+                raise DataError(str(images))  # anew: this frame would hold itself, and the workers end late
             yield images.to(self.device, non_blocking=True)
 
 

@@ -78,7 +78,8 @@ def step_counts(kind: str, targets: Tensor, class_counts: Tensor, weight: float 
     if kind == "batch":
         return batch
     if kind == "batch_synced":
-        return distributed.all_reduce_sum(batch * (weight > 0))
+        synced = distributed.all_reduce_sum(batch * (weight > 0))
+        return synced if weight > 0 else synced + batch  # a loss that counts nothing has to be finite all the same
     if kind == "global_masked":
         return torch.where(batch > 0, class_counts, 0)
     return torch.where(batch > 0, batch, len(targets) * class_counts / class_counts.sum())

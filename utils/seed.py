@@ -14,7 +14,8 @@ def generator(seed: int, epoch: int, purpose: str, *index: int) -> np.random.Gen
     ``purpose`` ("order", "crop", "mixup", ...) keeps the streams apart: one more draw for the crops
     does not shift the mixing weights. ``index``: of an image, where each has a generator of its own.
     """
-    return np.random.default_rng(np.random.SeedSequence([seed, epoch, zlib.crc32(purpose.encode()), *index]))
+    places = (i + 1 for i in index)  # a sequence is filled up with zeros, which are no index
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch, zlib.crc32(purpose.encode()), *places]))
 
 
 @contextlib.contextmanager
