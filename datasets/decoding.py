@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from datasets.source import DataError
 
@@ -28,6 +28,8 @@ def open_rgb(path: str, decoder: str = "pil") -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: is no readable image (of no format that PIL knows)") from None
     except UNREADABLE as error:
         raise DataError(f"{path}: is no readable image ({' '.join(str(error).split())})") from None
 

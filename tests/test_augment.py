@@ -1,15 +1,24 @@
-"""Crops and flips against torchvision on the PIL image; an epoch's draws as a pure function of (seed, epoch)."""
+"""Crops, flips and colours against torchvision on the PIL image; draws as a pure function of (seed, epoch)."""
 
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
-from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import CenterCrop, Compose, Normalize, RandomResizedCrop, Resize, ToTensor
 
-from datasets.augment import crop_and_flip, draw_crops, normalise
+from datasets.augment import (
+    central_crop,
+    crop_and_flip,
+    crop_box,
+    draw_crops,
+    draw_jitter,
+    jitter,
+    normalise,
+    random_crop,
+)
 from datasets.specs import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -98,3 +107,187 @@ def test_without_padding_images_are_only_flipped():
     offsets, flips = draw_crops(40, 0, True, 0, 0)
     expected = torch.where(flips[:, None, None, None], images.flip(2), images)
     assert torch.equal(crop_and_flip(images, offsets, flips, 0), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Large images
+
+ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+ORDERS = list(permutations(range(3)))
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(noise(9, 7, 3).numpy()).resize((width, height))
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Kolmogorov and Smirnov's: the largest difference of the two distribution functions."""
+    values = np.concatenate([ours, theirs])
+    below = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (ours, theirs)]
+    return np.abs(below[0] - below[1]).max()
+
+
+def torchvision_boxes(height: int, width: int, number: int) -> np.ndarray:
+    image = torch.empty(1).expand(3, height, width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draw = RandomResizedCrop.get_params
+        return np.array([draw(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3]) for _ in range(number)])
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (200, 200), (90, 300), (200, 67)])
+def test_crop_boxes_are_distributed_as_torchvisions(height, width):
+    number = 8000
+    random = np.random.default_rng(0)
+    ours = np.array([crop_box(height, width, random) for _ in range(number)])
+    top, left, h, w = ours.T
+    assert ((top >= 0) & (left >= 0) & (h > 0) & (w > 0) & (top + h <= height) & (left + w <= width)).all()
+    statistics = {
+        "share of the area": lambda _, __, h, w: h * w / (height * width),
+        "ratio": lambda _, __, h, w: w / h,
+        "top": lambda top, _, __, ___: top,
+        "left": lambda _, left, __, ___: left,
+        "free rows above": lambda top, _, h, __: np.where(h < height, top / np.maximum(height - h, 1), -1),
+        "free columns left": lambda _, left, __, w: np.where(w < width, left / np.maximum(width - w, 1), -1),
+    }
+    theirs = torchvision_boxes(height, width, number)
+    for name, statistic in statistics.items():
+        far = distance(statistic(*ours.T), statistic(*theirs.T))
+        assert far < 1.95 * (2 / number) ** 0.5, name  # one in 1000 goes beyond, if the distributions are equal
+    share = h * w / (height * width)
+    assert 0.078 < share.min() < 0.085
+    assert (w / h).min() > 0.73 and (w / h).max() < 1.36
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(7, 150), (150, 7), (1, 30), (30, 1), (31, 1000), (1000, 31), (2, 50), (53, 1201), (1201, 53)]
+)
+def test_of_an_extreme_image_the_largest_central_crop_is_taken_as_in_torchvision(height, width):
+    box = crop_box(height, width, np.random.default_rng(0))
+    assert box == tuple(torchvision_boxes(height, width, 1)[0])
+    assert all(type(value) is int for value in box)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 1), (3, 3), (5, 4)])
+def test_a_crop_of_a_tiny_image_lies_inside(height, width):
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        top, left, h, w = crop_box(height, width, random)
+        assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width
+        assert h > 0 and w > 0
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(60, 45, 32), (33, 80, 24), (300, 20, 16), (5, 5, 8)])
+def test_a_random_crop_equals_torchvisions_and_half_are_mirrored(width, height, size):
+    image, mirrored = picture(width, height), 0
+    for seed in range(400):
+        ours = random_crop(image, size, np.random.default_rng(seed))
+        assert (ours.dtype, ours.shape) == (np.uint8, (size, size, 3))
+        box = crop_box(height, width, np.random.default_rng(seed))
+        upright = TF.resized_crop(image, *box, [size, size])
+        flip = not np.array_equal(ours, np.asarray(upright))
+        np.testing.assert_array_equal(ours, np.asarray(TF.hflip(upright) if flip else upright))
+        mirrored += flip
+    assert abs(mirrored / 400 - 0.5) < 4 * 0.5 / 400**0.5
+
+
+def test_whether_a_crop_is_mirrored_does_not_depend_on_where_it_is():
+    random, left, mirrored = np.random.default_rng(0), [], []
+    ramp = Image.fromarray(np.arange(250, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2))
+    for _ in range(3000):
+        crop = random_crop(ramp, 8, random)[4, :, 0].astype(int)
+        left.append(crop.min())
+        mirrored.append(crop[0] > crop[-1])
+    assert abs(np.corrcoef(left, mirrored)[0, 1]) < 4 / 3000**0.5
+
+
+@pytest.mark.parametrize(("size", "resized"), [(224, 256), (64, 73), (32, 36), (8, 9), (448, 512)])
+@pytest.mark.parametrize(("width", "height"), [(300, 200), (224, 224), (256, 256), (20, 31), (400, 25), (25, 400)])
+def test_the_middle_of_an_image_equals_torchvisions_resize_and_center_crop(width, height, size, resized):
+    image = picture(width, height)
+    ours = central_crop(image, size)
+    assert (ours.dtype, ours.shape) == (np.uint8, (size, size, 3))
+    np.testing.assert_array_equal(ours, np.asarray(Compose([Resize(resized), CenterCrop(size)])(image)))
+
+
+def jittered_by_torchvision(image: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> np.ndarray:
+    result = Image.fromarray(image.numpy())
+    for operation in order.tolist():
+        result = ADJUST[operation](result, factors[operation].item())
+    return np.asarray(result)
+
+
+def assert_jitter_equals_torchvisions(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> None:
+    before = images.clone()
+    ours = jitter(images, factors, order)
+    assert (ours.dtype, ours.shape) == (torch.uint8, images.shape)
+    assert torch.equal(images, before)
+    for i, image in enumerate(images):
+        theirs = jittered_by_torchvision(image, factors[i], order[i])
+        np.testing.assert_array_equal(ours[i].numpy(), theirs, err_msg=f"{factors[i]} {order[i]}")
+
+
+def test_jitter_equals_torchvisions_pixel_by_pixel_for_each_images_draws():
+    images, draws = noise(300, 20, 24, 3), draw_jitter(300, 0.4, 0, 0)
+    assert len(draws.order.unique(dim=0)) == 6
+    assert_jitter_equals_torchvisions(images, *draws)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_jitter_equals_torchvisions_for_extreme_factors(order):
+    factors = torch.tensor(list(product([0.0, 1e-3, 0.5, 1.0, 1.7, 300.0], repeat=3)))
+    assert_jitter_equals_torchvisions(noise(len(factors), 5, 7, 3), factors, torch.tensor([order] * len(factors)))
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 0, 255), (1, 254, 128)])
+def test_jitter_equals_torchvisions_on_one_colour(colour):
+    images = torch.tensor(colour, dtype=torch.uint8).expand(60, 4, 5, 3)
+    assert_jitter_equals_torchvisions(images, *draw_jitter(60, 0.99, 0, 0))
+
+
+@pytest.mark.parametrize("grey", [0, 99, 100, 254])
+def test_a_mean_grey_that_ends_in_a_half_is_rounded_as_in_torchvision(grey):
+    images = torch.full((3, 4, 4, 3), grey, dtype=torch.uint8)
+    for number, brighter in enumerate([7, 8, 9]):  # of 16 pixels
+        images[number].view(16, 3)[:brighter] += 1
+    factors = torch.tensor([[1.0, 0.0, 1.0]]).expand(3, 3)  # contrast 0: the mean grey alone
+    assert_jitter_equals_torchvisions(images, factors, torch.tensor([[0, 1, 2]] * 3))
+    assert jitter(images, factors, torch.tensor([[0, 1, 2]] * 3))[:, 0, 0, 0].tolist() == [grey, grey + 1, grey + 1]
+
+
+def test_every_image_of_a_batch_has_its_own_factors_and_order():
+    image = noise(12, 12, 3)
+    factors, order = draw_jitter(200, 0.4, 0, 0)
+    same_order, same_factors = order[:1].expand_as(order), factors[:1].expand_as(factors)
+    batch = image.expand(200, *image.shape)
+    assert len(jitter(batch, factors, same_order).flatten(1).unique(dim=0)) == 200
+    assert len(jitter(batch, same_factors, order).flatten(1).unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("strength", [0.4, 0.1])
+def test_factors_are_uniform_and_orders_equally_frequent(strength):
+    size = 60_000
+    factors, order = draw_jitter(size, strength, 0, 0)
+    assert (factors.dtype, order.dtype) == (torch.float32, torch.int64)
+    uniform = (np.arange(size) + 0.5) / size
+    for column in factors.T:
+        assert distance((column.double().numpy() - 1 + strength) / (2 * strength), uniform) < 1.95 / size**0.5
+        assert 1 - strength <= column.min() and column.max() <= 1 + strength
+    which = sum(order[:, i] * 3 ** (2 - i) for i in range(3))
+    seen, counts = which.unique(return_counts=True)
+    assert seen.tolist() == [a * 9 + b * 3 + c for a, b, c in ORDERS]
+    assert ((counts - size / 6) ** 2 / (size / 6)).sum() < 20.5  # 5 degrees of freedom: one in 1000 is larger
+    related = np.corrcoef(torch.column_stack([factors, order[:, :2]]).T.numpy()) - np.eye(5)
+    related[3:, 3:] = 0  # first and second place of a permutation do depend on each other
+    assert np.abs(related).max() < 4 / size**0.5
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(3, 8), (4, 7), (7, 3)])
+def test_colours_are_a_function_of_seed_and_epoch_alone(seed, epoch):
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    first, other, again = (draw_jitter(500, 0.4, *given) for given in ((3, 7), (seed, epoch), (3, 7)))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert (first.factors == other.factors).float().mean() < 0.01
+    assert (first.order == other.order).all(1).float().mean() < 0.3
+    np.testing.assert_array_equal(np.random.get_state()[1], before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])

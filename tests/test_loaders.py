@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.augment import crop_and_flip, draw_crops, normalise
-from datasets.loaders import Batch, EvalLoader, MemoryPixels, TrainLoader, share
+from datasets.loaders import Batch, EvalLoader, MemoryPixels, TrainLoader, plan_passes, share
 from datasets.specs import CIFAR_MEAN, CIFAR_STD
 
 CPU = torch.device("cpu")
@@ -23,10 +23,10 @@ def images_and_targets(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images), torch.from_numpy(random.integers(0, 10, size))
 
 
-def train_loader(size=53, batch_size=16, flip=True, seed=1, rank=0, world_size=1) -> TrainLoader:
+def train_loader(size=53, batch_size=16, flip=True, seed=1, rank=0, world_size=1, accumulate=1) -> TrainLoader:
     images, targets = images_and_targets(size)
     pixels = MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU, flip)
-    return TrainLoader(pixels, targets, batch_size, seed, CPU, rank, world_size)
+    return TrainLoader(pixels, targets, batch_size, seed, CPU, rank, world_size, accumulate)
 
 
 def assert_bit_equal(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
@@ -110,6 +110,65 @@ def test_a_process_without_a_share_looks_at_one_image_with_weight_zero():
     assert {int(p.indices) for p in parts} == {int(p.indices) for p in parts if p.weight > 0}
 
 
+epochs = {
+    "size": st.integers(1, 60),
+    "batch_size": st.integers(1, 25),
+    "world_size": st.integers(1, 5),
+    "accumulate": st.integers(1, 5),
+}
+
+
+@given(**epochs)
+def test_the_passes_of_a_process_are_what_as_many_processes_see(size, batch_size, world_size, accumulate):
+    parts = world_size * accumulate
+    alone = [plan_passes(size, batch_size, part, parts, 1) for part in range(parts)]
+    for rank in range(world_size):
+        passes = plan_passes(size, batch_size, rank, world_size, accumulate)
+        steps = zip(*alone[rank * accumulate : (rank + 1) * accumulate], strict=True)
+        for ours, theirs in zip(passes, chain.from_iterable(steps), strict=True):
+            assert ours.positions == theirs.positions
+            assert ours.weight * accumulate == pytest.approx(theirs.weight)
+
+
+@given(**epochs)
+def test_the_passes_of_a_step_share_its_batch_and_its_weight(size, batch_size, world_size, accumulate):
+    plans = [plan_passes(size, batch_size, rank, world_size, accumulate) for rank in range(world_size)]
+    steps = -(-size // batch_size)
+    for step in range(steps):
+        parts = [p for plan in plans for p in plan[step * accumulate : (step + 1) * accumulate]]
+        assert sum(p.weight for p in parts) == pytest.approx(world_size)
+        seen = [list(range(p.positions.start, p.positions.stop)) for p in parts]
+        assert all(seen)  # every process takes part in every pass, and no mean is over nothing
+        whole = range(step * batch_size, min((step + 1) * batch_size, size))
+        assert [i for part, p in zip(seen, parts, strict=True) if p.weight for i in part] == list(whole)
+        assert all(part == [whole[0]] for part, p in zip(seen, parts, strict=True) if not p.weight)
+        lengths = [len(part) for part, p in zip(seen, parts, strict=True) if p.weight]
+        assert max(lengths) - min(lengths) <= 1
+    assert [p.ends_step for p in plans[0]] == [*[False] * (accumulate - 1), True] * steps
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 2), (1, 3), (2, 2), (3, 4), (1, 16), (1, 20)])
+@pytest.mark.parametrize("size", [53, 48, 49])
+def test_accumulated_steps_see_the_batches_of_steps_at_once(size, world_size, accumulate):
+    loaders = [train_loader(size, rank=r, world_size=world_size, accumulate=accumulate) for r in range(world_size)]
+    whole = list(train_loader(size).epoch(3))
+    ranks = [list(loader.epoch(3)) for loader in loaders]
+    for loader, batches in zip(loaders, ranks, strict=True):
+        assert len(loader) == len(whole)
+        assert loader.batch_sizes == [len(batch.indices) for batch in batches]
+        assert [batch.ends_step for batch in batches] == [*[False] * (accumulate - 1), True] * len(whole)
+    steps = [slice(n * accumulate, (n + 1) * accumulate) for n in range(len(whole))]
+    assert_bit_equal([joined([batch for rank in ranks for batch in rank[step]]) for step in steps], whole)
+
+
+def test_accumulated_means_sum_to_the_mean_of_the_batch():
+    loss = torch.linspace(-1, 1, 53, dtype=torch.float64) ** 3
+    passes = list(train_loader(accumulate=3).epoch(0))
+    for step, batch in enumerate(train_loader().epoch(0)):
+        means = [p.weight * loss[p.indices].mean() for p in passes[3 * step : 3 * step + 3]]
+        torch.testing.assert_close(sum(means), loss[batch.indices].mean())
+
+
 def test_one_process_has_weight_one():
     assert [batch.weight for batch in train_loader().epoch(0)] == [1.0] * 4
 
@@ -177,3 +236,18 @@ def test_evaluation_sees_every_image_in_order_as_it_is(batch_size):
         assert [len(t) for _, t in batches[:-1]] == [batch_size] * (len(batches) - 1)
         assert torch.equal(torch.cat([i for i, _ in batches]), normalise(images, CIFAR_MEAN, CIFAR_STD))
         assert torch.equal(torch.cat([t for _, t in batches]), targets)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize(("size", "batch_size"), [(53, 10), (50, 10), (7, 10), (1, 1)])
+def test_processes_evaluate_whole_batches_that_are_those_of_one_process_in_order(size, batch_size, world_size):
+    """With more processes than batches some have none."""
+    images, targets = images_and_targets(size)
+    source = MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU)
+    ranks = [EvalLoader(source, targets, batch_size, CPU, r, world_size) for r in range(world_size)]
+    lengths = [len(list(rank)) for rank in ranks]
+    assert lengths == [len(rank) for rank in ranks]
+    assert max(lengths) - min(lengths) <= 1
+    alone = EvalLoader(source, targets, batch_size, CPU)
+    for ours, theirs in zip(chain.from_iterable(ranks), alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.long_tail import cut_counts, hold_out, long_tail_counts, long_tail_indices
+from datasets.long_tail import cut_counts, hold_out, long_tail_counts, long_tail_indices, positions_by_class
 from datasets.source import DataError
 
 CIFAR10_COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -65,6 +65,22 @@ def test_the_cut_keeps_that_many_images_of_each_class_class_by_class(targets, co
     assert kept.dtype == np.int64
     assert len(np.unique(kept)) == len(kept)
     np.testing.assert_array_equal(targets[kept], np.repeat(np.arange(5), np.minimum(counts, available)))
+
+
+@given(targets=st.lists(st.integers(0, 4), max_size=80).map(lambda t: np.array(t, dtype=np.int64)))
+def test_positions_by_class_ascend_and_cover_every_class(targets):
+    for classes in (5, 7, 3):  # all; two more that have no image; labels beyond the classes asked for are left out
+        positions = positions_by_class(targets, classes)
+        assert len(positions) == classes
+        for c, found in enumerate(positions):
+            np.testing.assert_array_equal(found, np.flatnonzero(targets == c))
+
+
+def test_positions_by_class_may_be_shuffled_without_harm():
+    targets = TARGETS.copy()
+    for positions in positions_by_class(targets, 5):
+        np.random.default_rng(0).shuffle(positions)
+    np.testing.assert_array_equal(targets, TARGETS)
 
 
 def test_a_harder_cut_keeps_a_part_of_what_a_milder_one_keeps():

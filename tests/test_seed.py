@@ -25,6 +25,23 @@ def test_seeds_epochs_and_purposes_have_streams_of_their_own():
     assert np.abs(correlations).max() < 0.25
 
 
+def test_every_image_has_a_stream_of_its_own():
+    arguments = [(1, 2, "crop"), (1, 2, "crop", 0, 0), *((1, epoch, "crop", i) for epoch in (2, 3) for i in range(300))]
+    streams = {generator(*given).bytes(16) for given in arguments}
+    assert len(streams) == len(arguments)
+    values = np.stack([generator(1, 2, "crop", i).random(500) for i in range(64)])
+    assert np.abs(np.corrcoef(values) - np.eye(64)).max() < 0.25
+    first = np.array([generator(1, 2, "crop", i).random() for i in range(4000)])
+    assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.08  # neighbours
+    np.testing.assert_allclose(np.histogram(first, 8, (0, 1))[0] / 4000, 1 / 8, atol=0.025)
+
+
+def test_the_stream_of_an_image_depends_on_its_arguments_alone():
+    first = generator(1, 2, "crop", 70_000).random(5)
+    generator(1, 2, "crop", 69_999).random(7)
+    np.testing.assert_array_equal(generator(1, 2, "crop", np.int64(70_000)).random(5), first)
+
+
 def test_one_draw_more_for_one_purpose_does_not_shift_another():
     crops, mixing = generator(0, 0, "crop"), generator(0, 0, "mixup")
     crops.random(3)

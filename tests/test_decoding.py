@@ -1,0 +1,219 @@
+"""Decoded images against PIL's own conversion, with every decoder; and what is said of files that are no images."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import decoding
+from datasets.decoding import fast_decoder, open_rgb
+from datasets.source import DataError
+
+PHOTOS = sorted((Path(__file__).parents[2] / "shared" / "data" / "photos").glob("*.JPEG"))
+ORIENTATION = 0x0112  # the EXIF tag
+pytestmark = pytest.mark.filterwarnings("ignore:Palette images with", "ignore:Corrupt EXIF", "ignore:Truncated File")
+
+
+def photo(width: int = 53, height: int = 37) -> Image.Image:
+    """Smooth and colourful, no two parts alike."""
+    noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def sixteen_bits() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 65536, (37, 53), dtype=np.uint16))
+
+
+KINDS = {  # from file name to the mode it is stored in, the image and how to save it
+    "colour.jpg": ("RGB", photo, {}),
+    "colour.png": ("RGB", photo, {}),
+    "grey.jpg": ("L", lambda: photo().convert("L"), {}),
+    "grey.png": ("L", lambda: photo().convert("L"), {}),
+    "transparent grey.png": ("LA", lambda: photo().convert("LA"), {}),
+    "print.jpg": ("CMYK", lambda: photo().convert("CMYK"), {}),
+    "print.tif": ("CMYK", lambda: photo().convert("CMYK"), {}),
+    "palette.png": ("P", lambda: photo().quantize(200), {}),
+    "transparent palette.png": ("P", lambda: photo().quantize(200), {"transparency": 3}),
+    "half transparent palette.png": ("P", lambda: photo().quantize(200), {"transparency": bytes(range(200))}),
+    "sixteen bits.png": ("I;16", sixteen_bits, {}),
+    "one bit.png": ("1", lambda: photo().convert("1"), {}),
+    "transparent.png": ("RGBA", lambda: Image.merge("RGBA", [*photo().split(), photo().convert("L")]), {}),
+}
+
+
+@pytest.fixture
+def no_cached_decoder() -> Iterator[None]:
+    """The fast decoder is chosen anew, in the test and after it."""
+    decoding._provider.cache_clear()
+    yield
+    decoding._provider.cache_clear()
+
+
+@pytest.fixture(params=["pil", "torchvision", "torchcodec"])
+def decoder(request, no_cached_decoder, monkeypatch) -> str:
+    """Every way to decode, of those that are installed here."""
+    if request.param == "pil":
+        return "pil"
+    if request.param == "torchvision":
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # as if it were not installed
+    else:
+        pytest.importorskip("torchcodec.decoders")
+    assert fast_decoder() == request.param
+    return "fast"
+
+
+def assert_as_pil_converts_it(path: Path, decoder: str) -> None:
+    ours = open_rgb(str(path), decoder)
+    with Image.open(path) as image:
+        expected = image.convert("RGB")
+    assert (ours.mode, ours.size) == ("RGB", expected.size)
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected), err_msg=path.name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_comes_out_as_pil_converts_it(kind, decoder, tmp_path):
+    mode, image, how = KINDS[kind]
+    image().save(tmp_path / kind, **how)
+    assert Image.open(tmp_path / kind).mode == mode
+    assert_as_pil_converts_it(tmp_path / kind, decoder)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_an_exif_orientation_is_not_applied(orientation, decoder, tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    photo().save(tmp_path / "rotated.jpg", exif=exif)
+    assert open_rgb(str(tmp_path / "rotated.jpg"), decoder).size == (53, 37)
+    assert_as_pil_converts_it(tmp_path / "rotated.jpg", decoder)
+
+
+def test_a_damaged_exif_orientation_is_not_applied_either(decoder, tmp_path):
+    """A decoder may find a rotation where PIL finds no EXIF data."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    whole = exif.tobytes()
+    for place in range(len(whole)):
+        damaged = whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]
+        for content in (damaged, whole[:place]):
+            photo().save(tmp_path / "damaged.jpg", exif=content)
+            assert_as_pil_converts_it(tmp_path / "damaged.jpg", decoder)
+
+
+@pytest.mark.parametrize("how", [{}, {"progressive": True}, {"optimize": True, "restart_marker_rows": 1}])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_plain_jpeg_files_are_equal_pixel_by_pixel(subsampling, how, decoder, tmp_path):
+    for quality in (5, 50, 90, 100):
+        for size in [(53, 37), (64, 64), (1, 1), (17, 300), (2, 3)]:
+            photo(*size).save(tmp_path / "plain.jpg", quality=quality, subsampling=subsampling, **how)
+            assert_as_pil_converts_it(tmp_path / "plain.jpg", decoder)
+
+
+@pytest.mark.skipif(not PHOTOS, reason="no photographs beside the project")
+def test_real_photographs_are_equal_pixel_by_pixel(decoder):
+    for path in PHOTOS[::3] if decoder == "pil" else PHOTOS:
+        assert_as_pil_converts_it(path, decoder)
+
+
+def test_the_fast_decoder_decodes_plain_jpeg_files_and_no_others(tmp_path, monkeypatch):
+    """On these both decoders agree, so that pixels alone cannot tell."""
+    decoded, really = [], decoding._decode_fast
+    monkeypatch.setattr(decoding, "_decode_fast", lambda content: decoded.append(content) or really(content))
+    for kind, (_, image, how) in KINDS.items():
+        image().save(tmp_path / kind, **how)
+    photo().save(tmp_path / "misnamed.jpg", format="PNG")
+    photo().save(tmp_path / "misnamed.png", format="JPEG")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    photo().save(tmp_path / "rotated.jpg", exif=exif)
+    for path in sorted(tmp_path.iterdir()):
+        open_rgb(str(path), "pil")
+    assert not decoded
+    for path in sorted(tmp_path.iterdir()):
+        open_rgb(str(path), "fast")
+    assert decoded == [(tmp_path / name).read_bytes() for name in ("colour.jpg", "grey.jpg", "misnamed.png")]
+
+
+def test_a_missing_image_is_named(decoder, tmp_path):
+    with pytest.raises(DataError) as caught:
+        open_rgb(str(tmp_path / "gone.jpg"), decoder)
+    assert str(caught.value) == f"{tmp_path / 'gone.jpg'}: no such image"
+
+
+def assert_unreadable(path: Path, decoder: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_rgb(str(path), decoder)
+    assert str(caught.value).startswith(f"{path}: is no readable image (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.02, 0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["colour.jpg", "grey.jpg", "print.jpg", "colour.png", "one bit.png", "print.tif"])
+def test_a_truncated_image_is_named(kind, share, decoder, tmp_path):
+    mode, _, how = KINDS[kind]
+    photo(200, 150).convert(mode).save(tmp_path / kind, **how)
+    content = (tmp_path / kind).read_bytes()
+    (tmp_path / kind).write_bytes(content[: int(share * len(content))])
+    assert_unreadable(tmp_path / kind, decoder)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image\n" * 100, b"\xff\xd8\xff\xe0" + b"\0" * 500, b"<html>\n</html>"])
+def test_a_file_that_is_no_image_is_named(content, decoder, tmp_path):
+    (tmp_path / "page.jpg").write_bytes(content)
+    assert_unreadable(tmp_path / "page.jpg", decoder)
+
+
+def test_an_image_with_a_damaged_part_in_the_middle_is_named(decoder, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "damaged.png")
+    first, second, rest = (tmp_path / "damaged.png").read_bytes().split(b"IDAT", 2)
+    (tmp_path / "damaged.png").write_bytes(first + b"IDAT" + second + b"?DAT" + rest)
+    assert_unreadable(tmp_path / "damaged.png", decoder)
+
+
+def test_a_folder_is_no_image(decoder, tmp_path):
+    assert_unreadable(tmp_path, decoder)
+
+
+def test_an_image_too_large_to_be_true_is_named(decoder, tmp_path, monkeypatch):
+    photo().save(tmp_path / "huge.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 53 * 37 // 2 - 1)
+    assert_unreadable(tmp_path / "huge.jpg", decoder)
+
+
+def test_torchcodec_decodes_where_it_is_installed(no_cached_decoder):
+    pytest.importorskip("torchcodec.decoders")
+    assert fast_decoder() == "torchcodec"
+
+
+def test_torchvision_decodes_where_torchcodec_is_not_installed(no_cached_decoder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    assert fast_decoder() == "torchvision"
+
+
+@pytest.mark.parametrize(
+    "decoders",
+    [
+        "class VideoDecoder:\n    'Before 0.16 there were no images.'",
+        "raise RuntimeError('Could not load libtorchcodec')",
+        "raise OSError('libavutil.so.59: cannot open shared object file')",
+    ],
+)
+def test_torchvision_decodes_where_torchcodec_is_too_old_or_does_not_load(
+    decoders, no_cached_decoder, monkeypatch, tmp_path
+):
+    (tmp_path / "torchcodec").mkdir()
+    (tmp_path / "torchcodec" / "__init__.py").touch()
+    (tmp_path / "torchcodec" / "decoders.py").write_text(decoders)
+    monkeypatch.syspath_prepend(tmp_path)
+    photo().save(tmp_path / "colour.jpg")
+    with patch.dict(sys.modules):  # forgets the package afterwards
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
+            del sys.modules[name]
+        assert fast_decoder() == "torchvision"
+        assert sys.modules["torchcodec"].__file__.startswith(str(tmp_path))
+        assert_as_pil_converts_it(tmp_path / "colour.jpg", "fast")

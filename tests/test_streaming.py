@@ -1,0 +1,344 @@
+"""Streamed images: the same batches with any number of workers, in any order of epochs, in any number of processes."""
+
+import multiprocessing
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+from datasets import DataError, build_data
+from datasets.augment import central_crop, crop_box, draw_jitter, normalise
+from datasets.decoding import open_rgb
+from datasets.loaders import Batch, EvalLoader, TrainLoader
+from datasets.source import ImageFiles
+from datasets.specs import IMAGENET_MEAN, IMAGENET_STD
+from datasets.streaming import StreamedPixels
+from utils.seed import generator
+
+CPU = torch.device("cpu")
+SIZE = 23
+TARGETS = torch.arange(SIZE) % 5
+WORKERS = pytest.mark.parametrize("workers", [0, 2])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """23 images of 23 sizes, some not JPEG; tests do not write into it."""
+    folder = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    for i in range(SIZE):
+        image = Image.fromarray(noise.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((40 + 2 * i, 83 - 2 * i))
+        image.save(folder / name(i))
+    return folder
+
+
+def name(i: int) -> str:
+    return f"{i}.png" if i % 4 == 0 else f"{i}.jpg"
+
+
+def pixels(folder: Path, workers: int = 0, decoder: str = "pil") -> StreamedPixels:
+    files = ImageFiles.under(folder, [name(i) for i in range(SIZE)])
+    return StreamedPixels(files, 32, IMAGENET_MEAN, IMAGENET_STD, CPU, workers, decoder)
+
+
+def train_loader(
+    folder: Path, workers=0, batch_size=6, seed=1, rank=0, world_size=1, accumulate=1, decoder="pil"
+) -> TrainLoader:
+    source = pixels(folder, workers, decoder)
+    return TrainLoader(source, TARGETS, batch_size, seed, CPU, rank, world_size, accumulate)
+
+
+def eval_loader(folder: Path, workers=0, batch_size=6, rank=0, world_size=1) -> EvalLoader:
+    return EvalLoader(pixels(folder, workers), TARGETS, batch_size, CPU, rank, world_size)
+
+
+def worker_pids() -> set[int]:
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+def by_image(batches: Iterable[Batch]) -> torch.Tensor:
+    """The images that count, in the order of the files."""
+    counted = [batch for batch in batches if batch.weight > 0]
+    indices = torch.cat([batch.indices for batch in counted])
+    assert torch.equal(indices.sort().values, torch.arange(SIZE))
+    return torch.cat([batch.images for batch in counted])[indices.argsort()]
+
+
+def assert_bit_equal(ours: Iterable[Batch], theirs: Iterable[Batch]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.targets, b.targets)
+        assert torch.equal(a.images, b.images)
+        assert (a.weight, a.ends_step) == (b.weight, b.ends_step)
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> dict[int, list[Batch]]:
+    """Epochs 0 to 2, each by a loader of its own without workers."""
+    return {epoch: list(train_loader(folder).epoch(epoch)) for epoch in range(3)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a batch holds
+
+
+def reference(path: Path, index: int, seed: int, epoch: int) -> torch.Tensor:
+    """torchvision's transforms on the PIL image, one after the other, with the draws of this image."""
+    draws, colours = generator(seed, epoch, "crop", index), draw_jitter(SIZE, 0.4, seed, epoch)
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    image = TF.resized_crop(image, *crop_box(image.height, image.width, draws), [32, 32])
+    image = TF.hflip(image) if draws.random() < 0.5 else image
+    for operation in colours.order[index].tolist():
+        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[operation]
+        image = adjust(image, colours.factors[index, operation].item())
+    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_an_epoch_holds_every_image_as_torchvision_augments_it_with_the_same_draws(folder, expected):
+    images = by_image(expected[2])
+    assert (images.dtype, images.shape) == (torch.float32, (SIZE, 3, 32, 32))
+    for i in range(SIZE):
+        assert torch.equal(images[i], reference(folder / name(i), i, seed=1, epoch=2)), name(i)
+    for batch in expected[2]:
+        assert torch.equal(batch.targets, TARGETS[batch.indices])
+
+
+def test_pixels_are_normalised_by_mean_and_deviation_of_each_channel(tmp_path):
+    Image.new("RGB", (50, 40), (51, 102, 255)).save(tmp_path / "one colour.png")
+    source = StreamedPixels(ImageFiles.under(tmp_path, ["one colour.png"]), 32, (0.1, 0.2, 0.5), (0.5, 0.25, 2.0), CPU)
+    (images,) = source.plain([slice(0, 1)])
+    assert (images.dtype, images.shape, images.device) == (torch.float32, (1, 3, 32, 32), CPU)
+    for channel, value in enumerate([0.2, 0.8, 0.25]):  # (51 / 255 - 0.1) / 0.5, (0.4 - 0.2) / 0.25, (1 - 0.5) / 2
+        torch.testing.assert_close(images[0, channel], torch.full((32, 32), value))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("batch_size", [1, 6, 23, 100])
+def test_evaluation_sees_the_middle_of_every_image_in_order(folder, batch_size, workers):
+    crops = [central_crop(open_rgb(str(folder / name(i))), 32) for i in range(SIZE)]
+    middles = normalise(torch.from_numpy(np.stack(crops)), IMAGENET_MEAN, IMAGENET_STD)
+    loader = eval_loader(folder, workers, batch_size)
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(images) for images, _ in batches[:-1]] == [batch_size] * (len(loader) - 1)
+        assert torch.equal(torch.cat([images for images, _ in batches]), middles)
+        assert torch.equal(torch.cat([targets for _, targets in batches]), TARGETS)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_processes_evaluate_whole_batches_of_one_process(folder, world_size):
+    ranks = [list(eval_loader(folder, rank=r, world_size=world_size)) for r in range(world_size)]
+    together = [batch for rank in ranks for batch in rank]
+    for ours, theirs in zip(together, eval_loader(folder), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_fast_decoder_gives_the_same_batches(folder, expected):
+    assert_bit_equal(train_loader(folder, decoder="fast").epoch(0), expected[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a batch depends on
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_epoch_is_the_same_with_any_number_of_workers_and_after_any_other(folder, workers, expected):
+    loader = train_loader(folder, workers)
+    for epoch in (0, 2, 1, 0, 0):
+        assert_bit_equal(loader.epoch(epoch), expected[epoch])
+
+
+@WORKERS
+@pytest.mark.parametrize("seen", [1, 2, 3])
+def test_an_abandoned_epoch_leaves_nothing_behind(folder, workers, seen, expected):
+    loader = train_loader(folder, workers)
+    for epoch in (1, 2):
+        abandoned = loader.epoch(epoch)
+        assert_bit_equal(islice(abandoned, seen), expected[epoch][:seen])
+        del abandoned
+    assert_bit_equal(loader.epoch(0), expected[0])
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(1, 1), (2, 0)])
+def test_another_epoch_or_seed_gives_another_order_and_other_crops(folder, seed, epoch, expected):
+    other = list(train_loader(folder, seed=seed).epoch(epoch))
+    orders = [torch.cat([batch.indices for batch in batches]) for batches in (other, expected[0])]
+    assert (orders[0] != orders[1]).float().mean() > 0.7
+    assert (by_image(other) != by_image(expected[0])).flatten(1).any(1).all()
+
+
+def test_crops_alone_differ_between_epochs(folder):
+    """The colours differ too; here they are left out."""
+    source = pixels(folder)
+    batch = [range(SIZE)]
+    first, again, other = (next(source._crops(batch, draw)) for draw in ((1, 0), (1, 0), (1, 1)))
+    assert torch.equal(first, again)
+    assert (first != other).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 23])
+def test_the_crop_of_an_image_does_not_depend_on_its_batch(folder, batch_size, expected):
+    assert torch.equal(by_image(train_loader(folder, batch_size=batch_size).epoch(0)), by_image(expected[0]))
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (3, 1), (7, 1), (1, 2), (1, 4), (2, 2)])
+def test_processes_and_passes_together_see_the_batches_of_one(folder, world_size, accumulate, expected):
+    ranks = [
+        list(train_loader(folder, rank=r, world_size=world_size, accumulate=accumulate).epoch(0))
+        for r in range(world_size)
+    ]
+    for step, whole in enumerate(expected[0]):
+        parts = [batch for rank in ranks for batch in rank[step * accumulate : (step + 1) * accumulate]]
+        counted = [batch for batch in parts if batch.weight > 0]
+        assert torch.equal(torch.cat([batch.indices for batch in counted]), whole.indices)
+        assert torch.equal(torch.cat([batch.images for batch in counted]), whole.images)
+
+
+@WORKERS
+def test_no_global_generator_is_touched(folder, workers):
+    before = random.getstate(), np.random.get_state()[1].copy(), np.random.get_state()[2:], torch.get_rng_state()
+    by_image(train_loader(folder, workers).epoch(0))
+    list(eval_loader(folder, workers))
+    assert random.getstate() == before[0]
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+    assert np.random.get_state()[2:] == before[2]
+    assert torch.equal(torch.get_rng_state(), before[3])
+
+
+def test_global_seeds_change_nothing(folder, expected):
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        assert_bit_equal(train_loader(folder, workers=1).epoch(0), expected[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers
+
+
+def test_workers_live_from_the_first_epoch_until_the_loader_is_gone(folder):
+    others = worker_pids()
+    loader = train_loader(folder, workers=2)
+    assert worker_pids() == others
+    seen = []
+    for epoch in range(3):
+        list(islice(loader.epoch(epoch), 2 if epoch == 1 else None))
+        seen.append(worker_pids() - others)
+    assert len(seen[0]) == 2
+    assert seen[0] == seen[1] == seen[2]
+    del loader
+    assert worker_pids() == others
+
+
+def test_without_workers_there_is_no_other_process(folder):
+    others = worker_pids()
+    loader = train_loader(folder)
+    list(loader.epoch(0))
+    assert worker_pids() == others
+
+
+@pytest.fixture
+def broken(folder, tmp_path) -> Path:
+    """The same images, of which the eighth is cut off in the middle."""
+    shutil.copytree(folder, tmp_path / "images")
+    whole = (folder / name(7)).read_bytes()
+    (tmp_path / "images" / name(7)).write_bytes(whole[: len(whole) // 2])
+    return tmp_path / "images"
+
+
+def error_of(batches: Iterator) -> str:
+    """As a script meets it: nothing holds the error, or the loader that raised it, any longer."""
+    try:
+        list(batches)
+    except DataError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+@WORKERS
+def test_a_broken_image_is_named_in_one_line_and_the_loader_goes_on_once_it_is_whole(broken, folder, workers, expected):
+    others = worker_pids()
+    loader, test_loader = train_loader(broken, workers), eval_loader(broken, workers)
+    for message in (error_of(loader.epoch(0)), error_of(iter(test_loader)), error_of(loader.epoch(1))):
+        assert message.startswith(f"{broken / name(7)}: is no readable image (")
+        assert "\n" not in message
+    (broken / name(7)).unlink()
+    for batches in (loader.epoch(1), iter(test_loader)):
+        assert error_of(batches) == f"{broken / name(7)}: no such image"
+    shutil.copy(folder / name(7), broken)
+    assert_bit_equal(loader.epoch(0), expected[0])
+    start = time.monotonic()
+    del loader, test_loader, batches
+    assert worker_pids() == others
+    assert time.monotonic() - start < 4  # a worker that does not hear of the end is killed after 5 seconds
+
+
+@WORKERS
+def test_batches_before_a_broken_image_arrive(broken, folder, workers):
+    batches = iter(eval_loader(broken, workers, batch_size=2))
+    assert torch.equal(torch.cat([next(batches)[0] for _ in range(3)]), next(iter(eval_loader(folder)))[0])
+    assert name(7) in error_of(batches)
+
+
+STOPS_AT_A_BROKEN_IMAGE = """
+import sys
+from pathlib import Path
+from tests.test_streaming import train_loader
+from utils.command_line import exit_code
+sys.exit(exit_code(lambda: len(list(train_loader(Path(sys.argv[1]), workers=2).epoch(0)))))
+"""
+
+
+def test_a_script_that_meets_a_broken_image_says_one_line_and_ends(broken):
+    command = [sys.executable, "-c", STOPS_AT_A_BROKEN_IMAGE, str(broken)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"error: {broken / name(7)}: is no readable image (")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole data set
+
+
+@WORKERS
+def test_a_data_set_of_lists_is_streamed(lists, workers):
+    data = build_data("imagenet", str(lists / "imagenet"), image_size=64, workers=workers, decoder="fast")
+    loader = data.train_loader(batch_size=24, seed=0, device=CPU)
+    batches = list(loader.epoch(0))
+    assert [batch.images.shape for batch in batches] == [(24, 3, 64, 64), (24, 3, 64, 64), (16, 3, 64, 64)]
+    assert torch.equal(torch.cat([batch.indices for batch in batches]).sort().values, torch.arange(64))
+    assert (loader.pixels.loader.num_workers, loader.pixels.loader.dataset.decoder) == (workers, "fast")
+    rows = [line.split() for line in (lists / "imagenet" / "ImageNet_LT_test.txt").read_text().splitlines()]
+    crops = [central_crop(open_rgb(str(lists / "imagenet" / path)), 64) for path, _ in rows]
+    images, targets = (torch.cat(parts) for parts in zip(*data.test_loader(CPU), strict=True))
+    assert torch.equal(images, normalise(torch.from_numpy(np.stack(crops)), IMAGENET_MEAN, IMAGENET_STD))
+    assert torch.equal(targets, data.class_map[[int(label) for _, label in rows]])
+
+
+def test_a_cut_data_set_streams_the_images_that_it_keeps(lists):
+    """The hold-out and the test set are other files; nothing is mixed up between them."""
+    whole = build_data("places", str(lists / "places"), image_size=32)
+    cut = build_data("places", str(lists / "places"), image_size=32, val_per_class=1, imb_factor=1e-200)
+    paths = [{part.images.path(i) for i in range(len(part.targets))} for part in (cut.train, cut.val, whole.train)]
+    assert paths[0] | paths[1] <= paths[2]
+    assert len(paths[0]) == cut.class_counts.sum() < len(paths[2]) - len(paths[1])
+    assert not paths[0] & paths[1]
+    assert sum(len(targets) for _, targets in cut.val_loader(CPU)) == len(paths[1]) > 0
+    for batch in cut.train_loader(7, 0, CPU).epoch(0):
+        for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True):
+            path = cut.train.images.path(index)
+            assert whole.train.targets[[whole.train.images.path(i) for i in range(64)].index(path)] == target
+            assert image.shape == (3, 32, 32)
