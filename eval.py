@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with distributed.processes(cfg.device, cfg.deterministic) as device:
         data = load_data(cfg, content)
         groups = class_groups(cfg, data)
-        model = new_model(cfg, data)
+        model = new_model(cfg, data, content)
         loaded = load_content(model, content, cfg.resume)
         test = data.test_loader(device, rank=distributed.rank(), world_size=distributed.world_size())
         predictions = predict(model.to(device), test)

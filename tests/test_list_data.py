@@ -77,6 +77,7 @@ def test_a_configuration_trains_with_two_processes_and_is_evaluated(name, lists,
         options += ["pretrained", tmp_path / "weights.pth"]
     launch = ["-m", "torch.distributed.launch", "--nproc_per_node", 2, "--master_port", free_port()]
     trained = script(*launch, "train_stage1.py", "--cfg", f"./config/{name}.yaml", *options, "save_dir", tmp_path)
+    (tmp_path / "weights.pth").unlink(missing_ok=True)  # a checkpoint needs them no more
     (run,) = tmp_path.glob("*resnet*_2*")
     evaluated = script("eval.py", "--cfg", run / "config.yaml", "resume", run / "ckps" / "current.pth.tar")
     assert len(LINES.findall(evaluated)) == 2
@@ -190,6 +191,14 @@ def test_going_on_keeps_the_map_and_a_foreign_file_brings_the_legacy_one(run, ti
     cfg = load_config(run / "config.yaml", ["resume", str(foreign(run, tmp_path / "best.pth.tar"))])
     content = torch.load(cfg.resume, weights_only=False)
     assert train_stage1.class_map(cfg, content) == ("legacy", ["class map: legacy, the checkpoint has none"])
+
+
+def test_a_checkpoint_needs_no_pretrained_weights(run, tmp_path, capsys):
+    config = [run / "config.yaml", "pretrained", "absent.pth", "workers", 0, "save_dir", tmp_path]
+    eval_script.main(["--cfg", *map(str, config), "resume", str(run / "ckps" / "current.pth.tar")])
+    assert len(LINES.findall(capsys.readouterr().out)) == 2
+    bad = failure(capsys, train_stage1.main, "--cfg", *config)
+    assert (bad.code, bad.lines) == (2, ["error: pretrained: absent.pth: no such weights file"])
 
 
 def test_options_of_lists_are_refused_for_other_data(capsys):
