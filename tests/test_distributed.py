@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from utils import distributed
-from utils.errors import DivergenceError
+from utils.errors import DivergenceError, InputError
 from utils.metrics import TrainMeter
 from utils.run_log import RunLog, new_folder
 
@@ -37,6 +37,11 @@ def work():
         found["world_size"] = distributed.world_size()
         found["sum"] = distributed.all_reduce_sum(torch.tensor([1.0 + rank, 10.0 * rank])).tolist()
         found["min"] = distributed.all_reduce_min(torch.tensor([5 - rank, 7 + rank])).tolist()
+        found["rows"] = distributed.gather_rows(torch.arange(4.0 * rank).reshape(2 * rank, 2) + 1).tolist()
+        uneven = (torch.arange(3 - rank) + 10 * rank, torch.arange(1 + 2 * rank) > 0)
+        gathered = [distributed.gather_rows(tensor) for tensor in uneven]
+        found["uneven rows"] = [[tensor.tolist(), str(tensor.dtype)] for tensor in gathered]
+        found["no rows"] = list(distributed.gather_rows(torch.empty(0, 3)).shape)
         found["text"] = distributed.broadcast_text(f"from {rank}: ü" * (rank + 1))
 
         norm = nn.BatchNorm1d(3)
@@ -62,6 +67,16 @@ def work():
         parallel = distributed.parallel(model, device)
         parallel(torch.tensor([[1.0, 4.0 * rank]])).sum().backward()
         found["same start"], found["gradient"] = model.weight.tolist(), model.weight.grad.tolist()
+
+        parallel.zero_grad()
+        for key, averaged, image in (("own", False, [1.0, 4.0 * rank]), ("both", True, [2.0 + 2 * rank, 0.0])):
+            with distributed.averaging(parallel, averaged):
+                parallel(torch.tensor([image])).sum().backward()
+            found[f"{key} passes"] = model.weight.grad.tolist()
+        try:
+            distributed.parallel(nn.BatchNorm1d(2), device, sync_bn=True)
+        except InputError as error:
+            found["sync_bn"] = str(error)
 
         meter = TrainMeter(device)
         targets = torch.zeros(1 + 2 * rank, dtype=torch.long)
@@ -117,6 +132,18 @@ def test_broadcasts_of_one_process_are_the_identity():
     assert norm.running_mean.tolist() == [3.0, 3.0]
     assert distributed.broadcast_text("a\nü") == "a\nü"
     assert distributed.parallel(norm, torch.device("cpu")) is norm
+    assert distributed.parallel(norm, torch.device("cpu"), sync_bn=True) is norm  # its own images are all there are
+    rows = torch.zeros(0, 2)
+    assert distributed.gather_rows(rows) is rows
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradients_of_one_process_add_up(wanted):
+    model = nn.Linear(1, 1, bias=False)
+    for image in (2.0, 3.0):
+        with distributed.averaging(model, wanted):
+            model(torch.tensor([[image]])).backward()
+    assert model.weight.grad.tolist() == [[5.0]]
 
 
 def test_main_first_runs_the_block_once_and_passes_errors_on():
@@ -200,6 +227,15 @@ def test_reductions_are_the_same_everywhere(group):
     assert same(group, "min") == [4, 7]
 
 
+def test_rows_are_gathered_rank_after_rank_whatever_their_number(group):
+    assert same(group, "rows") == [[1.0, 2.0], [3.0, 4.0]]  # the first process has none
+    assert same(group, "uneven rows") == [
+        [[0, 1, 2, 10, 11], "torch.int64"],
+        [[False, False, True, True], "torch.bool"],
+    ]
+    assert same(group, "no rows") == [0, 3]
+
+
 def test_everyone_gets_the_text_and_the_buffers_of_the_first(group):
     assert same(group, "text") == "from 0: ü"
     assert same(group, "buffers") == [[1.0, 1.0, 1.0], 10]
@@ -215,6 +251,15 @@ def test_the_others_enter_when_the_first_is_through(group):
 def test_a_backward_pass_averages_gradients_over_the_processes(group):
     assert same(group, "same start") == [[1.0, 1.0]]
     assert same(group, "gradient") == [[1.0, 2.0]]
+
+
+def test_passes_add_up_and_the_last_one_averages_their_sums(group):
+    assert [found["own passes"] for found in group[:2]] == [[[1.0, 0.0]], [[1.0, 4.0]]]
+    assert same(group, "both passes") == [[4.0, 2.0]]  # of [1 + 2, 0] and [1 + 4, 4]
+
+
+def test_synced_batch_norm_is_refused_without_cuda(group):
+    assert same(group, "sync_bn").startswith("sync_bn: True needs CUDA; ")
 
 
 def test_training_sums_are_over_all_processes_and_the_last_step_is_one_s_own(group):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from methods import build_method, losses
-from methods.method import LOSSES, step_counts
-from methods.mixup import StepDraws
+from methods.method import COUNTS, LOSSES, step_counts
+from methods.mixup import StepDraws, draw
 from models import build_model
 from utils.errors import InputError
 
@@ -50,6 +50,20 @@ MIXED = StepDraws(torch.tensor(0.3), torch.tensor([5, 3, 1, 0, 2, 4]))
 )
 def test_counts_of_a_step(kind, expected):
     torch.testing.assert_close(step_counts(kind, TARGETS, CLASS_COUNTS).double(), torch.tensor(expected).double())
+
+
+def test_synced_counts_of_a_pass_that_counts_nothing_keep_its_own_loss_finite():
+    """Weight 0: the others do not count its images, but it looks at its loss, and 0 times infinity is no number."""
+    assert step_counts("batch_synced", TARGETS, CLASS_COUNTS, weight=0.0).tolist() == [3, 2, 1, 0]
+    assert step_counts("batch_synced", TARGETS, CLASS_COUNTS, weight=0.5).tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_pass_that_counts_nothing_adds_nothing_to_the_gradient(loss, counts, model, images):
+    output = method_for(loss, counts, 1.0)(model, images, TARGETS, MIXED, weight=0.0)
+    (output.loss * 0.0).backward()
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("counts", ["batch", "global"])
@@ -107,6 +121,34 @@ def test_two_methods_with_one_seed_draw_the_same():
     ours = method_for("arb", "global", 1.0).draws([4, 4], seed=5, epoch=2)
     theirs = method_for("ce", "batch", 1.0).draws([4, 4], seed=5, epoch=2)
     assert all(a.lam == b.lam and torch.equal(a.partner, b.partner) for a, b in zip(ours, theirs, strict=True))
+
+
+def assert_same_draws(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.lam, b.lam)
+        assert torch.equal(a.partner, b.partner)
+
+
+def test_the_passes_of_a_step_draw_as_processes_with_their_batches_would():
+    sizes = [6, 5, 7, 6, 6, 6, 1, 2, 1]  # three steps of three passes
+    passes = method_for("arb", "batch", 1.0).draws(sizes, seed=5, epoch=2, accumulate=3)
+    assert [len(table.partner) for table in passes] == sizes
+    for n in range(3):
+        assert_same_draws(passes[n::3], draw(1.0, sizes[n::3], seed=5, epoch=2))
+    lams = [float(table.lam) for table in passes]
+    assert lams[0::3] == lams[1::3] == lams[2::3]
+    assert len(set(lams)) == 3
+    assert not torch.equal(passes[3].partner, passes[0].partner)  # another step, another permutation
+
+
+def test_one_pass_per_step_is_the_habit():
+    method = method_for("arb", "batch", 1.0)
+    assert_same_draws(method.draws([6, 5, 7], seed=5, epoch=2), draw(1.0, [6, 5, 7], seed=5, epoch=2))
+
+
+def test_without_mixup_every_pass_keeps_its_images():
+    passes = method_for("arb").draws([3, 2, 3, 2], seed=0, epoch=0, accumulate=2)
+    assert [float(table.lam) for table in passes] == [1.0] * 4
 
 
 def test_a_loss_is_added_in_three_places(tmp_path):
