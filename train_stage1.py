@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         loader = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **shares)
         test, held_out = data.test_loader(device, **shares), data.val_loader(device, **shares)
-        model = new_model(cfg, data, content).to(device, memory_format=torch.channels_last)  # as the images are
+        model = new_model(cfg, data, content).to(device)
         check_smallest_batch(model, loader, data.image_size, cfg.batch_size)
         method = new_method(cfg, data).to(device)
         optimizer = new_optimizer(cfg, model, method)
@@ -168,8 +168,10 @@ def class_groups(cfg: CfgNode, data: Data) -> dict[str, dict[str, Tensor]]:
 
 def new_model(cfg: CfgNode, data: Data, content: Mapping | None = None) -> nn.Module:
     """``content``: of a checkpoint that all weights will come from, which makes pretrained ones needless."""
+    pretrained = cfg.pretrained if content is None else False
     with seeded_weights(cfg.seed):
-        return build_model(cfg.dataset, cfg.backbone, data.num_classes, cfg.pretrained if content is None else False)
+        model = build_model(cfg.dataset, cfg.backbone, data.num_classes, pretrained)
+    return model.to(memory_format=torch.channels_last)  # as the images are
 
 
 def new_method(cfg: CfgNode, data: Data) -> Method:

@@ -378,7 +378,7 @@ def test_own_class_folders_with_their_natural_counts(tmp_path, capsys):
 def test_two_processes_write_one_folder_and_train(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "train_stage1.py", "--cfg", CE, "num_epochs", "1", "save_dir", str(tmp_path)],
+        [*command, "train_stage1.py", "--cfg", CE, "device", "cpu", "num_epochs", "1", "save_dir", str(tmp_path)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from utils import distributed
-from utils.errors import DivergenceError, InputError
+from utils.errors import DivergenceError, InputError, LostProcessError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,9 +31,12 @@ def parse(description: str, arguments: Sequence[str] | None = None, **options: d
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """What ``main`` returns, or 0; 2 after one line on standard error where the input or the numbers were bad."""
+    """What ``main`` returns, or 0; 2 after one line on standard error where the input or the numbers were bad.
+
+    1 after such a line where it is another process that failed.
+    """
     try:
         return main() or 0
-    except (InputError, DivergenceError) as error:
+    except (InputError, DivergenceError, LostProcessError) as error:
         print(f"error{distributed.who()}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+        return 1 if isinstance(error, LostProcessError) else 2

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.errors import InputError
+from utils.errors import InputError, LostProcessError
 
 
 def rank() -> int:
@@ -150,5 +150,9 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
         # launcher ends them when this process ends.
         if launched:
             dist.destroy_process_group()
+    except RuntimeError as error:
+        if launched and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise LostProcessError("another process of this run has ended; what it said tells why") from None
+        raise
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,4 +1,4 @@
-"""The errors that end a script with exit code 2 and one line instead of a traceback."""
+"""The errors that end a script with one line instead of a traceback."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class DivergenceError(ArithmeticError):
     """Training produced numbers that are not finite."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has ended, and this one cannot go on without it."""
