@@ -94,7 +94,7 @@ def _local_rank() -> int:
 
 
 def who() -> str:
-    """" (rank r)" where a launcher started several processes, also before they have met; else nothing."""
+    """ " (rank r)" where a launcher started several processes, also before they have met; else nothing."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return f" (rank {os.environ.get('RANK', '?')})" if several else ""
 
