@@ -18,13 +18,15 @@ from utils.run_log import folder_of, new_folder
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse("Evaluate a checkpoint of ours, of MiSLAS or of ARBLOSS.", arguments)
-    cfg, notes = read_config(args.cfg, args.overrides)
-    check(cfg)
-    if not cfg.resume:
-        raise CheckpointError("resume: eval.py needs a checkpoint; add: resume saved/<run>/ckps/current.pth.tar")
-    content = read_checkpoint(cfg.resume)
+    with distributed.together():
+        cfg, notes = read_config(args.cfg, args.overrides)
+        check(cfg)
+        if not cfg.resume:
+            raise CheckpointError("resume: eval.py needs a checkpoint; add: resume saved/<run>/ckps/current.pth.tar")
+        content = read_checkpoint(cfg.resume)
+        numbering = class_map(cfg, content)
     with distributed.processes(cfg.device, cfg.deterministic) as device:
-        data = load_data(cfg, content)
+        data = load_data(cfg, numbering.choice)
         groups = class_groups(cfg, data)
         model = new_model(cfg, data, content)
         loaded = load_content(model, content, cfg.resume)
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_report(folder, metrics, predictions, data.class_counts, data.class_names)
             print(f"{cfg.resume}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
             print(
-                *(f"note: {note}" for note in [*notes, *class_map(cfg, content)[1], *differences(content, cfg)]),
+                *(f"note: {note}" for note in [*notes, *numbering.notes, *differences(content, cfg)]),
                 sep="\n",
             )
             print(f"\n{class_table(predictions, data.class_counts, data.class_names)}")

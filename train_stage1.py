@@ -34,6 +34,7 @@ from utils.checkpoint import (
     read_checkpoint,
     restore,
     save_checkpoint,
+    stored_class_map,
 )
 from utils.command_line import exit_code, parse
 from utils.config import dump_config, read_config
@@ -62,24 +63,27 @@ FIXED = ("dataset", "image_size", "imb_type", "imb_factor", "subset_seed", "val_
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse("Train one stage with ARB-Loss or a baseline.", arguments)
-    cfg, notes = read_config(args.cfg, args.overrides)
-    check(cfg)
-    content = read_checkpoint(cfg.resume) if cfg.resume else None
+    with distributed.together():
+        cfg, notes = read_config(args.cfg, args.overrides)
+        check(cfg)
+        content = read_checkpoint(cfg.resume) if cfg.resume else None
+        numbering = class_map(cfg, content)
     with distributed.processes(cfg.device, cfg.deterministic) as device:
-        data = load_data(cfg, content)
+        data = load_data(cfg, numbering.choice)
         groups = class_groups(cfg, data)
         shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         loader = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **shares)
         test, held_out = data.test_loader(device, **shares), data.val_loader(device, **shares)
         model = new_model(cfg, data, content).to(device)
-        check_smallest_batch(model, loader, data.image_size, cfg.batch_size)
+        check_smallest_batch(model, loader, data.image_size)
         method = new_method(cfg, data).to(device)
         optimizer = new_optimizer(cfg, model, method)
         parallel = distributed.parallel(model, device, cfg.sync_bn)  # may refuse: before a folder is made
-        state, folder, settings, origin = start(cfg, content, model, method, optimizer)
+        state, folder, settings, origin = start(cfg, content, data, model, method, optimizer)
+        del content  # its weights are in the model now
 
         with RunLog(folder, cfg.name, state.epoch) as run:
-            describe(run, cfg, data, groups, [*notes, *origin], device)
+            describe(run, cfg, data, groups, [*notes, *origin, *numbering.notes], device)
             write_settings(folder, settings)
             epochs = range(state.epoch, cfg.num_epochs)
             for epoch in epochs:
@@ -91,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     publish(run, epoch, evaluation, data)
                 record(run, row)
                 best = advance(state, row)
-                parts = {"model": model, "method": method, "optimizer": optimizer, "class_map": data.class_map}
-                save(folder, best, state=state, config=settings, **parts)
+                parts = {"model": model, "method": method, "optimizer": optimizer}
+                save(folder, best, data, state=state, config=settings, **parts)
             if not epochs:  # a finished run was resumed
                 evaluation = evaluate(model, test, held_out, data.class_counts, groups)
                 announce(run, evaluation)
@@ -110,7 +114,7 @@ def check(cfg: CfgNode) -> None:
     check_names(cfg.loss, cfg.class_counts)
 
 
-def check_smallest_batch(model: nn.Module, loader: TrainLoader, image_size: int, batch_size: int) -> None:
+def check_smallest_batch(model: nn.Module, loader: TrainLoader, image_size: int) -> None:
     """Batch norm cannot normalise one value per channel: one image, where the network pools it down to one pixel."""
     if min(loader.batch_sizes) > 1:
         return
@@ -119,13 +123,13 @@ def check_smallest_batch(model: nn.Module, loader: TrainLoader, image_size: int,
         copy(torch.zeros(1, 3, image_size, image_size, device=loader.device))
     except ValueError:
         raise InputError(
-            f"batch_size: {batch_size} leaves a batch of one image, which the batch norm of this backbone cannot train "
-            "on at this image_size; choose another batch_size"
+            f"batch_size: {loader.batch_size} leaves a pass of one image, which the batch norm of this backbone cannot "
+            "train on at this image_size; choose another batch_size (or accumulate, or number of processes)"
         ) from None
 
 
-def load_data(cfg: CfgNode, content: Mapping | None = None) -> Data:
-    """``content``: of the checkpoint to go on from or to evaluate, which knows the numbers of its classes."""
+def load_data(cfg: CfgNode, class_map: str | Sequence[int] = "") -> Data:
+    """``class_map``: see :class:`Numbering`."""
     return build_data(
         cfg.dataset,
         cfg.data_path,
@@ -139,25 +143,30 @@ def load_data(cfg: CfgNode, content: Mapping | None = None) -> Data:
         decoder=cfg.decoder,
         train_txt=cfg.train_txt,
         val_txt=cfg.val_txt,
-        class_map=class_map(cfg, content)[0],
+        class_map=class_map,
     )
 
 
-def class_map(cfg: CfgNode, content: Mapping | None) -> tuple[str | Sequence[int], list[str]]:
-    """How the labels of list data become classes, and a line that says it; see :mod:`datasets.class_order`.
+class Numbering(NamedTuple):
+    """How the labels of list data become classes."""
 
-    A checkpoint goes with the numbers that it was trained with; one without a map comes from MiSLAS or ARBLOSS.
-    """
+    choice: str | Sequence[int]  # "stable", "legacy", a file or the map itself, see :mod:`datasets.class_order`
+    notes: list[str]  # a line that says it; none for other data
+
+
+def class_map(cfg: CfgNode, content: Mapping | None) -> Numbering:
+    """A checkpoint goes with the numbers that it was trained with; one without a map is MiSLAS's or ARBLOSS's."""
     if find_spec(cfg.dataset).lists is None:
-        return cfg.class_map, []
+        return Numbering(cfg.class_map, [])
     if content is None:
-        choice, reason = cfg.class_map or "stable", ""
-    elif content.get("class_map") is not None:
-        choice, reason = content["class_map"], f", class_map {cfg.class_map} is not needed" if cfg.class_map else ""
-        return choice, [f"class map: the checkpoint's{reason}"]
-    else:
-        choice, reason = cfg.class_map or "legacy", ", the checkpoint has none"
-    return choice, [f"class map: {choice}{reason}"]
+        choice = cfg.class_map or "stable"
+        return Numbering(choice, [f"class map: {choice}"])
+    stored = stored_class_map(content, cfg.resume)
+    if stored is None:
+        choice = cfg.class_map or "legacy"
+        return Numbering(choice, [f"class map: {choice}, the checkpoint has none"])
+    remark = f", class_map {cfg.class_map} is not needed" if cfg.class_map else ""
+    return Numbering(stored.tolist(), [f"class map: the checkpoint's{remark}"])
 
 
 def class_groups(cfg: CfgNode, data: Data) -> dict[str, dict[str, Tensor]]:
@@ -197,19 +206,24 @@ def new_optimizer(cfg: CfgNode, model: nn.Module, method: Method) -> torch.optim
 
 
 def start(
-    cfg: CfgNode, content: Mapping | None, model: nn.Module, method: Method, optimizer: torch.optim.Optimizer
+    cfg: CfgNode,
+    content: Mapping | None,
+    data: Data,
+    model: nn.Module,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[TrainState, Path, dict, list[str]]:
     """Where training starts: (state, the run's folder, the settings it records, notes for the log).
 
     ``content``: of the checkpoint that ``resume`` names, or None.
     """
-    settings, numbering = dict(cfg), class_map(cfg, content)[1]
+    settings = dict(cfg)
     if content is None:
-        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, numbering
+        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, []
     if not is_ours(content):
         source = load_content(model, content, cfg.resume)["source"]
         note = f"{cfg.resume}: {source}; weights only, training starts at epoch 0"
-        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note, *numbering]
+        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note]
     changed = changed_options(content, cfg)
     other_data = [key for key in FIXED if key in changed]
     if other_data:
@@ -218,16 +232,17 @@ def start(
             f"{cfg.resume}: was trained with {key} {old}, and {key} {new} is asked for; a run goes on with its own "
             "data (its config.yaml has them), or starts anew without resume"
         )
+    trained_on = content.get("class_counts")
+    if trained_on is not None and not torch.equal(trained_on, data.class_counts):
+        raise CheckpointError(
+            f"{cfg.resume}: was trained on other images: their number per class differs from what data_path (and "
+            "train_txt) hold now; a run goes on with its own data"
+        )
     state = restore(content, cfg.resume, model, method, optimizer)
     settings |= {key: content["config"].get(key, "") for key in ("resume", "class_map")}
     folder = folder_of(cfg.resume) or new_folder(cfg.save_dir, cfg.name)
     notes = [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
-    return (
-        state,
-        folder,
-        settings,
-        [f"{cfg.resume}: going on after {state.epoch} epochs, in {folder}", *numbering, *notes],
-    )
+    return state, folder, settings, [f"{cfg.resume}: going on after {state.epoch} epochs, in {folder}", *notes]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
@@ -261,7 +276,7 @@ def train_epoch(
     batches = tqdm(loader.epoch(epoch), f"epoch {epoch}", len(loader.passes), leave=False, disable=not show_progress())
     for number, batch in enumerate(batches):
         with distributed.averaging(model, batch.ends_step):
-            output = method(model, batch.images, batch.targets, draws[number].to(device), batch.weight)
+            output = method(model, batch.images, batch.targets, draws[number].to(device), batch.step_targets)
             (output.loss * batch.weight).backward()
         step = number // loader.accumulate
         meter.update(step, output.loss, output.logits, batch.targets, batch.weight)
@@ -339,14 +354,16 @@ def record(run: RunLog, row: Mapping) -> None:
     run.scalars(row["epoch"], scalars)
 
 
-def save(folder: Path, best: bool, config: Mapping, **parts) -> None:
+def save(folder: Path, best: bool, data: Data, config: Mapping, **parts) -> None:
     """The last checkpoint, and the best one where this epoch is it."""
     if not distributed.is_main():
         return
     (folder / "ckps").mkdir(exist_ok=True)
     selected_on = "held-out training images" if config["val_per_class"] else "test set"
     for name in ("current", "model_best") if best else ("current",):
-        save_checkpoint(folder / "ckps" / f"{name}.pth.tar", config=config, selected_on=selected_on, **parts)
+        path = folder / "ckps" / f"{name}.pth.tar"
+        known = {"class_counts": data.class_counts, "class_map": data.class_map, "selected_on": selected_on}
+        save_checkpoint(path, config=config, **known, **parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,14 +392,22 @@ def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequenc
         f"device {device} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Python {platform.python_version()}"
     )
-    if distributed.world_size() > 1:
-        run.info(
-            f"{distributed.world_size()} processes: mixup pairs, batch counts and batch-norm statistics are each "
-            "process's own, so their number matters"
-        )
+    if distributed.world_size() * cfg.accumulate > 1:
+        run.info(parts_in_words(cfg))
     for note in notes:
         run.info(f"note: {note}")
     run.info(f"folder: {run.folder}")
+
+
+def parts_in_words(cfg: CfgNode) -> str:
+    """Into how many parts a step is divided, and what each part has for itself."""
+    several, count = distributed.world_size(), cfg.accumulate
+    passes = f" with {count} passes per step" if count > 1 else ""
+    batch_counts = cfg.loss.endswith("arb") and cfg.class_counts not in ("global", "batch_synced")
+    own = ["mixup pairs"] * cfg.mixup + ["batch counts"] * batch_counts
+    own += [] if cfg.sync_bn and count == 1 else ["batch-norm statistics"]
+    who = f"{several} processes{passes}" if several > 1 else f"{count} passes per step"
+    return f"{who}: each has its own {', '.join(own)}, so their number matters" if own else f"{who}"
 
 
 def method_in_words(cfg: CfgNode) -> str:

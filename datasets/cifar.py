@@ -25,18 +25,18 @@ def _read(archive: type[torchvision.datasets.CIFAR10], data_path: Path, workers:
     if (data_path / "train").is_dir():
         return image_folder.read(data_path, SIZE, workers, decode=image_folder.decode_exact)
     new = [folder for folder in (data_path, *data_path.parents) if not folder.exists()]
-    try:
-        with distributed.main_first():
+    with distributed.main_first():
+        try:
             train, test = (archive(data_path, train=part, download=True) for part in (True, False))
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):  # what the download made goes, if nothing is in it
-            for folder in new:
-                folder.rmdir()
-        raise DataError(
-            f"data_path: {data_path} holds no {archive.__name__}, and it could not be downloaded "
-            f"({' '.join(str(error).split())}): put {archive.filename} or its folder {archive.base_folder} there, "
-            f"or images as {image_folder.LAYOUT}"
-        ) from None
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):  # what the download made goes, if nothing is in it
+                for folder in new:
+                    folder.rmdir()
+            raise DataError(
+                f"data_path: {data_path} holds no {archive.__name__}, and it could not be downloaded "
+                f"({' '.join(str(error).split())}): put {archive.filename} or its folder {archive.base_folder} there, "
+                f"or images as {image_folder.LAYOUT}"
+            ) from None
     return Source(_split(train), _split(test), train.classes)
 
 

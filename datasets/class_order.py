@@ -17,11 +17,11 @@ def class_map_for(choice: str | Sequence[int], counts: np.ndarray) -> np.ndarray
     if isinstance(choice, str) and choice in ("stable", "legacy"):
         order = stable_order(counts) if choice == "stable" else legacy_order(counts)
         return np.argsort(order)
-    numbers, name = (_read_map(choice), choice) if isinstance(choice, str) else (choice, "of the checkpoint")
+    numbers, name = (_read_map(choice), choice) if isinstance(choice, str) else (choice, "that of the checkpoint")
     chosen = np.asarray(numbers).reshape(-1)
     if not np.array_equal(np.sort(chosen), np.arange(len(counts))):
         raise DataError(
-            f"class_map: {name}: must hold each of 0 .. {len(counts) - 1} once, one number per label; "
+            f"class_map: {name} must hold each of 0 .. {len(counts) - 1} once, one number per label; "
             f"it holds {len(chosen)} numbers"
         )
     return chosen.astype(np.int64)

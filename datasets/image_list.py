@@ -61,10 +61,13 @@ def _annotations(path: str | Path) -> ListRows:
         content = json.loads(Path(path).read_bytes())
         names = {image["id"]: image["file_name"] for image in content["images"]}
         paths = [names[annotation["image_id"]] for annotation in content["annotations"]]
-        labels = np.array([annotation["category_id"] for annotation in content["annotations"]], dtype=np.int64)
+        categories = [annotation["category_id"] for annotation in content["annotations"]]
+        if not all(isinstance(path, str) for path in paths) or not all(isinstance(c, int) for c in categories):
+            raise ValueError("a file_name is no text or a category_id no whole number")
+        labels = np.array(categories, dtype=np.int64)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: is no file of annotations in iNaturalist's format ({error!r})") from None
     return ListRows(paths, labels, np.arange(1, len(labels) + 1), [])
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from datasets.augment import crop_and_flip, draw_crops, normalise
+from datasets.source import DataError
 from utils.seed import generator
 
 
@@ -21,14 +22,16 @@ class Batch(NamedTuple):
     images: Tensor  # float32 [B, 3, H, W], normalised
     targets: Tensor  # int64 [B]
     indices: Tensor  # int64 [B], positions in the training set
-    weight: float  # B * W / size of the global batch: what this mean counts in the step's average over processes
-    ends_step: bool = True  # the step's last pass
+    step_targets: Tensor  # int64 [G], of the whole global batch: all passes of all processes
+    weight: float  # B * W / G: what this mean counts in the step's average over processes
+    ends_step: bool  # the step's last pass
 
 
 class Pass(NamedTuple):
     """A part of a global batch: positions in the epoch's order, and what :class:`Batch` says of it."""
 
     positions: slice
+    step: slice  # positions of the global batch
     weight: float
     ends_step: bool
 
@@ -44,24 +47,27 @@ class Pixels(Protocol):
 
 
 def share(size: int, rank: int, world_size: int) -> slice:
-    """Process ``rank``'s part of ``size`` things: contiguous, sizes differ by at most one."""
-    return slice(size * rank // world_size, size * (rank + 1) // world_size)
+    """Process ``rank``'s part of ``size`` things: contiguous; the first ``size % world_size`` parts have one more."""
+    each, more = divmod(size, world_size)
+    return slice(rank * each + min(rank, more), (rank + 1) * each + min(rank + 1, more))
 
 
 def plan_passes(size: int, batch_size: int, rank: int, world_size: int, accumulate: int) -> list[Pass]:
     """The passes of this process over an epoch of ``size`` images, ``accumulate`` per step.
 
     k passes of a process see what k processes would see. A last batch smaller than the number of parts leaves some
-    empty; every process has to take part in every step, so these take the batch's first image, with weight 0.
+    empty; every process has to take part in every step, so these take the batch's first image, with weight 0. (Batch
+    norm sees it too: the last parts are left empty, and rank 0's statistics are the ones that are kept.)
     """
     passes = []
     for start in range(0, size, batch_size):
-        whole = min(batch_size, size - start)
+        whole = slice(start, min(start + batch_size, size))
         for number in range(accumulate):
-            part = share(whole, rank * accumulate + number, world_size * accumulate)
-            weight = (part.stop - part.start) * world_size / whole
+            part = share(whole.stop - start, rank * accumulate + number, world_size * accumulate)
+            weight = (part.stop - part.start) * world_size / (whole.stop - start)
             part = part if weight else slice(0, 1)
-            passes.append(Pass(slice(start + part.start, start + part.stop), weight, number == accumulate - 1))
+            positions = slice(start + part.start, start + part.stop)
+            passes.append(Pass(positions, whole, weight, number == accumulate - 1))
     return passes
 
 
@@ -79,9 +85,14 @@ class TrainLoader:
         world_size: int = 1,
         accumulate: int = 1,
     ):
-        """``targets`` int64 [N]; ``batch_size`` is global."""
+        """``targets`` int64 [N]; ``batch_size`` is global, at least one image per pass of every process."""
+        if batch_size < world_size * accumulate:
+            raise DataError(
+                f"batch_size: {batch_size} is less than one image for each of {accumulate} passes (accumulate) of "
+                f"{world_size} processes; it is the number of images per step over all of them"
+            )
         self.pixels, self.targets = pixels, targets.to(device)
-        self.seed, self.device, self.accumulate = seed, device, accumulate
+        self.batch_size, self.seed, self.device, self.accumulate = batch_size, seed, device, accumulate
         self.passes = plan_passes(len(targets), batch_size, rank, world_size, accumulate)
         self.batch_sizes = [p.positions.stop - p.positions.start for p in self.passes]
 
@@ -93,9 +104,9 @@ class TrainLoader:
         order = torch.from_numpy(generator(self.seed, epoch, "order").permutation(len(self.targets)))
         images = self.pixels.augmented(order, [p.positions for p in self.passes], self.seed, epoch)
         order = order.to(self.device)
-        for part, (positions, weight, ends_step) in zip(images, self.passes, strict=True):
+        for part, (positions, step, weight, ends_step) in zip(images, self.passes, strict=True):
             chosen = order[positions]
-            yield Batch(part, self.targets[chosen], chosen, weight, ends_step)
+            yield Batch(part, self.targets[chosen], chosen, self.targets[order[step]], weight, ends_step)
 
 
 class EvalLoader:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from methods import losses, mixup
 from methods.mixup import StepDraws
-from utils import distributed
 from utils.errors import InputError
 
 
@@ -64,22 +63,21 @@ LOSSES: dict[str, Callable[[Settings], Criterion]] = {
 }
 
 
-def step_counts(kind: str, targets: Tensor, class_counts: Tensor, weight: float = 1.0) -> Tensor:
+def step_counts(kind: str, targets: Tensor, class_counts: Tensor, step_targets: Tensor | None = None) -> Tensor:
     """The n of one pass, [C]: which counts ARB-Loss reads.
 
-    ``targets [B]``, unmixed; ``class_counts [C]`` of the training set. ``global``: the training set's; ``batch``: this
-    process's batch; ``batch_synced``: all processes' batches, where one of ``weight`` 0 does not count;
-    ``global_masked``: the training set's, 0 for classes absent from the batch; ``batch_unmasked``: the batch's,
-    B n_k / N for classes absent from it.
+    ``targets [B]``, unmixed; ``class_counts [C]`` of the training set; ``step_targets [G]`` of the whole global batch,
+    None where that is ``targets``. ``global``: the training set's; ``batch``: this process's batch; ``batch_synced``:
+    the global batch's; ``global_masked``: the training set's, 0 for classes absent from the batch; ``batch_unmasked``:
+    the batch's, B n_k / N for classes absent from it.
     """
     if kind == "global":
         return class_counts
+    if kind == "batch_synced" and step_targets is not None:
+        return losses.count_classes(step_targets, len(class_counts))
     batch = losses.count_classes(targets, len(class_counts))
-    if kind == "batch":
+    if kind in ("batch", "batch_synced"):
         return batch
-    if kind == "batch_synced":
-        synced = distributed.all_reduce_sum(batch * (weight > 0))
-        return synced if weight > 0 else synced + batch  # a loss that counts nothing has to be finite all the same
     if kind == "global_masked":
         return torch.where(batch > 0, class_counts, 0)
     return torch.where(batch > 0, batch, len(targets) * class_counts / class_counts.sum())
@@ -111,17 +109,22 @@ class Method(nn.Module):
         return [draw for step in zip(*tables, strict=True) for draw in step]
 
     def forward(
-        self, model: nn.Module, images: Tensor, targets: Tensor, draws: StepDraws, weight: float = 1.0
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        draws: StepDraws,
+        step_targets: Tensor | None = None,
     ) -> MethodOutput:
-        """``images [B, 3, H, W]``, ``targets [B]`` -> loss, logits, features.
+        """``images [B, 3, H, W]``, ``targets [B]`` -> loss (a plain mean), logits, features.
 
-        The loss is a plain mean; of ``weight``, what it counts among the processes, only 0 matters here.
+        ``step_targets [G]``: labels of the whole global batch, of which this is a part; None: of which this is all.
         """
         mixed, targets_a, targets_b = images, targets, None
         if self.mixup_alpha > 0:
             mixed, targets_a, targets_b = mixup.mix(images, targets, draws.lam, draws.partner)
         logits, features = model(mixed, with_features=True)
-        terms = self.criterion(logits, step_counts(self.counts, targets, self.class_counts, weight))
+        terms = self.criterion(logits, step_counts(self.counts, targets, self.class_counts, step_targets))
         loss = terms(targets_a).mean()
         if targets_b is not None:
             loss = draws.lam * loss + (1 - draws.lam) * terms(targets_b).mean()

@@ -75,11 +75,11 @@ def _download(name: str) -> dict:
         weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     except (ValueError, KeyError):
         raise InputError(f"pretrained: True, but torchvision has no IMAGENET1K_V1 weights for {name}") from None
-    try:
-        with distributed.main_first():
+    with distributed.main_first():
+        try:
             return weights.get_state_dict(check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"pretrained: cannot download {weights.url} ({' '.join(str(error).split())}); "
-            "fetch that file by other means and give its path as pretrained"
-        ) from None
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"pretrained: cannot download {weights.url} ({' '.join(str(error).split())}); "
+                "fetch that file by other means and give its path as pretrained"
+            ) from None

@@ -24,6 +24,7 @@ from utils.checkpoint import (
     read_checkpoint,
     restore,
     save_checkpoint,
+    stored_class_map,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's word on files that are refused
@@ -432,3 +433,26 @@ def test_a_file_that_carries_code_is_called_unsafe(tmp_path, form):
     path, attack = tmp_path / "c", Attack(tmp_path / "marker")
     path.write_bytes(pickle.dumps(attack) if form == "pickle" else torch_file({"x": attack}, form == "zip"))
     assert "unsafe" in refusal(read_checkpoint, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class maps
+
+
+@pytest.mark.parametrize("stored", [[2, 0, 1], torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1], dtype=torch.int32)])
+def test_a_class_map_may_be_a_list_or_a_tensor(stored):
+    assert torch.equal(stored_class_map({"class_map": stored}, "c"), torch.tensor([2, 0, 1]))
+
+
+@pytest.mark.parametrize("content", [{}, {"class_map": None}])
+def test_a_checkpoint_may_have_no_class_map(content):
+    assert stored_class_map(content, "c") is None
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [3, "legacy", "/etc/hostname", [], [[0], [1, 2]], [0.0, 1.0], torch.zeros(0), torch.eye(2).long(), {"a": 1}],
+)
+def test_any_other_class_map_is_refused(stored):
+    with pytest.raises(CheckpointError, match=r"^c: its class_map is no list of whole numbers, one per class$"):
+        stored_class_map({"class_map": stored}, "c")

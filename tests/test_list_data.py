@@ -20,7 +20,7 @@ from datasets.class_order import class_map_for
 from models import build_model
 from tests.conftest import ROOT, assert_same_run, failure, train
 from tests.goldens.fill import fill_state_dict, wave_images
-from utils.checkpoint import load_weights
+from utils.checkpoint import load_weights, read_checkpoint
 from utils.config import load_config
 
 # As the authors released them: (loss, counts, mixup alpha or None, batch, weight decay, epochs).
@@ -183,14 +183,23 @@ def test_a_checkpoint_is_evaluated_with_its_own_map_else_in_the_legacy_order(run
     assert sorted(class_map_for(wanted or "legacy", counts)[:40]) == tested
 
 
-def test_going_on_keeps_the_map_and_a_foreign_file_brings_the_legacy_one(run, tied, tmp_path, capsys):
+def test_going_on_keeps_the_map_and_a_foreign_file_brings_the_legacy_one(run, tied, tmp_path):
     cfg = load_config(run / "config.yaml", ["resume", str(run / "ckps" / "current.pth.tar"), "class_map", "legacy"])
-    content = torch.load(cfg.resume, weights_only=True)
-    assert train_stage1.load_data(cfg, content).class_map.tolist() == list(range(365))
-    assert train_stage1.class_map(cfg, content)[1] == ["class map: the checkpoint's, class_map legacy is not needed"]
+    numbering = train_stage1.class_map(cfg, read_checkpoint(cfg.resume))
+    assert train_stage1.load_data(cfg, numbering.choice).class_map.tolist() == list(range(365))
+    assert numbering.notes == ["class map: the checkpoint's, class_map legacy is not needed"]
     cfg = load_config(run / "config.yaml", ["resume", str(foreign(run, tmp_path / "best.pth.tar"))])
-    content = torch.load(cfg.resume, weights_only=False)
-    assert train_stage1.class_map(cfg, content) == ("legacy", ["class map: legacy, the checkpoint has none"])
+    numbering = train_stage1.class_map(cfg, read_checkpoint(cfg.resume))
+    assert numbering == ("legacy", ["class map: legacy, the checkpoint has none"])
+
+
+def test_a_run_goes_on_with_its_own_list_only(run, tied, tmp_path, capsys):
+    shorter = tmp_path / "shorter.txt"
+    shorter.write_text("".join((tied / "Places_LT_train.txt").read_text().splitlines(keepends=True)[:-1]))
+    resume = ["resume", run / "ckps" / "current.pth.tar", "num_epochs", 2, "train_txt", shorter]
+    bad = failure(capsys, train_stage1.main, "--cfg", run / "config.yaml", *resume)
+    assert (bad.code, len(bad.lines)) == (2, 1)
+    assert "was trained on other images" in bad.said
 
 
 def test_a_checkpoint_needs_no_pretrained_weights(run, tmp_path, capsys):

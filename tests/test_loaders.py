@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from datasets.augment import crop_and_flip, draw_crops, normalise
 from datasets.loaders import Batch, EvalLoader, MemoryPixels, TrainLoader, plan_passes, share
+from datasets.source import DataError
 from datasets.specs import CIFAR_MEAN, CIFAR_STD
 
 CPU = torch.device("cpu")
@@ -40,7 +41,8 @@ def joined(parts: Sequence[Batch]) -> Batch:
     """The parts that count, as one batch."""
     counted = [part for part in parts if part.weight > 0]
     tensors = (torch.cat(tensors) for tensors in list(zip(*counted, strict=True))[:3])
-    return Batch(*tensors, weight=sum(part.weight for part in parts) / len(parts))
+    weight = sum(part.weight for part in parts) / len(parts)
+    return Batch(*tensors, step_targets=parts[0].step_targets, weight=weight, ends_step=parts[-1].ends_step)
 
 
 @given(size=st.integers(0, 500), world_size=st.integers(1, 20))
@@ -92,7 +94,7 @@ def test_processes_together_see_the_batches_of_one(size, world_size):
 
 
 @settings(deadline=None, max_examples=40)
-@given(size=st.integers(1, 40), batch_size=st.integers(1, 20), world_size=st.integers(1, 5))
+@given(size=st.integers(1, 40), batch_size=st.integers(5, 20), world_size=st.integers(1, 5))
 def test_weighted_means_of_the_shares_average_to_the_mean_of_the_global_batch(size, batch_size, world_size):
     ranks = [train_loader(size, batch_size, rank=r, world_size=world_size) for r in range(world_size)]
     loss = torch.linspace(-1, 1, size, dtype=torch.float64) ** 3
@@ -147,7 +149,7 @@ def test_the_passes_of_a_step_share_its_batch_and_its_weight(size, batch_size, w
     assert [p.ends_step for p in plans[0]] == [*[False] * (accumulate - 1), True] * steps
 
 
-@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 2), (1, 3), (2, 2), (3, 4), (1, 16), (1, 20)])
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 2), (1, 3), (2, 2), (3, 4), (1, 16), (4, 4)])
 @pytest.mark.parametrize("size", [53, 48, 49])
 def test_accumulated_steps_see_the_batches_of_steps_at_once(size, world_size, accumulate):
     loaders = [train_loader(size, rank=r, world_size=world_size, accumulate=accumulate) for r in range(world_size)]
@@ -159,6 +161,28 @@ def test_accumulated_steps_see_the_batches_of_steps_at_once(size, world_size, ac
         assert [batch.ends_step for batch in batches] == [*[False] * (accumulate - 1), True] * len(whole)
     steps = [slice(n * accumulate, (n + 1) * accumulate) for n in range(len(whole))]
     assert_bit_equal([joined([batch for rank in ranks for batch in rank[step]]) for step in steps], whole)
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (3, 1), (2, 3)])
+def test_every_part_knows_the_labels_of_the_whole_global_batch(world_size, accumulate):
+    whole = list(train_loader().epoch(4))
+    for rank in range(world_size):
+        batches = list(train_loader(rank=rank, world_size=world_size, accumulate=accumulate).epoch(4))
+        for number, batch in enumerate(batches):
+            assert torch.equal(batch.step_targets, whole[number // accumulate].targets)
+
+
+def test_the_last_parts_of_a_small_batch_are_the_empty_ones():
+    """Rank 0's batch-norm statistics are kept: it does without images last."""
+    assert [p.weight > 0 for r in range(4) for p in plan_passes(3, 8, r, 4, 2)] == [True] * 3 + [False] * 5
+
+
+def test_fewer_images_than_parts_in_every_step_are_refused():
+    with pytest.raises(
+        DataError, match=r"^batch_size: 5 is less than one image for each of 3 passes \(accumulate\) of 2"
+    ):
+        train_loader(batch_size=5, world_size=2, accumulate=3)
+    assert len(train_loader(batch_size=6, world_size=2, accumulate=3)) == 9
 
 
 def test_accumulated_means_sum_to_the_mean_of_the_batch():

@@ -52,16 +52,19 @@ def test_counts_of_a_step(kind, expected):
     torch.testing.assert_close(step_counts(kind, TARGETS, CLASS_COUNTS).double(), torch.tensor(expected).double())
 
 
-def test_synced_counts_of_a_pass_that_counts_nothing_keep_its_own_loss_finite():
-    """Weight 0: the others do not count its images, but it looks at its loss, and 0 times infinity is no number."""
-    assert step_counts("batch_synced", TARGETS, CLASS_COUNTS, weight=0.0).tolist() == [3, 2, 1, 0]
-    assert step_counts("batch_synced", TARGETS, CLASS_COUNTS, weight=0.5).tolist() == [3, 2, 1, 0]
+@pytest.mark.parametrize("kind", COUNTS)
+def test_only_synced_counts_look_at_the_whole_global_batch(kind):
+    whole = torch.cat([TARGETS, torch.tensor([3, 3, 0])])
+    counts = step_counts(kind, TARGETS, CLASS_COUNTS, whole)
+    expected = [4, 2, 1, 2] if kind == "batch_synced" else step_counts(kind, TARGETS, CLASS_COUNTS).tolist()
+    assert counts.tolist() == expected
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_pass_that_counts_nothing_adds_nothing_to_the_gradient(loss, counts, model, images):
-    output = method_for(loss, counts, 1.0)(model, images, TARGETS, MIXED, weight=0.0)
+    """Weight 0 times a loss that is not finite would be no number."""
+    output = method_for(loss, counts, 1.0)(model, images, TARGETS, MIXED, torch.cat([TARGETS, TARGETS]))
     (output.loss * 0.0).backward()
     assert all((parameter.grad == 0).all() for parameter in model.parameters())
 

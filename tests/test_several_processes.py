@@ -100,11 +100,11 @@ PLAIN = [(1, 1), (2, 1), (1, 2), (2, 2)]
 SAME = {
     "cross-entropy": ("ce", "global", 0.0, 17, PLAIN),
     "global counts": ("arb", "global", 0.0, 17, PLAIN),
-    "synced counts": ("arb", "batch_synced", 0.0, 17, [(1, 1), (2, 1)]),
+    "synced counts": ("arb", "batch_synced", 0.0, 17, PLAIN),
     "synced counts, two images for three": ("arb", "batch_synced", 0.0, 11, [(1, 1), (3, 1)]),
     "batch counts and mixup in two parts": ("arb", "batch", 1.0, 17, [(1, 2), (2, 1)]),
     "batch counts and mixup in four parts": ("arb", "batch", 1.0, 17, [(1, 4), (2, 2)]),
-    "synced counts, three images for four passes": ("arb", "batch_synced", 0.0, 16, [(2, 2)]),
+    "synced counts, three images for four passes": ("arb", "batch_synced", 0.0, 16, PLAIN),
 }
 IMAGES = 35
 EVAL_BATCHES = (37, 200, 500)  # of 400 images: 11 batches, 2 and 1
@@ -328,7 +328,8 @@ def assert_one_run_of_two_processes(run: SimpleNamespace, said: str) -> None:
     """One log with every line once, one row, and the same lines in the terminal."""
     assert [row["epoch"] for row in run.rows] == [0]
     assert len(run.lines) == 2
-    for line in ("2 processes: mixup pairs", "Epoch: [0][0/4]", "Epoch: [0][2/4]", *run.lines, "last epoch (epoch 0)"):
+    steps = ("Epoch: [0][0/4]", "Epoch: [0][2/4]")
+    for line in ("2 processes: each has its own mixup pairs", *steps, *run.lines, "last epoch (epoch 0)"):
         assert run.log.count(line) == 1
         assert said.count(line) == 1
     assert (run.folder / "ckps" / "current.pth.tar").is_file()
@@ -379,6 +380,24 @@ def test_two_nodes_train_the_same_run(launched, tree, tmp_path):
     run = only_run(tmp_path / "saved")
     assert_one_run_of_two_processes(run, said)
     assert run.rows == launched.rows
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_node_that_cannot_begin_ends_the_other_within_a_minute(tree, tmp_path, wrong):
+    """Its configuration lies on one node only; the other would wait for it to join."""
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", tmp_path.name]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, *meeting]
+    commands = [[*launcher, "--node_rank", rank, *training(tree, tmp_path / "saved")] for rank in (0, 1)]
+    place = commands[wrong].index(f"./{IMAGENET}")
+    commands[wrong][place] = "./config/absent.yaml"
+    began = time.monotonic()
+    with started(tmp_path, *commands[0]) as first, started(tmp_path, *commands[1]) as second:
+        nodes = (first, second)
+        assert all(node.process.wait(timeout=60) != 0 for node in nodes)
+        assert time.monotonic() - began < 60
+        assert re.search(r"error \(rank \d\): config/absent.yaml: no such configuration file", nodes[wrong].err())
+        assert "another process of this run has ended" in nodes[1 - wrong].err()
+    assert not (tmp_path / "saved").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,11 +51,13 @@ def save_checkpoint(
     state: TrainState,
     config: Mapping,
     selected_on: str,
+    class_counts: torch.Tensor | None = None,
     class_map: torch.Tensor | None = None,
 ) -> None:
     """Writes everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper.
 
-    ``class_map``: int64 [C], label in the lists -> class, for data sets that come as lists.
+    ``class_counts``: int64 [C], training images per class; ``class_map``: int64 [C], label in the lists -> class, for
+    data sets that come as lists.
     """
     content = {
         "epoch": state.epoch,
@@ -64,6 +66,7 @@ def save_checkpoint(
         **{key: part.state_dict() for key, part in _parts(model).items()},
         "state_dict_method": method.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "class_counts": class_counts,
         "class_map": class_map,
         "selected_on": selected_on,
         "config": dict(config),
@@ -112,6 +115,20 @@ def is_ours(content: Mapping) -> bool:
     """Whether a checkpoint holds all that going on exactly needs, not only weights."""
     whole = all(key in content for key in ("optimizer", "state_dict_method", "selected_on"))
     return whole and isinstance(content.get("config"), Mapping)
+
+
+def stored_class_map(content: Mapping, path: str | Path) -> torch.Tensor | None:
+    """The class map of a checkpoint, int64 [C]; None where it has none. Raises :class:`CheckpointError`."""
+    stored = content.get("class_map")
+    if stored is None:
+        return None
+    try:
+        numbers = torch.as_tensor(stored)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.zeros(())
+    if numbers.ndim != 1 or len(numbers) == 0 or numbers.dtype not in (torch.int64, torch.int32):
+        raise CheckpointError(f"{path}: its class_map is no list of whole numbers, one per class")
+    return numbers.long()
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from utils.errors import InputError, LostProcessError
 
+LOST = "another process of this run has ended; what it said tells why"
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -95,8 +97,7 @@ def _local_rank() -> int:
 
 def who() -> str:
     """ " (rank r)" where a launcher started several processes, also before they have met; else nothing."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return f" (rank {os.environ.get('RANK', '?')})" if several else ""
+    return f" (rank {os.environ['RANK']})" if "RANK" in os.environ and _launched() else ""
 
 
 def workers_here(workers: int) -> int:
@@ -127,6 +128,41 @@ def averaging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManag
 
 
 @contextlib.contextmanager
+def together() -> Iterator[None]:
+    """For what every process does before they meet: if it fails in one, all end, instead of waiting for that one."""
+    try:
+        yield
+    except InputError:
+        _report(failed=True)
+        raise
+    _report(failed=False)
+
+
+def _report(failed: bool) -> None:
+    """Tells the others, by the launcher's store, and hears from them."""
+    if not _launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    key = f"together {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        store, own_rank, size = next(dist.rendezvous("env://"))
+        store.set(f"{key} {own_rank}", "failed" if failed else "went well")
+        lost = not failed and any(store.get(f"{key} {other}") == b"failed" for other in range(size))
+    except dist.DistError:  # the launcher that keeps the store has ended
+        lost = not failed
+    if lost:
+        raise LostProcessError(LOST)
+
+
+def _launched() -> bool:
+    """Whether a launcher has started several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    if "RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set and RANK is not: start several processes with torchrun")
+    return True
+
+
+@contextlib.contextmanager
 def processes(device: str, deterministic: bool = False) -> Iterator[torch.device]:
     """Joins the launcher's process group, if there is one, for the length of the block; yields this process's device.
 
@@ -136,7 +172,12 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda, but this machine has no usable CUDA device; use auto or cpu")
     on_cuda = device != "cpu" and torch.cuda.is_available()
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    launched = _launched()
+    if on_cuda and _local_rank() >= torch.cuda.device_count():
+        here, devices = _local_rank() + 1, torch.cuda.device_count()
+        raise InputError(
+            f"this machine has {devices} CUDA devices and at least {here} processes; --nproc_per_node {devices}"
+        )
     here = torch.device("cuda", _local_rank()) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(here)
@@ -152,7 +193,7 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
             dist.destroy_process_group()
     except RuntimeError as error:
         if launched and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
-            raise LostProcessError("another process of this run has ended; what it said tells why") from None
+            raise LostProcessError(LOST) from None
         raise
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

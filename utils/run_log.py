@@ -24,9 +24,11 @@ SCALAR_CLASSES = 100  # up to this many classes each has its own curve; beyond, 
 
 
 def folder_of(checkpoint: str | Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in; None for a file that lies elsewhere."""
+    """The folder of the run that a checkpoint lies in; None for a file that lies elsewhere. As rank 0 sees it."""
     kept = Path(checkpoint).resolve().parent
-    return kept.parent if kept.name == "ckps" and (kept.parent / "config.yaml").is_file() else None
+    inside = kept.name == "ckps" and (kept.parent / "config.yaml").is_file()
+    found = distributed.broadcast_text(str(kept.parent) if inside else "")
+    return Path(found) if found else None
 
 
 def new_folder(save_dir: str, name: str) -> Path:
