@@ -143,6 +143,10 @@ def test_annotations_equal_the_list(tmp_path):
         '{"images": [], "annotations": [{"image_id": 1, "category_id": 0}]}',
         '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1}]}',
         '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "category_id": "x"}]}',
+        '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "category_id": 1.7}]}',
+        '{"images": [{"id": 1, "file_name": 5}], "annotations": [{"image_id": 1, "category_id": 1}]}',
+        '{"images": [{"id": 1, "file_name": null}], "annotations": [{"image_id": 1, "category_id": 1}]}',
+        "[" * 200_000,
         b"\xff\xfe\xfd",
     ],
 )
