@@ -96,7 +96,7 @@ def _local_rank() -> int:
 
 
 def who() -> str:
-    """ " (rank r)" where a launcher started several processes, also before they have met; else nothing."""
+    """A remark for messages, "(rank r)", where a launcher started several processes, also before they have met."""
     return f" (rank {os.environ['RANK']})" if "RANK" in os.environ and _launched() else ""
 
 
