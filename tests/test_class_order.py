@@ -85,11 +85,11 @@ def test_a_map_may_be_a_file(tmp_path, content):
 def test_a_map_that_is_no_permutation_is_refused(tmp_path, numbers):
     path = tmp_path / "map.txt"
     path.write_text(" ".join(map(str, numbers)))
-    for choice, name in ((numbers, "of the checkpoint"), (str(path), path)):
+    for choice, name in ((numbers, "that of the checkpoint"), (str(path), path)):
         with pytest.raises(DataError) as error:
             class_map_for(choice, np.array([1, 2, 3]))
         assert str(error.value) == (
-            f"class_map: {name}: must hold each of 0 .. 2 once, one number per label; it holds {len(numbers)} numbers"
+            f"class_map: {name} must hold each of 0 .. 2 once, one number per label; it holds {len(numbers)} numbers"
         )
 
 

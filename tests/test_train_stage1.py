@@ -37,6 +37,7 @@ CE = "config/digits/digits_imb005.yaml"
 # A run's folder
 
 
+@pytest.mark.slow
 def test_the_first_command_of_the_readme(tmp_path):
     """Exactly as written after &&, in a copy of the project; another CPU may give slightly other numbers."""
     commands = re.findall(r"^\s*pip install -r requirements.txt && (.+)$", (ROOT / "README.md").read_text(), re.M)
@@ -501,7 +502,7 @@ def test_a_last_batch_of_one_image_is_refused_before_training_where_batch_norm_c
     arguments = ["--cfg", CE, "batch_size", 68, "num_epochs", 1, "save_dir", tmp_path / "saved"]
     result = failure(capsys, train_stage1.main, *arguments, "backbone", "resnet18")
     assert result.code == 2
-    assert "batch_size: 68 leaves a batch of one image" in result.said
+    assert "batch_size: 68 leaves a pass of one image" in result.said
     assert not (tmp_path / "saved").exists()
     assert failure(capsys, train_stage1.main, *arguments).code == 0
 
