@@ -104,9 +104,9 @@ class TrainLoader:
         order = torch.from_numpy(generator(self.seed, epoch, "order").permutation(len(self.targets)))
         images = self.pixels.augmented(order, [p.positions for p in self.passes], self.seed, epoch)
         order = order.to(self.device)
+        targets = self.targets[order]  # once: a step's labels are parts of it
         for part, (positions, step, weight, ends_step) in zip(images, self.passes, strict=True):
-            chosen = order[positions]
-            yield Batch(part, self.targets[chosen], chosen, self.targets[order[step]], weight, ends_step)
+            yield Batch(part, targets[positions], order[positions], targets[step], weight, ends_step)
 
 
 class EvalLoader:
