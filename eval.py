@@ -13,6 +13,7 @@ from utils.command_line import exit_code, parse
 from utils.config import read_config
 from utils.evaluation import class_table, details, group_line, mislas_lines, predict, table, write_report
 from utils.metrics import report
+from utils.precision import float32_products
 from utils.run_log import folder_of, new_folder
 
 
@@ -25,13 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise CheckpointError("resume: eval.py needs a checkpoint; add: resume saved/<run>/ckps/current.pth.tar")
         content = read_checkpoint(cfg.resume)
         numbering = class_map(cfg, content)
-    with distributed.processes(cfg.device, cfg.deterministic) as device:
-        data = load_data(cfg, numbering.choice)
+    with distributed.processes(cfg.device, cfg.deterministic) as device, float32_products(cfg.precision):
+        data = load_data(cfg, numbering.choice, device)
         groups = class_groups(cfg, data)
         model = new_model(cfg, data, content)
         loaded = load_content(model, content, cfg.resume)
         test = data.test_loader(device, rank=distributed.rank(), world_size=distributed.world_size())
-        predictions = predict(model.to(device), test)
+        predictions = predict(model.to(device), test, cfg.precision)
         metrics = report(predictions, data.class_counts, groups)
         folder = report_folder(cfg.resume, cfg.save_dir, cfg.name)
         if distributed.is_main():

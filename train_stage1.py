@@ -44,7 +44,6 @@ from utils.files import write_text
 from utils.metrics import (
     GROUPS,
     Predictions,
-    TrainMeter,
     check_weights,
     class_accuracy,
     group_sizes,
@@ -52,9 +51,11 @@ from utils.metrics import (
     report,
     shot_groups,
 )
+from utils.precision import float32_products, new_scaler
 from utils.run_log import RunLog, folder_of, new_folder, progress_line
 from utils.schedule import lr_at
 from utils.seed import seeded_weights
+from utils.step import RecordedStep, Step, compile_model
 from utils.summary import summarise, summary_table, write_summary
 
 # What a run cannot change when it goes on: its data. (That the model fits is checked against the weights themselves.)
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(cfg)
         content = read_checkpoint(cfg.resume) if cfg.resume else None
         numbering = class_map(cfg, content)
-    with distributed.processes(cfg.device, cfg.deterministic) as device:
-        data = load_data(cfg, numbering.choice)
+    with distributed.processes(cfg.device, cfg.deterministic) as device, float32_products(cfg.precision):
+        data = load_data(cfg, numbering.choice, device)
         groups = class_groups(cfg, data)
         shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         loader = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **shares)
@@ -78,27 +79,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_smallest_batch(model, loader, data.image_size)
         method = new_method(cfg, data).to(device)
         optimizer = new_optimizer(cfg, model, method)
-        parallel = distributed.parallel(model, device, cfg.sync_bn)  # may refuse: before a folder is made
-        state, folder, settings, origin = start(cfg, content, data, model, method, optimizer)
+        scaler = new_scaler(cfg.precision, device)
+        parallel = new_parallel(cfg, model, device)  # may refuse: before a folder is made
+        state, folder, settings, origin = start(cfg, content, data, model, method, optimizer, scaler)
         del content  # its weights are in the model now
+        step = new_step(cfg, parallel, method, optimizer, scaler, device)
 
         with RunLog(folder, cfg.name, state.epoch) as run:
-            describe(run, cfg, data, groups, [*notes, *origin, *numbering.notes], device)
+            describe(run, cfg, data, groups, step, [*notes, *origin, *numbering.notes])
             write_settings(folder, settings)
             epochs = range(state.epoch, cfg.num_epochs)
             for epoch in epochs:
                 row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
-                row |= train_epoch(parallel, method, optimizer, loader, run, epoch, cfg.seed, cfg.print_freq)
+                row |= train_epoch(step, loader, run, epoch, cfg.seed, cfg.print_freq)
                 if (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs:
-                    evaluation = evaluate(model, test, held_out, data.class_counts, groups)
+                    evaluation = evaluate(model, test, held_out, data.class_counts, groups, cfg.precision)
                     row |= evaluation.entries
                     publish(run, epoch, evaluation, data)
                 record(run, row)
                 best = advance(state, row)
-                parts = {"model": model, "method": method, "optimizer": optimizer}
+                parts = {"model": model, "method": method, "optimizer": optimizer, "scaler": scaler}
                 save(folder, best, data, state=state, config=settings, **parts)
             if not epochs:  # a finished run was resumed
-                evaluation = evaluate(model, test, held_out, data.class_counts, groups)
+                evaluation = evaluate(model, test, held_out, data.class_counts, groups, cfg.precision)
                 announce(run, evaluation)
             finish(run, state, evaluation, groups)
 
@@ -128,8 +131,8 @@ def check_smallest_batch(model: nn.Module, loader: TrainLoader, image_size: int)
         ) from None
 
 
-def load_data(cfg: CfgNode, class_map: str | Sequence[int] = "") -> Data:
-    """``class_map``: see :class:`Numbering`."""
+def load_data(cfg: CfgNode, class_map: str | Sequence[int], device: torch.device) -> Data:
+    """``class_map``: see :class:`Numbering`; ``device``: where small images will live."""
     return build_data(
         cfg.dataset,
         cfg.data_path,
@@ -144,6 +147,8 @@ def load_data(cfg: CfgNode, class_map: str | Sequence[int] = "") -> Data:
         train_txt=cfg.train_txt,
         val_txt=cfg.val_txt,
         class_map=class_map,
+        data_on_device=cfg.data_on_device,
+        device=device,
     )
 
 
@@ -202,7 +207,28 @@ def new_method(cfg: CfgNode, data: Data) -> Method:
 def new_optimizer(cfg: CfgNode, model: nn.Module, method: Method) -> torch.optim.Optimizer:
     """SGD over whatever learns: frozen backbones do not, and a method may have parameters of its own."""
     learning = [p for module in (model, method) for p in module.parameters() if p.requires_grad]
-    return torch.optim.SGD(learning, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    return torch.optim.SGD(learning, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True)
+
+
+def new_parallel(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
+    """What is trained: ``model``, compiled and over all processes where that is asked for."""
+    if cfg.compile:
+        compile_model(model, device)
+    return distributed.parallel(model, device, cfg.sync_bn)
+
+
+def new_step(
+    cfg: CfgNode,
+    parallel: nn.Module,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+) -> Step | RecordedStep:
+    """A step is recorded where it is one pass of one process on CUDA."""
+    step = Step(parallel, method, optimizer, scaler, device, cfg.precision, cfg.compile)
+    alone = distributed.world_size() * cfg.accumulate == 1
+    return RecordedStep(step) if cfg.cuda_graph and alone and device.type == "cuda" else step
 
 
 def start(
@@ -212,6 +238,7 @@ def start(
     model: nn.Module,
     method: Method,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> tuple[TrainState, Path, dict, list[str]]:
     """Where training starts: (state, the run's folder, the settings it records, notes for the log).
 
@@ -238,7 +265,7 @@ def start(
             f"{cfg.resume}: was trained on other images: their number per class differs from what data_path (and "
             "train_txt) hold now; a run goes on with its own data"
         )
-    state = restore(content, cfg.resume, model, method, optimizer)
+    state = restore(content, cfg.resume, model, method, optimizer, scaler)
     settings |= {key: content["config"].get(key, "") for key in ("resume", "class_map")}
     folder = folder_of(cfg.resume) or new_folder(cfg.save_dir, cfg.name)
     notes = [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
@@ -248,7 +275,10 @@ def start(
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
     lr = lr_at(epoch, cfg.lr, cfg.num_epochs, cfg.cos, cfg.lr_steps, cfg.lr_step_factors, cfg.warmup_epochs)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):  # where a recorded step reads it
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
     return lr
 
 
@@ -257,9 +287,7 @@ def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
 
 
 def train_epoch(
-    model: nn.Module,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
+    step: Step | RecordedStep,
     loader: TrainLoader,
     run: RunLog,
     epoch: int,
@@ -268,28 +296,19 @@ def train_epoch(
 ) -> dict[str, dict[str, float]]:
     """Trains for one epoch; returns the row's entries: mean loss and accuracies in percent, and the time it took."""
     began = time.perf_counter()
-    model.train()
-    method.start_epoch(epoch)
-    device = loader.device
-    meter = TrainMeter(device)
-    draws = method.draws(loader.batch_sizes, seed, epoch, loader.accumulate)
+    step.start_epoch(epoch)
+    meter = step.meter
+    draws = step.method.draws(loader.batch_sizes, seed, epoch, loader.accumulate, loader.device)
     batches = tqdm(loader.epoch(epoch), f"epoch {epoch}", len(loader.passes), leave=False, disable=not show_progress())
-    for number, batch in enumerate(batches):
-        with distributed.averaging(model, batch.ends_step):
-            output = method(model, batch.images, batch.targets, draws[number].to(device), batch.step_targets)
-            (output.loss * batch.weight).backward()
-        step = number // loader.accumulate
-        meter.update(step, output.loss, output.logits, batch.targets, batch.weight)
-        if not batch.ends_step:
-            continue
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % print_freq == 0:
+    for number, (batch, draw) in enumerate(zip(batches, draws, strict=True)):
+        step(batch, draw)
+        done = number // loader.accumulate
+        if batch.ends_step and done % print_freq == 0:
             meter.check(epoch)
-            per_step = (time.perf_counter() - began) / (step + 1)
-            run.info(progress_line(epoch, step, len(loader), per_step, meter.last_step(), meter.averages()))
+            per_step = (time.perf_counter() - began) / (done + 1)
+            run.info(progress_line(epoch, done, len(loader), per_step, meter.last_step(), meter.averages()))
     meter.check(epoch)
-    check_weights(model, epoch)
+    check_weights(step.model, epoch)
     trained, seconds = meter.averages(), time.perf_counter() - began
     timing = {"train_seconds": seconds, "images_per_second": len(loader.targets) / seconds}
     return {"train": trained, "timing": timing}
@@ -307,14 +326,19 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: nn.Module, test: EvalLoader, held_out: EvalLoader | None, class_counts: Tensor, groups: dict
+    model: nn.Module,
+    test: EvalLoader,
+    held_out: EvalLoader | None,
+    class_counts: Tensor,
+    groups: dict,
+    precision: str,
 ) -> Evaluation:
     """Evaluates the bare model, with rank 0's batch-norm statistics on every rank."""
     distributed.broadcast_buffers(model)
-    predictions = predict(model, test)
+    predictions = predict(model, test, precision)
     entries = {"test": report(predictions, class_counts, groups), "halves": half_accuracies(predictions)}
     if held_out is not None:
-        entries["val"] = report(predict(model, held_out), class_counts, groups)
+        entries["val"] = report(predict(model, held_out, precision), class_counts, groups)
     return Evaluation(entries, predictions)
 
 
@@ -370,7 +394,9 @@ def save(folder: Path, best: bool, data: Data, config: Mapping, **parts) -> None
 # In words
 
 
-def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequence[str], device: torch.device) -> None:
+def describe(
+    run: RunLog, cfg: CfgNode, data: Data, groups: dict, step: Step | RecordedStep, notes: Sequence[str]
+) -> None:
     """The first lines of a run: what is trained, on what, with which software."""
     run.info(
         f"{cfg.name}: training {method_in_words(cfg)}; {schedule_in_words(cfg)}; "
@@ -384,19 +410,39 @@ def describe(run: RunLog, cfg: CfgNode, data: Data, groups: dict, notes: Sequenc
         + (f"{len(data.val.targets)} held out, " if data.val else "")
         + f"{len(data.test.targets)} test images; model: {cfg.backbone}"
     )
-    if data.spec.lists:
-        decoder = fast_decoder() if cfg.decoder == "fast" else "PIL"
-        run.info(f"images: {data.image_size} pixels, decoded with {decoder} by {data.workers} workers of each process")
+    run.info(images_in_words(cfg, data, step.device))
     run.info(group_line(group_sizes(groups)))
     run.info(
-        f"device {device} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}, "
+        f"device {step.device} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Python {platform.python_version()}"
     )
+    run.info(computing_in_words(cfg, step))
     if distributed.world_size() * cfg.accumulate > 1:
         run.info(parts_in_words(cfg))
     for note in notes:
         run.info(f"note: {note}")
     run.info(f"folder: {run.folder}")
+
+
+def computing_in_words(cfg: CfgNode, step: Step | RecordedStep) -> str:
+    """Precision, and what is done to be fast."""
+    numbers = {
+        "fp32": "strict float32",
+        "tf32": "float32" + (", products in TF32" if step.device.type == "cuda" else " (TF32 is for CUDA only)"),
+        "bf16": "bfloat16, weights and loss in float32",
+        "fp16": "float16, weights and loss in float32, the loss scaled",
+    }[cfg.precision]
+    ways = ["compiled"] * cfg.compile + ["the step recorded as a CUDA graph"] * isinstance(step, RecordedStep)
+    return f"computing: {'; '.join([numbers, *ways])}"
+
+
+def images_in_words(cfg: CfgNode, data: Data, device: torch.device) -> str:
+    """Where a step's images come from."""
+    way = "read"
+    if data.spec.lists:
+        way = f"decoded with {fast_decoder() if cfg.decoder == 'fast' else 'PIL'}"
+    where = f"in the memory of {device}" if data.on_device else f"{way} by {data.workers} workers of each process"
+    return f"images: {data.image_size} pixels, {where}"
 
 
 def parts_in_words(cfg: CfgNode) -> str:

@@ -1,7 +1,9 @@
 """Data sets: rows in :mod:`datasets.specs`, a long-tailed cut, and loaders over what it keeps."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,20 +13,21 @@ from torch import Tensor
 
 from datasets.loaders import EvalLoader, MemoryPixels, Pixels, TrainLoader
 from datasets.long_tail import cut_counts, hold_out, long_tail_indices
-from datasets.source import DataError, ImageFiles, Source, Split
+from datasets.source import DataError, ImageFiles, Source, Split, StoredImages
 from datasets.specs import DatasetSpec, find_spec
-from datasets.streaming import StreamedPixels
+from datasets.streaming import StoredPixels, StreamedPixels
 
 __all__ = ["Data", "DataError", "build_data", "find_spec"]
 
 EVAL_BATCH = 500  # any size gives the same predictions; this one fits everywhere
 STREAMED_EVAL_BATCH = 100
+CPU = torch.device("cpu")
 
 
 class Images(NamedTuple):
-    """One part of the data: images uint8 [N, H, W, 3] in memory, or the files that hold them; targets int64 [N]."""
+    """One part of the data: images uint8 [N, H, W, 3] for the device's memory, or where they are read; targets [N]."""
 
-    images: Tensor | ImageFiles
+    images: Tensor | StoredImages | ImageFiles
     targets: Tensor
 
 
@@ -46,6 +49,11 @@ class Data:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the images live in the device's memory."""
+        return isinstance(self.train.images, Tensor)
 
     def train_loader(
         self,
@@ -76,6 +84,8 @@ class Data:
         mean, std = self.spec.mean, self.spec.std
         if isinstance(part.images, ImageFiles):
             return StreamedPixels(part.images, self.image_size, mean, std, device, self.workers, self.decoder)
+        if isinstance(part.images, StoredImages):
+            return StoredPixels(part.images, mean, std, device, self.spec.flip, self.workers)
         return MemoryPixels(part.images, mean, std, device, self.spec.flip)
 
 
@@ -93,12 +103,16 @@ def build_data(
     train_txt: str = "",
     val_txt: str = "",
     class_map: str | Sequence[int] = "",
+    data_on_device: str | bool = "auto",
+    device: torch.device = CPU,
 ) -> Data:
     """Reads a data set and cuts it. Raises :class:`DataError`.
 
     ``num_classes``: None, or what the configuration expects. ``imb_factor``: None leaves the counts as they are.
     ``subset_seed`` 0 keeps the reference's images. ``workers`` threads or processes decode, with ``decoder`` (see
     :func:`datasets.decoding.open_rgb`). ``train_txt``, ``val_txt``, ``class_map`` are for data sets that come as lists.
+    ``data_on_device``: small images live on ``device`` (True), are read batch by batch (False), or live there where all
+    of them fit into half of what it has ("auto").
     """
     spec = find_spec(dataset)
     if image_size not in (None, spec.image_size) and not spec.any_size:
@@ -118,14 +132,17 @@ def build_data(
         natural = np.bincount(source.train.targets[train], minlength=classes)
         counts = cut_counts(natural, imb_type, imb_factor, spec.ranked_cut)
         train = train[long_tail_indices(source.train.targets[train], counts, subset_seed)]
-    kept = _images(source.train, train)
+    test = np.arange(len(source.test.targets))
+    needed = sum(len(part) for part in (train, val, test) if part is not None) * image_size**2 * 3
+    images = partial(_images, side=image_size, resident=_on_device(data_on_device, dataset, spec, needed, device))
+    kept = images(source.train, train)
     return Data(
         spec,
         source.class_names,
         torch.bincount(kept.targets, minlength=classes),
         kept,
-        None if val is None else _images(source.train, val),
-        _images(source.test, np.arange(len(source.test.targets))),
+        None if val is None else images(source.train, val),
+        images(source.test, test),
         None if source.class_map is None else torch.from_numpy(source.class_map),
         image_size,
         workers,
@@ -141,8 +158,31 @@ def _read(spec: DatasetSpec, name: str, data_path: Path, image_size: int, worker
     return spec.read(data_path, image_size, workers)
 
 
-def _images(split: Split, chosen: np.ndarray) -> Images:
+def _on_device(wanted: str | bool, name: str, spec: DatasetSpec, needed: int, device: torch.device) -> bool:
+    """Whether ``needed`` bytes of images go to the device's memory."""
+    if spec.lists is not None:
+        if wanted is True:
+            raise DataError(f"data_on_device: True, but the images of {name} stay in their files; use auto or False")
+        return False
+    limit = _free_bytes(device) // (1 if wanted is True else 2)
+    if wanted is True and needed > limit:
+        raise DataError(
+            f"data_on_device: True, but the images need {needed / 2**30:.1f} GiB and {device} has {limit / 2**30:.1f}; "
+            "use auto or False"
+        )
+    return wanted is True or (wanted == "auto" and needed <= limit)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _images(split: Split, chosen: np.ndarray, side: int, resident: bool) -> Images:
     targets = torch.from_numpy(split.targets[chosen])
     if split.load is None:
         return Images(split.files.select(chosen), targets)
+    if not resident:
+        return Images(StoredImages(split.load, chosen, side), targets)
     return Images(torch.from_numpy(np.ascontiguousarray(split.load(chosen))), targets)

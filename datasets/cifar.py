@@ -41,4 +41,4 @@ def _read(archive: type[torchvision.datasets.CIFAR10], data_path: Path, workers:
 
 
 def _split(archive: torchvision.datasets.CIFAR10) -> Split:
-    return Split(np.array(archive.targets, dtype=np.int64), lambda indices: archive.data[indices])
+    return Split(np.array(archive.targets, dtype=np.int64), archive.data.__getitem__)

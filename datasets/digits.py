@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from datasets.source import Source, Split
 
@@ -17,13 +16,15 @@ TEST_PER_CLASS = 40
 
 def read(data_path: Path, image_size: int, workers: int) -> Source:
     """The digits as grey RGB images of ``image_size`` pixels; ``data_path`` and ``workers`` are not needed."""
+    from sklearn.datasets import load_digits  # here: it takes a second, which other data sets need not wait
+
     digits = load_digits()
     targets = digits.target.astype(np.int64)
     positions = [np.flatnonzero(targets == label) for label in range(10)]
     train = np.sort(np.concatenate([p[:-TEST_PER_CLASS] for p in positions]))
     test = np.sort(np.concatenate([p[-TEST_PER_CLASS:] for p in positions]))
     images = np.stack([_enlarge(scan, image_size) for scan in digits.images])
-    splits = (Split(targets[part], lambda indices, part=part: images[part[indices]]) for part in (train, test))
+    splits = (Split(targets[part], images[part].__getitem__) for part in (train, test))
     return Source(*splits, class_names=[str(label) for label in range(10)])
 
 

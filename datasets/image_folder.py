@@ -4,18 +4,23 @@ Classes are the folders under ``train``, in alphabetical order. ``val`` is read 
 """
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchvision.datasets.folder import make_dataset
 
 from datasets.decoding import open_rgb
 from datasets.source import DataError, Source, Split
+from datasets.streaming import Request, Workers
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
+CHUNK = 256  # images that a worker decodes at once
 LAYOUT = "train/<class>/*.{png,jpg,jpeg} and test/<class>/*.{png,jpg,jpeg}"
 
 
@@ -43,7 +48,7 @@ def decode_exact(path: str, size: int) -> np.ndarray:
 
 
 def read(data_path: Path, image_size: int, workers: int, decode: Callable = decode) -> Source:
-    """The class folders under ``data_path``; ``workers`` threads decode (0 and 1: this one)."""
+    """The class folders under ``data_path``; ``workers`` processes decode (0: this one)."""
     if not (data_path / "train").is_dir():
         raise DataError(f"data_path: {data_path / 'train'} is no folder; expected are {LAYOUT} under {data_path}")
     test = next((data_path / name for name in ("test", "val") if (data_path / name).is_dir()), None)
@@ -76,12 +81,12 @@ def _classes(folder: Path) -> list[str]:
 
 def _refuse_other_images(folder: Path, index: dict[str, int]) -> None:
     """Images that would be passed over in silence, such as .webp, are named; other files are nobody's business."""
-    known = Image.registered_extensions()
+    strange = set(Image.registered_extensions()) - set(EXTENSIONS)
     for name in index:
-        for path in sorted((folder / name).rglob("*")) if (folder / name).is_dir() else ():
-            ending = path.suffix.lower()
-            if ending in known and ending not in EXTENSIONS and not _hidden(path.name):
-                raise DataError(f"{path}: images must be png, jpg or jpeg; convert it or move it away")
+        for where, _, files in sorted(os.walk(folder / name)):
+            for file in sorted(files):
+                if os.path.splitext(file)[1].lower() in strange and not _hidden(file):
+                    raise DataError(f"{Path(where, file)}: images must be png, jpg or jpeg; convert it or move it away")
 
 
 def _split(folder: Path, index: dict[str, int], size: int, workers: int, decode: Callable) -> Split:
@@ -89,11 +94,28 @@ def _split(folder: Path, index: dict[str, int], size: int, workers: int, decode:
     _refuse_other_images(folder, index)
     if not samples:
         raise DataError(f"data_path: {folder} holds no images; expected are {LAYOUT}")
-    paths = [path for path, _ in samples]
-
-    def load(indices: np.ndarray) -> np.ndarray:
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
-            images = pool.map(lambda i: decode(paths[i], size), indices)
-            return np.stack(list(images)) if len(indices) else np.empty((0, size, size, 3), np.uint8)
-
+    load = Decoder([path for path, _ in samples], size, workers, decode)
     return Split(np.array([label for _, label in samples], dtype=np.int64), load)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Indices [n] -> uint8 [n, size, size, 3]."""
+
+    paths: list[str]
+    size: int
+    workers: int
+    decode: Callable[[str, int], np.ndarray]
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        images = np.empty((len(indices), self.size, self.size, 3), np.uint8)
+        few = len(indices) < 4 * CHUNK or get_worker_info()  # a worker is one of many already
+        parts = [range(n, min(n + CHUNK, len(indices))) for n in range(0, len(indices), CHUNK)]
+        workers = Workers(self._decoded, 0 if few else self.workers, torch.device("cpu"))
+        read = workers.read([indices[part] for part in parts])
+        for part, decoded in zip(parts, read, strict=True):
+            images[part] = decoded
+        return images
+
+    def _decoded(self, requests: Sequence[Request]) -> Tensor:
+        return torch.from_numpy(np.stack([self.decode(self.paths[index], self.size) for index, _ in requests]))

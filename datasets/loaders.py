@@ -5,7 +5,7 @@ the r-th share of every global batch, in k passes where a step accumulates; thes
 and nothing is padded or dropped.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,14 +17,21 @@ from utils.seed import generator
 
 
 class Batch(NamedTuple):
-    """What one pass of a training step sees of the data."""
+    """What one pass of a training step sees of the data; tensors are on the device."""
 
-    images: Tensor  # float32 [B, 3, H, W], normalised
+    inputs: tuple[Tensor, ...]  # what ``develop`` makes the images of
+    develop: Callable[..., Tensor]
     targets: Tensor  # int64 [B]
     indices: Tensor  # int64 [B], positions in the training set
     step_targets: Tensor  # int64 [G], of the whole global batch: all passes of all processes
     weight: float  # B * W / G: what this mean counts in the step's average over processes
     ends_step: bool  # the step's last pass
+    full: bool  # the global batch has the size that all but an epoch's last one have
+
+    @property
+    def images(self) -> Tensor:
+        """float32 [B, 3, H, W], augmented and normalised: made anew, on the device, each time it is asked for."""
+        return self.develop(*self.inputs)
 
 
 class Pass(NamedTuple):
@@ -34,13 +41,17 @@ class Pass(NamedTuple):
     step: slice  # positions of the global batch
     weight: float
     ends_step: bool
+    full: bool
 
 
 class Pixels(Protocol):
     """Where batches of images come from: float32 [B, 3, H, W], normalised, on the device."""
 
-    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[Tensor]:
-        """The images at ``order[part]``, cropped and mirrored at random: a function of (seed, epoch, image)."""
+    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        """What :meth:`develop` needs for the images at ``order[part]``: a function of (seed, epoch, image)."""
+
+    def develop(self, *inputs: Tensor) -> Tensor:
+        """The images, cropped, mirrored, normalised: what is the same in every step, without a look at any number."""
 
     def plain(self, parts: Iterable[slice]) -> Iterator[Tensor]:
         """The images at each of ``parts`` as they are."""
@@ -67,7 +78,8 @@ def plan_passes(size: int, batch_size: int, rank: int, world_size: int, accumula
             weight = (part.stop - part.start) * world_size / (whole.stop - start)
             part = part if weight else slice(0, 1)
             positions = slice(start + part.start, start + part.stop)
-            passes.append(Pass(positions, whole, weight, number == accumulate - 1))
+            full = whole.stop - whole.start == batch_size
+            passes.append(Pass(positions, whole, weight, number == accumulate - 1, full))
     return passes
 
 
@@ -102,11 +114,12 @@ class TrainLoader:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of ``epoch``, one per pass, the same in every run with this seed."""
         order = torch.from_numpy(generator(self.seed, epoch, "order").permutation(len(self.targets)))
-        images = self.pixels.augmented(order, [p.positions for p in self.passes], self.seed, epoch)
+        inputs = self.pixels.augmented(order, [p.positions for p in self.passes], self.seed, epoch)
         order = order.to(self.device)
         targets = self.targets[order]  # once: a step's labels are parts of it
-        for part, (positions, step, weight, ends_step) in zip(images, self.passes, strict=True):
-            yield Batch(part, targets[positions], order[positions], targets[step], weight, ends_step)
+        develop = self.pixels.develop
+        for part, (positions, step, *of_pass) in zip(inputs, self.passes, strict=True):
+            yield Batch(part, develop, targets[positions], order[positions], targets[step], *of_pass)
 
 
 class EvalLoader:
@@ -138,25 +151,51 @@ class EvalLoader:
         return ((batch, self.targets[part]) for batch, part in zip(images, self.parts, strict=True))
 
 
-class MemoryPixels:
-    """Small images that live as uint8 on the device; padded with black, cropped and flipped there in whole batches."""
+class SmallPixels:
+    """Small images: padded with black, cropped, flipped and normalised on the device, in whole batches."""
+
+    def __init__(
+        self,
+        size: int,
+        side: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        flip: bool = True,
+    ):
+        """``size`` images of ``side`` x ``side`` pixels."""
+        self.size, self.flip, self.device = size, flip, device
+        self.padding = side // 8  # 4 of 32 pixels, as in the reference
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
+
+    def draws(self, order: Tensor, seed: int, epoch: int) -> list[Tensor]:
+        """The epoch's table of crops on the device, in the epoch's order: offsets [N, 2], flips [N]."""
+        crops = draw_crops(self.size, self.padding, self.flip, seed, epoch)
+        return [table[order].to(self.device) for table in crops]
+
+    def cropped(self, images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]."""
+        return normalise(crop_and_flip(images, offsets, flips, self.padding), self.mean, self.std)
+
+
+class MemoryPixels(SmallPixels):
+    """Small images that live as uint8 on the device: an epoch needs no process and no copy."""
 
     def __init__(
         self, images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device, flip: bool = True
     ):
         """``images`` uint8 [N, H, W, 3]."""
-        self.images, self.flip = images.to(device), flip
-        self.padding = images.shape[1] // 8  # 4 of 32 pixels, as in the reference
-        self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
+        super().__init__(len(images), images.shape[1], mean, std, device, flip)
+        self.images = images.to(device)
 
-    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[Tensor]:
-        """See :class:`Pixels`; the draws of an epoch are tables."""
-        draws = draw_crops(len(self.images), self.padding, self.flip, seed, epoch)
-        offsets, flips, order = (table.to(self.images.device) for table in (*draws, order))
-        for part in parts:
-            chosen = order[part]
-            cropped = crop_and_flip(self.images[chosen], offsets[chosen], flips[chosen], self.padding)
-            yield normalise(cropped, self.mean, self.std)
+    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        """See :class:`Pixels`."""
+        tables = [order.to(self.device), *self.draws(order, seed, epoch)]
+        return (tuple(table[part] for table in tables) for part in parts)
+
+    def develop(self, chosen: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+        """See :class:`Pixels`."""
+        return self.cropped(self.images[chosen], offsets, flips)
 
     def plain(self, parts: Iterable[slice]) -> Iterator[Tensor]:
         """See :class:`Pixels`."""

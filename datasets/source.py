@@ -1,7 +1,7 @@
 """What a data set's reader gives: labels at once, pixels on demand."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,11 +40,27 @@ class ImageFiles:
 
 
 @dataclass(frozen=True)
+class StoredImages:
+    """Small images that are read when they are needed."""
+
+    load: Callable[[np.ndarray], np.ndarray]  # see Split
+    chosen: np.ndarray  # int64 [N], which of those that ``load`` knows
+    side: int  # in pixels
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 [n, side, side, 3]."""
+        return self.load(self.chosen[indices])
+
+
+@dataclass(frozen=True)
 class Split:
     """Training or test images that are not decoded yet."""
 
     targets: np.ndarray  # int64 [N]
-    load: Callable[[np.ndarray], np.ndarray] | None = None  # indices [n] -> uint8 [n, H, W, 3]; None: never all at once
+    load: Callable[[np.ndarray], np.ndarray] | None = None  # indices [n] -> uint8 [n, H, W, 3], picklable; None: files
     files: ImageFiles | None = None  # None: the images are no files
 
 

@@ -96,17 +96,28 @@ class Method(nn.Module):
         self.mixup_alpha = mixup_alpha
         self.register_buffer("class_counts", class_counts, persistent=False)
 
-    def start_epoch(self, epoch: int) -> None:
-        """Called before every epoch; methods with deferred parts switch them on here."""
+    def start_epoch(self, epoch: int) -> bool:
+        """Called before every epoch; methods with deferred parts switch them on here.
 
-    def draws(self, batch_sizes: Sequence[int], seed: int, epoch: int, accumulate: int = 1) -> list[StepDraws]:
+        True where ``forward`` computes something else from here on: a recorded step is then recorded anew.
+        """
+        return False
+
+    def draws(
+        self,
+        batch_sizes: Sequence[int],
+        seed: int,
+        epoch: int,
+        accumulate: int = 1,
+        device: torch.device | None = None,
+    ) -> list[StepDraws]:
         """What the passes of ``epoch`` draw at random; the same for every method with the same seed and alpha.
 
         ``batch_sizes``: one per pass, ``accumulate`` passes per step. The passes of a step draw as that many processes
         would: one lambda, and partners from the same stream.
         """
         tables = [mixup.draw(self.mixup_alpha, batch_sizes[n::accumulate], seed, epoch) for n in range(accumulate)]
-        return [draw for step in zip(*tables, strict=True) for draw in step]
+        return mixup.to_device([draw for step in zip(*tables, strict=True) for draw in step], device)
 
     def forward(
         self,

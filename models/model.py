@@ -1,5 +1,6 @@
 """Backbone and classifier as one module."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,7 +20,9 @@ class Model(nn.Module):
         return self.backbone(images)
 
     def classify(self, features: Tensor) -> Tensor:
-        return self.classifier(features)
+        """Logits, never in half precision, whose few digits would make thousands of classes equal."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.classifier(features.float() if features.dtype in (torch.float16, torch.bfloat16) else features)
 
     def forward(self, images: Tensor, with_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or (logits, features)."""

@@ -40,9 +40,10 @@ def assert_bit_equal(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
 def joined(parts: Sequence[Batch]) -> Batch:
     """The parts that count, as one batch."""
     counted = [part for part in parts if part.weight > 0]
-    tensors = (torch.cat(tensors) for tensors in list(zip(*counted, strict=True))[:3])
+    inputs = tuple(torch.cat(tensors) for tensors in zip(*(part.inputs for part in counted), strict=True))
+    labels = {name: torch.cat([getattr(part, name) for part in counted]) for name in ("targets", "indices")}
     weight = sum(part.weight for part in parts) / len(parts)
-    return Batch(*tensors, step_targets=parts[0].step_targets, weight=weight, ends_step=parts[-1].ends_step)
+    return parts[-1]._replace(inputs=inputs, weight=weight, **labels)
 
 
 @given(size=st.integers(0, 500), world_size=st.integers(1, 20))
@@ -236,14 +237,16 @@ def test_padding_is_an_eighth_of_the_side(side, padding):
     images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     pixels = MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU)
     assert pixels.padding == padding
-    assert next(pixels.augmented(torch.arange(2), [slice(0, 2)], 0, 0)).shape == (2, 3, side, side)
+    inputs = next(pixels.augmented(torch.arange(2), [slice(0, 2)], 0, 0))
+    assert pixels.develop(*inputs).shape == (2, 3, side, side)
 
 
 def test_without_flips_no_image_is_mirrored():
     ramp = torch.arange(SIDE, dtype=torch.uint8).mul(9).add(1).reshape(1, 1, SIDE, 1).expand(64, SIDE, SIDE, 3)
     arguments = (ramp, (0.0,) * 3, (1.0,) * 3, CPU)
     for flip in (False, True):
-        images = next(MemoryPixels(*arguments, flip).augmented(torch.arange(64), [slice(0, 64)], 0, 0))
+        pixels = MemoryPixels(*arguments, flip)
+        images = pixels.develop(*next(pixels.augmented(torch.arange(64), [slice(0, 64)], 0, 0)))
         middle = images[:, 0, SIDE // 2, 2:-2].diff()  # left of the padding, brightness rises unless mirrored
         rises, falls = (middle > 0).all(1), (middle < 0).all(1)
         assert (rises | falls).all()

@@ -338,8 +338,8 @@ def one_hot(classes, num_classes=6):
 
 
 def test_the_meter_weighs_batches_by_their_size(meter):
-    meter.update(0, torch.tensor(2.0), one_hot([0, 1, 2], 5), torch.tensor([0, 1, 1]))
-    meter.update(1, torch.tensor(1.0), one_hot([4], 5), torch.tensor([0]))
+    meter.update(torch.tensor(2.0), one_hot([0, 1, 2], 5), torch.tensor([0, 1, 1]))
+    meter.update(torch.tensor(1.0), one_hot([4], 5), torch.tensor([0]))
     assert meter.averages() == {"loss": pytest.approx(1.75), "top1": 50.0, "top5": 100.0}
     assert meter.last_step() == {"loss": 1.0, "top1": 0.0, "top5": 100.0}
     assert meter.averages()["loss"] == pytest.approx(1.75)  # asking changes nothing
@@ -347,12 +347,12 @@ def test_the_meter_weighs_batches_by_their_size(meter):
 
 def test_the_sixth_most_probable_class_is_no_top_5_hit(meter):
     logits = torch.arange(6.0).repeat(6, 1)
-    meter.update(0, torch.tensor(0.0), logits, torch.arange(6))
+    meter.update(torch.tensor(0.0), logits, torch.arange(6))
     assert meter.averages() == pytest.approx({"loss": 0.0, "top1": 100 / 6, "top5": 500 / 6})
 
 
 def test_with_three_classes_every_sample_is_a_top_5_hit(meter):
-    meter.update(0, torch.tensor(0.0), one_hot([0, 1], 3), torch.tensor([1, 2]))
+    meter.update(torch.tensor(0.0), one_hot([0, 1], 3), torch.tensor([1, 2]))
     assert meter.averages() == {"loss": 0.0, "top1": 0.0, "top5": 100.0}
 
 
@@ -363,14 +363,14 @@ def test_a_meter_that_saw_nothing_says_zero(meter):
 
 def test_the_meter_sums_in_double_precision(meter):
     for step in range(200):
-        meter.update(step, torch.tensor(0.1, dtype=torch.float64), one_hot([0] * 999), torch.zeros(999).long())
+        meter.update(torch.tensor(0.1, dtype=torch.float64), one_hot([0] * 999), torch.zeros(999).long())
     assert meter.averages()["loss"] == pytest.approx(0.1, rel=1e-12)
     assert not meter.sums.requires_grad
 
 
 def test_the_meter_takes_half_precision_and_losses_that_carry_a_gradient(meter):
     loss = torch.tensor(3.0, requires_grad=True) * 1
-    meter.update(0, loss, one_hot([0, 1]).bfloat16(), torch.tensor([0, 0]))
+    meter.update(loss, one_hot([0, 1]).bfloat16(), torch.tensor([0, 0]))
     assert meter.averages() == {"loss": 3.0, "top1": 50.0, "top5": 100.0}
     assert not meter.sums.requires_grad
 
@@ -385,12 +385,34 @@ def test_the_first_step_with_a_number_that_is_not_finite_is_kept(meter, bad, whe
             loss = torch.tensor(bad)
         if step in (2, 4) and where == "logits":
             logits[1, 3] = bad
-        meter.update(step, loss, logits, targets)
+        meter.update(loss, logits, targets)
         if step < 2:
             meter.check(epoch=7)
     for _ in range(2):
         with pytest.raises(DivergenceError, match=r"^epoch 7, step 2: "):
             meter.check(epoch=7)
+
+
+def test_the_passes_of_a_step_count_as_one(meter):
+    targets = torch.tensor([0, 1])
+    for number in range(6):  # three steps of two passes
+        loss = torch.tensor(math.nan if number == 3 else 1.0)
+        meter.update(loss, one_hot([0, 1]), targets, ends_step=number % 2 == 1)
+    with pytest.raises(DivergenceError, match=r"^epoch 7, step 1: "):
+        meter.check(epoch=7)
+
+
+def test_a_meter_starts_anew_in_the_memory_that_it_has(meter):
+    """What a recorded step writes to cannot move."""
+    addresses = [tensor.data_ptr() for tensor in meter.tensors()]
+    meter.update(torch.tensor(math.inf), one_hot([0, 1]), torch.tensor([0, 0]))
+    assert meter.last_step()["top1"] == 50
+    meter.reset()
+    meter.check(0)
+    assert meter.averages() == meter.last_step() == {"loss": 0.0, "top1": 0.0, "top5": 0.0}
+    meter.update(torch.tensor(2.0), one_hot([0, 1]), torch.tensor([0, 1]))
+    assert meter.averages() == {"loss": 2.0, "top1": 100.0, "top5": 100.0}
+    assert [tensor.data_ptr() for tensor in meter.tensors()] == addresses
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

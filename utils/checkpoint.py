@@ -22,7 +22,10 @@ from utils.files import atomic_file
 # The parts of a model, by the key that MiSLAS gives each.
 PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dict_classifier": "classifier"}
 # Options that say nothing about what is trained.
-INCIDENTAL = ("name", "save_dir", "resume", "device", "workers", "print_freq", "data_path", "decoder", "class_map")
+INCIDENTAL = (
+    *("name", "save_dir", "resume", "device", "workers", "print_freq"),
+    *("data_path", "data_on_device", "decoder", "class_map", "cuda_graph"),
+)
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel / DistributedDataParallel and of torch.compile
 
 
@@ -48,6 +51,7 @@ def save_checkpoint(
     model: nn.Module,
     method: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     state: TrainState,
     config: Mapping,
     selected_on: str,
@@ -66,6 +70,7 @@ def save_checkpoint(
         **{key: part.state_dict() for key, part in _parts(model).items()},
         "state_dict_method": method.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
         "class_counts": class_counts,
         "class_map": class_map,
         "selected_on": selected_on,
@@ -176,12 +181,21 @@ def _load_content(model: nn.Module, content: Mapping, path: str | Path) -> dict:
     }
 
 
-def restore(content: Mapping, path: str | Path, model: nn.Module, method: nn.Module, optimizer) -> TrainState:
+def restore(
+    content: Mapping,
+    path: str | Path,
+    model: nn.Module,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> TrainState:
     """Puts everything of our own checkpoint back into its place."""
     load_content(model, content, path)
     try:
         method.load_state_dict(content["state_dict_method"])
         optimizer.load_state_dict(content["optimizer"])
+        if content.get("scaler"):  # empty but for fp16
+            scaler.load_state_dict(content["scaler"])
         return TrainState(int(content["epoch"]), float(content["best_acc1"]), float(content["its_ece"]))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {_brief(error)}") from None

@@ -19,6 +19,7 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.errors import InputError
+from utils.precision import PRECISIONS
 
 
 class ConfigError(InputError):
@@ -101,11 +102,12 @@ def _real(value) -> float | None:
     return None
 
 
-def choice(*known: str):
+def choice(*known: str | bool):
     def parse(value):
-        if value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
-            raise ValueError(f"must be one of {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else ""))
+        if not any(value == k and type(value) is type(k) for k in known):  # 1 is not True
+            names = [str(k) for k in known]
+            near = difflib.get_close_matches(str(value), names, n=1)
+            raise ValueError(f"must be one of {', '.join(names)}" + (f" (did you mean {near[0]}?)" if near else ""))
         return value
 
     return parse
@@ -150,7 +152,7 @@ OPTIONS: dict[str, Option] = {
     "seed": Option(0, whole(0, 2**63 - 1), "fixes weights, order, crops, flips and mixup"),
     "deterministic": Option(False, flag, "on CUDA: deterministic kernels where they exist (slower)"),
     "device": Option("auto", choice("auto", "cpu", "cuda"), "auto: CUDA where there is one"),
-    "workers": Option(4, whole(0), "per node: processes (list data sets) or threads that decode images"),
+    "workers": Option(4, whole(0), "per node: processes that read and decode images"),
     "print_freq": Option(40, whole(1), "steps from one log line to the next"),
     "eval_every": Option(1, whole(1), "epochs from one evaluation to the next; the last epoch is always evaluated"),
     "resume": Option("", text, "checkpoint to go on from (ours), or to take weights from (any other)"),
@@ -165,6 +167,9 @@ OPTIONS: dict[str, Option] = {
     "num_classes": Option(None, optional(whole(1)), "null: what the data set has; otherwise checked against it"),
     "image_size": Option(None, optional(whole(8)), "side in pixels; null: 224 for list data sets, else 32"),
     "decoder": Option("pil", choice("pil", "fast"), "list data sets: pil, or fast (TorchCodec, else torchvision)"),
+    "data_on_device": Option(
+        "auto", choice("auto", True, False), "small images live in the device's memory; auto: where they fit into half"
+    ),
     "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after the cut"),
     "imb_factor": Option(None, optional(imbalance), "smallest class / largest class; null: the data set as it is"),
     "subset_seed": Option(0, whole(0, 2**32 - 1), "which images the cut keeps; 0: those of MiSLAS and LDAM-DRW"),
@@ -196,6 +201,9 @@ OPTIONS: dict[str, Option] = {
     "num_epochs": Option(200, whole(1), "epochs"),
     "batch_size": Option(128, whole(1), "images per step over all processes"),
     "accumulate": Option(1, whole(1), "passes per step, each over a part of a process's images: for small cards"),
+    "precision": Option("fp32", choice(*PRECISIONS), "fp32 (strict), tf32 (CUDA), bf16, fp16; for evaluation too"),
+    "compile": Option(False, flag, "torch.compile: faster steps, after a first one that takes a minute"),
+    "cuda_graph": Option(True, flag, "on one CUDA device, one pass per step: replay a recorded step; False: eager"),
     "sync_bn": Option(False, flag, "batch norm over all processes' images instead of each its own (CUDA only)"),
     "lr": Option(0.1, number(0, above=True), "base learning rate of SGD"),
     "momentum": Option(0.9, number(0, 1), "momentum of SGD"),

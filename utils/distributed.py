@@ -167,7 +167,7 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
     """Joins the launcher's process group, if there is one, for the length of the block; yields this process's device.
 
     ``device``: "auto" (CUDA where there is one), "cpu" or "cuda". NCCL on CUDA, Gloo on a CPU. ``deterministic``:
-    deterministic kernels wherever they exist.
+    deterministic kernels wherever they exist; otherwise cuDNN tries its kernels and keeps the fastest.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda, but this machine has no usable CUDA device; use auto or cpu")
@@ -183,6 +183,7 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
         torch.cuda.set_device(here)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    tried_before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not deterministic
     if launched:
         dist.init_process_group("nccl" if on_cuda else "gloo", device_id=here if on_cuda else None)
     try:
@@ -197,3 +198,4 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
         raise
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = tried_before

@@ -14,20 +14,26 @@ from utils import distributed
 from utils.errors import DivergenceError, InputError
 from utils.files import atomic_file, write_text
 from utils.metrics import GROUPS, Predictions, class_accuracy
+from utils.precision import autocast
 
 NPZ_LIMIT = 50_000  # per-sample predictions are kept for test sets of at most this many images
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Predictions:
+def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32") -> Predictions:
     """The model's word on every sample, in eval mode, from raw logits; numbers leave the device once, at the end.
 
-    ``batches`` are this process's share; the result holds all processes' samples, rank after rank.
+    ``batches`` are this process's share; the result holds all processes' samples, rank after rank. ``precision``: see
+    :mod:`utils.precision`. A compiled model runs as it was written, so that a checkpoint gives the same numbers again.
     """
     training = model.training
     model.eval()
     device = next(model.parameters(), torch.empty(0)).device
-    parts = [_nothing(device), *(_predict_batch(model(images), targets) for images, targets in batches)]
+    parts = [_nothing(device)]
+    for images, targets in batches:
+        with autocast(precision, device):
+            logits = model.forward(images)
+        parts.append(_predict_batch(logits, targets))
     model.train(training)
     fields = (distributed.gather_rows(torch.cat(field)) for field in zip(*parts, strict=True))
     predictions = Predictions(*(field.cpu() for field in fields))

@@ -17,6 +17,7 @@ from utils.errors import DivergenceError, InputError
 
 ADVICE = "the last checkpoint is kept (a smaller lr or more warmup_epochs may help)"
 GROUPS = ("many", "medium", "few")
+NEVER = torch.iinfo(torch.int64).max  # later than any step
 
 
 class Predictions(NamedTuple):
@@ -195,33 +196,49 @@ def cross_fitted(curves: Sequence[Sequence[float]]) -> tuple[float, list[int]]:
 class TrainMeter:
     """Sums over the steps of an epoch, kept on the device until somebody asks: a step never waits for a number.
 
-    Also keeps the first step whose loss or logits (as the model gave them, before any clamp) were not finite.
+    Also keeps the first step whose loss or logits (as the model gave them, before any clamp) were not finite. All of it
+    is changed in place, so that a recorded step can do it.
     """
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1 hits, top-5 hits, samples
         self.last = torch.zeros(4, dtype=torch.float64, device=device)
-        self.first_bad = torch.full((), torch.iinfo(torch.int64).max, device=device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)  # finished
+        self.first_bad = torch.full((), NEVER, device=device)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it keeps."""
+        return [self.sums, self.last, self.steps, self.first_bad]
+
+    def reset(self) -> None:
+        """Before an epoch."""
+        for tensor in (self.sums, self.last, self.steps):
+            tensor.zero_()
+        self.first_bad.fill_(NEVER)
 
     @torch.no_grad()
-    def update(self, step: int, loss: Tensor, logits: Tensor, targets: Tensor, weight: float = 1.0) -> None:
-        """``loss`` is the mean over the batch; under mixup, hits are counted against the unmixed ``targets [B]``.
+    def update(
+        self, loss: Tensor, logits: Tensor, targets: Tensor, weight: float = 1.0, ends_step: bool = True
+    ) -> None:
+        """One pass: ``loss`` is its mean; under mixup, hits are counted against the unmixed ``targets [B]``.
 
-        A batch of ``weight`` 0 is looked at for numbers that are not finite, and counted nowhere.
+        A pass of ``weight`` 0 is looked at for numbers that are not finite, and counted nowhere.
         """
         size = len(targets)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
         values = (loss.double() * size, top[:, 0].sum(), top.sum(), torch.full((), size, device=logits.device))
-        self.last = torch.stack([value.double() for value in values])
+        self.last.copy_(torch.stack([value.double() for value in values]))
         if weight > 0:
             self.sums += self.last
         bad = ~(torch.isfinite(loss) & torch.isfinite(logits).all())
-        self.first_bad = torch.where(bad, self.first_bad.clamp(max=step), self.first_bad)
+        self.first_bad.copy_(torch.where(bad, self.first_bad.clamp(max=self.steps), self.first_bad))
+        if ends_step:
+            self.steps += 1
 
     def check(self, epoch: int) -> None:
         """Raises :class:`DivergenceError` on every process where one of them met a number that is not finite."""
         step = int(distributed.all_reduce_min(self.first_bad.clone()))
-        if step < torch.iinfo(torch.int64).max:
+        if step < NEVER:
             raise DivergenceError(f"epoch {epoch}, step {step}: the loss or a logit is not finite; {ADVICE}")
 
     def averages(self) -> dict[str, float]:

@@ -1,0 +1,333 @@
+"""The step: against one written out by hand, in every precision, compiled, recorded and resumed."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from datasets import build_data
+from methods import build_method
+from methods.losses import arb_loss
+from methods.mixup import mix
+from models import build_model
+from utils.errors import InputError
+from utils.precision import autocast, float32_products, new_scaler
+from utils.seed import seeded_weights
+from utils.step import RecordedStep, Step, compile_model
+
+CPU = torch.device("cpu")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DEVICES = [CPU, pytest.param("cuda", marks=CUDA)]
+LR = 1e-3  # differences in the last bits grow a hundredfold per step at 0.02 and fresh weights
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return build_data("digits", "", imb_factor=0.05)
+
+
+def new_parts(data, precision="fp32", device=CPU, counts="batch", mixup=1.0, seed=0):
+    """Model, method, optimizer and scaler, the same each time."""
+    with seeded_weights(seed):
+        model = build_model("digits", "resnet20", 10)
+    model = model.to(memory_format=torch.channels_last).to(device)
+    method = build_method("arb", counts, data.class_counts, mixup).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3, fused=True)
+    return model, method, optimizer, new_scaler(precision, torch.device(device))
+
+
+def new_step(data, precision="fp32", device=CPU, compiled=False, **options) -> Step:
+    model, *parts = new_parts(data, precision, device, **options)
+    if compiled:
+        compile_model(model, torch.device(device))
+    return Step(model, *parts, torch.device(device), precision, compiled)
+
+
+def batches_and_draws(data, step, epoch, accumulate=1, device=CPU, batch_size=32):
+    loader = data.train_loader(batch_size, 0, torch.device(device), accumulate=accumulate)
+    draws = step.method.draws(loader.batch_sizes, 0, epoch, accumulate, torch.device(device))
+    return zip(loader.epoch(epoch), draws, strict=True)
+
+
+def run(data, step, epochs=1, steps=None, device=CPU, **options):
+    for epoch in range(epochs):
+        step.start_epoch(epoch)
+        for number, (batch, draw) in enumerate(batches_and_draws(data, step, epoch, device=device, **options)):
+            if number == steps:
+                break
+            step(batch, draw)
+    return step
+
+
+def state(step):
+    model = {key: value.cpu() for key, value in step.model.state_dict().items()}
+    optimizer = (step.step if isinstance(step, RecordedStep) else step).optimizer
+    momentum = [optimizer.state[p]["momentum_buffer"].cpu() for p in step.model.parameters()]
+    return model | {f"momentum {n}": value for n, value in enumerate(momentum)}
+
+
+def assert_close(one, other, **tolerance):
+    for (key, a), b in zip(state(one).items(), state(other).values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, key=key: f"{key}: {text}", **tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against a loop written out
+
+
+def test_a_step_is_that_of_a_loop_written_out(digits):
+    """Mixup, batch counts, torch's plain SGD: weights and metrics of three steps, the last one the smaller batch."""
+    step = new_step(digits)
+    everything = list(batches_and_draws(digits, step, 0))
+    chosen = [everything[0], everything[1], everything[-1]]
+    step.start_epoch(0)
+    for batch, draw in chosen:
+        step(batch, draw)
+    model, *_ = new_parts(digits)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3, foreach=False)
+    losses, hits, sizes = 0.0, 0, []
+    for batch, draw in chosen:
+        mixed, a, b = mix(batch.images, batch.targets, draw.lam, draw.partner)
+        logits = model(mixed)
+        counts = torch.bincount(a, minlength=10)
+        loss = draw.lam * arb_loss(logits, a, counts) + (1 - draw.lam) * arb_loss(logits, b, counts)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses += loss.item() * len(a)
+        hits += int((logits.argmax(1) == a).sum())
+        sizes.append(len(a))
+    assert len(set(sizes)) == 2  # the last batch is smaller
+    ours = step.model.state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5)
+    averages = step.meter.averages()
+    assert averages["loss"] == pytest.approx(losses / sum(sizes), rel=1e-5)
+    assert averages["top1"] == pytest.approx(100 * hits / sum(sizes))
+
+
+def test_passes_add_up_to_a_step(digits):
+    """With batch norm in eval mode and global counts nothing belongs to a pass alone."""
+    steps = []
+    for accumulate in (1, 2, 3):
+        step = new_step(digits, counts="global", mixup=0.0)
+        step.model.eval()
+        for number, (batch, draw) in enumerate(batches_and_draws(digits, step, 0, accumulate)):
+            if number < accumulate:
+                step(batch, draw)
+        steps.append(step)
+    assert [int(step.meter.steps) for step in steps] == [1, 1, 1]
+    for other in steps[1:]:
+        assert_close(steps[0], other, rtol=1e-3, atol=1e-4)
+
+
+def test_momentum_is_there_before_the_first_step_and_changes_nothing(digits):
+    """Zeros make the same first step as none, bit for bit."""
+    step, (model, method, optimizer, scaler) = new_step(digits), new_parts(digits)
+    late = Step(model, method, optimizer, scaler, CPU)
+    optimizer.state.clear()
+    assert all((s["momentum_buffer"] == 0).all() for s in step.optimizer.state.values())
+    assert len(step.optimizer.state) == len(list(model.parameters()))
+    for one in (step, late):
+        run(digits, one, steps=3)
+    for (key, a), b in zip(state(step).items(), state(late).values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+@pytest.fixture
+def deterministic():
+    """On CUDA: kernels whose sums do not depend on what runs first."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def first_loss(data, precision, device=CPU, compiled=False, steps=1):
+    with float32_products(precision):
+        step = run(data, new_step(data, precision, device, compiled), steps=steps, device=device)
+    return step, step.meter.last_step()["loss"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_one_step_in_another_precision_has_nearly_the_loss_of_fp32(digits, precision, device):
+    step, loss = first_loss(digits, precision, device)
+    strict, strict_loss = first_loss(digits, "fp32", device)
+    assert loss == pytest.approx(strict_loss, abs=1e-2)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in state(step).values())
+    start = state(new_step(digits))
+    moves = [
+        torch.cat([(value - start[key]).flatten() for key, value in state(one).items() if key.endswith("weight")])
+        for one in (step, strict)
+    ]
+    assert F.cosine_similarity(*moves, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_convolutions_are_in_half_precision_and_logits_are_not(digits, precision):
+    model, *_ = new_parts(digits)
+    with autocast(precision, CPU):
+        logits, features = model(torch.zeros(2, 3, 32, 32), with_features=True)
+    assert features.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert logits.dtype == torch.float32
+
+
+def test_fp16_skips_a_step_whose_gradients_overflow_and_lowers_the_scale(digits):
+    step = new_step(digits, "fp16")
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = copy.deepcopy(state(step))
+    run(digits, step, steps=1)
+    for (key, value), old in zip(state(step).items(), before.values(), strict=True):
+        assert torch.equal(value, old) or "running" in key or "tracked" in key, key
+    assert step.scaler.get_scale() == 2.0**39
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    run(digits, step, steps=1)
+    assert all((value != 0).any() for key, value in state(step).items() if "momentum" in key)
+    assert all(value.isfinite().all() for value in state(step).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_a_compiled_step_has_nearly_the_loss_of_an_eager_one(digits, precision, tolerance):
+    torch.compiler.reset()
+    compiled, loss = first_loss(digits, precision, compiled=True)
+    assert loss == pytest.approx(first_loss(digits, "fp32")[1], abs=tolerance)
+    assert list(compiled.model.state_dict()) == list(new_parts(digits)[0].state_dict())
+
+
+@pytest.mark.slow
+def test_compiling_is_done_once_and_the_smaller_batch_is_not_compiled(digits):
+    torch.compiler.reset()
+    step = new_step(digits, compiled=True)
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError):
+        run(digits, step, steps=1)  # such a batch would be compiled
+    run(digits, step, steps=2)
+    step.start_epoch(0)
+    everything = list(batches_and_draws(digits, step, 0))
+    assert not everything[-1][0].full
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step(*everything[0])
+        step(*everything[-1])
+    eager = run(digits, new_step(digits), steps=2)
+    eager.start_epoch(0)
+    eager(*everything[0])
+    eager(*everything[-1])
+    assert_close(step, eager, rtol=1e-2, atol=1e-3)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch, digits):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match=r"^compile: True needs a C\+\+ compiler"):
+        compile_model(new_parts(digits)[0], CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recorded. The CPU has no graphs: there a recording runs the function as warm-up does, and replays by calling it.
+
+
+class Recorder:
+    """Counts; ``record_cuda_graph`` with a CPU's means."""
+
+    def __init__(self):
+        self.recordings = self.replays = 0
+
+    def __call__(self, function):
+        self.recordings += 1
+        for _ in range(3):
+            function()
+
+        def replay():
+            self.replays += 1
+            function()
+
+        return replay
+
+
+def recorded(data, device, precision="fp32", recorder=None, **options):
+    step = new_step(data, precision, device, **options)
+    return RecordedStep(step, (recorder or Recorder()) if torch.device(device) == CPU else None)
+
+
+RECORDED = [(CPU, "fp32"), (CPU, "bf16"), *(pytest.param("cuda", p, marks=CUDA) for p in ("fp32", "bf16", "fp16"))]
+
+
+@pytest.mark.parametrize(("device", "precision"), RECORDED)
+def test_twenty_recorded_steps_are_twenty_eager_ones(digits, device, precision, deterministic):
+    """More than one epoch of 15: smaller batches come in between, and the learning rate changes."""
+    steps = [new_step(digits, precision, device), recorded(digits, device, precision)]
+    for step in steps:
+        optimizer = getattr(step, "step", step).optimizer
+        for epoch, lr in ((0, 1e-3), (1, 2e-4)):
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+            step.start_epoch(epoch)
+            for number, (batch, draw) in enumerate(batches_and_draws(digits, step, epoch, device=device)):
+                if epoch == 0 or number < 6:
+                    step(batch, draw)
+    assert_close(*steps, rtol=1e-4, atol=1e-6 if precision == "fp32" else 1e-4)
+    eager, replayed = (step.meter for step in steps)
+    assert eager.averages() == pytest.approx(replayed.averages(), rel=1e-4)
+    assert eager.last_step() == pytest.approx(replayed.last_step(), rel=1e-4)
+    assert int(replayed.steps) == 6
+
+
+def test_recording_is_done_once_and_the_smaller_batch_runs_as_it_is(digits):
+    recorder = Recorder()
+    step = run(digits, recorded(digits, CPU, recorder=recorder), epochs=2)
+    loader = digits.train_loader(32, 0, CPU)
+    assert len(loader.targets) % 32  # there is a smaller one
+    assert (recorder.recordings, recorder.replays) == (1, 2 * (len(loader) - 1))
+    assert int(step.meter.steps) == len(loader)
+
+
+def test_recording_changes_nothing(digits):
+    """Warm-up steps leave no trace in weights, statistics, momentum, scaler or meter."""
+    step = new_step(digits, "fp16")
+    run(digits, step, steps=2)
+    before, scaling = copy.deepcopy(state(step)), step.scaler.state_dict()
+    meter = [tensor.clone() for tensor in step.meter.tensors()]
+
+    def no_replay(function):
+        Recorder()(function)
+        return lambda: None
+
+    recording = RecordedStep(step, no_replay)
+    recording(*next(iter(batches_and_draws(digits, step, 0))))
+    assert recording.replay is not None
+    for (key, value), old in zip(state(step).items(), before.values(), strict=True):
+        assert torch.equal(value, old), key
+    assert step.scaler.state_dict() == scaling
+    for tensor, old in zip(step.meter.tensors(), meter, strict=True):
+        assert torch.equal(tensor, old)
+
+
+def test_a_method_that_changes_is_recorded_anew(digits):
+    recorder = Recorder()
+    step = recorded(digits, CPU, recorder=recorder)
+    step.step.method.start_epoch = lambda epoch: epoch == 1
+    run(digits, step, epochs=3, steps=2)
+    assert recorder.recordings == 2
+
+
+def test_a_recording_is_not_told_of_a_batch_that_diverges(digits):
+    step = recorded(digits, CPU)
+    run(digits, step, steps=3)
+    with torch.no_grad():
+        step.model.classifier.fc.bias[0] = torch.nan
+    run(digits, step, steps=2)
+    with pytest.raises(ArithmeticError, match="epoch 0, step 0"):
+        step.meter.check(0)

@@ -1,0 +1,35 @@
+"""The numbers that a network computes in, for training and evaluation alike.
+
+``fp32`` is strict float32. ``tf32`` lets CUDA round the factors of products to TF32; a CPU has no such units and stays
+strict. ``bf16`` and ``fp16`` run convolutions in half precision (torch.autocast); weights, optimizer, batch-norm
+statistics, classifier, loss and metrics stay in float32. ``fp16`` scales the loss, since its range is small.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", "tf32", *HALF)
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside the block CUDA multiplies float32 as ``precision`` says: strictly, or as TF32 for "tf32"."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context of a forward pass; without effect for "fp32" and "tf32"."""
+    return torch.autocast(device.type, HALF.get(precision, torch.bfloat16), enabled=precision in HALF)
+
+
+def new_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss for "fp16", and skips steps whose gradients overflow; the identity for all others."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
