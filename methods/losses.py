@@ -9,8 +9,8 @@ reads log-probabilities [B, C]; ARB-Loss differs from cross-entropy only in addi
 A class with n_k = 0 has log n_k = -inf and drops out of the sum, exactly. Half-precision logits are raised to float32
 before anything else; float32 and float64 stay as they are.
 
-The ``*_terms`` functions are what training composes: ``terms = arb_terms(logits, counts)`` does the work that is common
-to all targets once, and ``terms(targets)`` gives the loss per sample, so that both targets of mixup share it.
+The ``*_terms`` functions are what training composes: ``arb_terms(logits, counts)(targets)`` gives the loss of every
+sample for T targets of each, ``targets [T, B]`` -> [T, B], so that both targets of mixup share all other work.
 """
 
 import math
@@ -20,7 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Terms = Callable[[Tensor], Tensor]  # targets [B] -> losses [B]
+from methods.fused import fused_nll
+
+Terms = Callable[[Tensor], Tensor]  # targets [T, B] -> losses [T, B]
+
+FUSED_ABOVE = 1000  # classes
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -43,9 +47,30 @@ def arb_log_probabilities(logits: Tensor, class_counts: Tensor, clamp: float | N
     logits = _at_least_float32(logits)
     if clamp is not None:
         logits = logits.clamp(-clamp, clamp)
-    log_counts = class_counts.to(logits.device, torch.float64).log()
-    log_counts = torch.where((class_counts > 0).any(), log_counts, 0.0).to(logits.dtype)
+    log_counts = _log_counts(class_counts, logits)
     return F.log_softmax(logits + log_counts.reshape(-1, *[1] * (logits.dim() - 2)), dim=1)
+
+
+def negative_log_likelihoods(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor | None = None,
+    clamp: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """``-log p_y`` of ARB's adjusted probabilities (without counts: of the plain ones), [T, B, ...], 0 where ignored.
+
+    ``logits [B, C, ...]``, ``targets [T, B, ...]``. Rows of many classes take the fused form: the same numbers, sooner.
+    """
+    if logits.dim() == 2 and logits.shape[1] > FUSED_ABOVE:
+        labelled = targets != ignore_index
+        log_counts = None if class_counts is None else _log_counts(class_counts, logits)
+        return torch.where(labelled, fused_nll(logits, torch.where(labelled, targets, 0), log_counts, clamp), 0.0)
+    if class_counts is None:
+        log_probs = log_probabilities(logits)
+    else:
+        log_probs = arb_log_probabilities(logits, class_counts, clamp)
+    return _picked(log_probs, targets, ignore_index)
 
 
 def count_classes(targets: Tensor, num_classes: int, ignore_index: int = -100) -> Tensor:
@@ -60,30 +85,38 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def _log_counts(class_counts: Tensor, logits: Tensor) -> Tensor:
+    log_counts = class_counts.to(logits.device, torch.float64).log()
+    log_counts = torch.where((class_counts > 0).any(), log_counts, 0.0)
+    return log_counts.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _picked(log_probs: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """``-log p_y``: ``log_probs [B, C, ...]``, ``targets [T, B, ...]`` -> [T, B, ...]."""
+    return torch.stack([F.nll_loss(log_probs, y, ignore_index=ignore_index, reduction="none") for y in targets])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Per-sample losses
 
 
 def ce_terms(logits: Tensor, class_counts: Tensor) -> Terms:
     """Cross-entropy; the counts are not read."""
-    log_probs = log_probabilities(logits)
-    return lambda targets: F.nll_loss(log_probs, targets, reduction="none")
+    return lambda targets: negative_log_likelihoods(logits, targets)
 
 
 def arb_terms(logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0) -> Terms:
     """ARB-Loss, eq. 14; with global counts and no clamp it is Balanced Softmax."""
-    log_probs = arb_log_probabilities(logits, class_counts, clamp)
-    return lambda targets: F.nll_loss(log_probs, targets, reduction="none")
+    return lambda targets: negative_log_likelihoods(logits, targets, class_counts, clamp)
 
 
 def focal_arb_terms(
     logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0, alpha: float = 1.0, gamma: float = 2.0
 ) -> Terms:
     """``-alpha (1 - p)^gamma log p`` over ARB's adjusted probabilities p (a variant in the released code)."""
-    log_probs = arb_log_probabilities(logits, class_counts, clamp)
 
     def terms(targets: Tensor) -> Tensor:
-        nll = F.nll_loss(log_probs, targets, reduction="none")
+        nll = negative_log_likelihoods(logits, targets, class_counts, clamp)
         miss = -torch.expm1(-nll)  # 1 - p, without cancellation for p near 1
         # A power below 1 has an infinite slope at 0, where a sample that cannot be missed would turn it into NaN.
         return alpha * miss.clamp(min=torch.finfo(miss.dtype).tiny) ** gamma * nll
@@ -96,10 +129,9 @@ def weighted_arb_terms(logits: Tensor, class_counts: Tensor, clamp: float | None
 
     Corrects the prior twice: the adjusted probabilities do it already, the weights do it again.
     """
-    log_probs = arb_log_probabilities(logits, class_counts, clamp)
-    counts = class_counts.to(log_probs.dtype)
+    counts = class_counts.to(torch.promote_types(logits.dtype, torch.float32))
     omega = torch.where(counts > 0, counts.sum() / (counts > 0).sum() / counts, 0.0)
-    return lambda targets: omega[targets] * F.nll_loss(log_probs, targets, reduction="none")
+    return lambda targets: omega[targets] * negative_log_likelihoods(logits, targets, class_counts, clamp)
 
 
 def smoothing_terms(logits: Tensor, class_counts: Tensor, smoothing: Tensor) -> Terms:
@@ -114,7 +146,7 @@ def smoothing_terms(logits: Tensor, class_counts: Tensor, smoothing: Tensor) -> 
 
     def terms(targets: Tensor) -> Tensor:
         share = smoothing[targets]
-        return (1 - share) * F.nll_loss(log_probs, targets, reduction="none") + share * uniform
+        return (1 - share) * _picked(log_probs, targets) + share * uniform
 
     return terms
 
@@ -145,8 +177,7 @@ def arb_loss(
         raise ValueError(f"reduction: {reduction!r} is unknown; known are {', '.join(REDUCTIONS)}")
     if class_counts.shape != logits.shape[1:2]:
         raise ValueError(f"class_counts: shape {tuple(class_counts.shape)} does not fit {logits.shape[1]} classes")
-    log_probs = arb_log_probabilities(logits, class_counts, clamp)
-    losses = F.nll_loss(log_probs, targets, ignore_index=ignore_index, reduction="none")
+    losses = negative_log_likelihoods(logits, targets[None], class_counts, clamp, ignore_index)[0]
     return _reduce(losses, reduction, (targets != ignore_index).sum())
 
 
@@ -175,7 +206,7 @@ def label_aware_smoothing(logits: Tensor, targets: Tensor, smoothing: Tensor, re
     """Label-aware smoothing (MiSLAS): ``logits [B, C]``, ``targets [B]``, ``smoothing [C]`` in [0, 1]."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is unknown; known are {', '.join(REDUCTIONS)}")
-    losses = smoothing_terms(logits, torch.ones_like(smoothing), smoothing)(targets)
+    losses = smoothing_terms(logits, torch.ones_like(smoothing), smoothing)(targets[None])[0]
     return _reduce(losses, reduction, torch.tensor(len(targets)))
 
 

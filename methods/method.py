@@ -131,14 +131,15 @@ class Method(nn.Module):
 
         ``step_targets [G]``: labels of the whole global batch, of which this is a part; None: of which this is all.
         """
-        mixed, targets_a, targets_b = images, targets, None
+        mixed, labels = images, targets[None]  # labels [T, B]
         if self.mixup_alpha > 0:
-            mixed, targets_a, targets_b = mixup.mix(images, targets, draws.lam, draws.partner)
+            mixed, *pair = mixup.mix(images, targets, draws.lam, draws.partner)
+            labels = torch.stack(pair)
         logits, features = model(mixed, with_features=True)
         terms = self.criterion(logits, step_counts(self.counts, targets, self.class_counts, step_targets))
-        loss = terms(targets_a).mean()
-        if targets_b is not None:
-            loss = draws.lam * loss + (1 - draws.lam) * terms(targets_b).mean()
+        loss, *partners = terms(labels).mean(dim=1)
+        if partners:
+            loss = draws.lam * loss + (1 - draws.lam) * partners[0]
         return MethodOutput(loss, logits, features)
 
 

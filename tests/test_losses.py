@@ -102,9 +102,9 @@ def test_logits_of_any_size_give_a_finite_loss_and_gradient(size):
 def test_half_precision_logits_are_raised_before_anything_else(terms, dtype):
     logits, targets = example(dtype=torch.float32)
     half = logits.to(dtype)
-    result = terms(half, COUNTS * 1e5)(targets)
+    result = terms(half, COUNTS * 1e5)(targets[None])
     assert result.dtype == torch.float32
-    assert torch.equal(result, terms(half.float(), COUNTS * 1e5)(targets))
+    assert torch.equal(result, terms(half.float(), COUNTS * 1e5)(targets[None]))
 
 
 def test_under_autocast_the_loss_is_that_of_the_half_precision_logits_in_float32():
@@ -193,15 +193,17 @@ def test_focal_arb_is_its_formula():
     logits, targets = example()
     p = arb_log_probabilities(logits, COUNTS).exp().gather(1, targets[:, None]).squeeze(1)
     expected = -0.5 * (1 - p) ** 3 * p.log()
-    torch.testing.assert_close(losses.focal_arb_terms(logits, COUNTS, alpha=0.5, gamma=3.0)(targets), expected)
+    result = losses.focal_arb_terms(logits, COUNTS, alpha=0.5, gamma=3.0)(targets[None])
+    torch.testing.assert_close(result, expected[None])
     torch.testing.assert_close(
-        losses.focal_arb_terms(logits, COUNTS, gamma=0.0)(targets), losses.arb_terms(logits, COUNTS)(targets)
+        losses.focal_arb_terms(logits, COUNTS, gamma=0.0)(targets[None]),
+        losses.arb_terms(logits, COUNTS)(targets[None]),
     )
 
 
 def test_focal_arb_has_a_finite_gradient_where_a_label_is_certain():
     logits = torch.zeros(2, 3, requires_grad=True)
-    losses.focal_arb_terms(logits, torch.tensor([2, 0, 0]), gamma=0.5)(torch.tensor([0, 0])).sum().backward()
+    losses.focal_arb_terms(logits, torch.tensor([2, 0, 0]), gamma=0.5)(torch.tensor([[0, 0]])).sum().backward()
     assert logits.grad.isfinite().all()
 
 
@@ -210,7 +212,7 @@ def test_weighted_arb_is_its_formula(counts):
     logits, targets = example()
     omega = counts.sum() / 4 / counts.double()  # four classes are present
     expected = omega[targets] * arb_loss(logits, targets, counts, "none")
-    torch.testing.assert_close(losses.weighted_arb_terms(logits, counts)(targets), expected)
+    torch.testing.assert_close(losses.weighted_arb_terms(logits, counts)(targets[None]), expected[None])
 
 
 def test_label_aware_smoothing_is_its_formula():
@@ -239,10 +241,10 @@ def test_smoothing_runs_from_tail_to_head_and_is_defined_for_equal_counts():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gradients
+# Gradients, and several targets
 
 
-@pytest.mark.parametrize(
+ALL_TERMS = pytest.mark.parametrize(
     "terms",
     [
         losses.ce_terms,
@@ -250,13 +252,27 @@ def test_smoothing_runs_from_tail_to_head_and_is_defined_for_equal_counts():
         lambda z, n: losses.arb_terms(z, n, clamp=None),
         losses.focal_arb_terms,
         losses.weighted_arb_terms,
-        lambda z, n: losses.smoothing_terms(z, n, torch.linspace(0, 0.3, 5)),
+        lambda z, n: losses.smoothing_terms(z, n, torch.linspace(0, 0.3, len(n))),
     ],
     ids=["ce", "arb", "arb unclamped", "focal_arb", "weighted_arb", "las"],
 )
+
+
+@ALL_TERMS
 def test_gradcheck_in_float64(terms):
     logits, targets = example(batch=6)
-    assert torch.autograd.gradcheck(lambda z: terms(z, COUNTS)(targets), logits.requires_grad_())
+    both = torch.stack([targets, targets.roll(1)])
+    assert torch.autograd.gradcheck(lambda z: terms(z, COUNTS)(both), logits.requires_grad_())
+
+
+@ALL_TERMS
+@pytest.mark.parametrize("classes", [5, 1001])
+def test_several_targets_at_once_are_each_of_them_alone(terms, classes):
+    logits, targets = example(classes=classes)
+    both = torch.stack([targets, targets.roll(1)])
+    counts = torch.arange(1, classes + 1)
+    each = [terms(logits, counts)(row[None])[0] for row in both]
+    assert torch.equal(terms(logits, counts)(both), torch.stack(each))
 
 
 def test_gradcheck_dense():

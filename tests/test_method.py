@@ -163,7 +163,8 @@ def test_a_loss_is_added_in_three_places(tmp_path):
     with (tmp_path / "methods" / "losses.py").open("a") as file:
         file.write(
             "\n\ndef hinge_terms(logits, class_counts):\n"
-            "    return lambda targets: F.multi_margin_loss(logits, targets, reduction='none')\n"
+            "    hinge = lambda y: F.multi_margin_loss(logits, y, reduction='none')\n"
+            "    return lambda targets: torch.stack([hinge(y) for y in targets])\n"
         )
     registry = tmp_path / "methods" / "method.py"
     line = '"ce": lambda s: Criterion(losses.ce_terms),'
@@ -183,5 +184,24 @@ def test_criterion_takes_logits_of_any_device_type_without_changing_them(images)
     logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     before = logits.clone()
     terms = method_for("arb").criterion(logits, CLASS_COUNTS)
-    torch.testing.assert_close(terms(TARGETS), F.cross_entropy(logits + CLASS_COUNTS.log(), TARGETS, reduction="none"))
+    expected = F.cross_entropy(logits + CLASS_COUNTS.log(), TARGETS, reduction="none")
+    torch.testing.assert_close(terms(TARGETS[None]), expected[None])
     assert torch.equal(logits, before)
+
+
+def test_mixup_of_many_classes_is_composed_of_arb_losses():
+    """One pass over the logits for both labels, batch counts of the unmixed ones."""
+    classes = losses.FUSED_ABOVE + 1
+    random = torch.Generator().manual_seed(0)
+    logits = (12 * torch.randn(6, classes, generator=random)).requires_grad_()
+    targets = torch.randint(0, classes, (6,), generator=random)
+    method = build_method("arb", "batch", torch.ones(classes, dtype=torch.int64), 1.0)
+    output = method(lambda images, with_features: (logits, images), torch.randn(6, 3), targets, MIXED)
+    (gradient,) = torch.autograd.grad(output.loss, logits)
+    n = torch.bincount(targets, minlength=classes)
+    own, partners = (F.cross_entropy(logits.clamp(-30, 30) + n.log(), y) for y in (targets, targets[MIXED.partner]))
+    expected = 0.3 * own + 0.7 * partners
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0], rtol=1e-5, atol=1e-8)
+    composed = [losses.arb_loss(logits, y, n) for y in (targets, targets[MIXED.partner])]
+    torch.testing.assert_close(output.loss, 0.3 * composed[0] + 0.7 * composed[1])
