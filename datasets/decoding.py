@@ -2,30 +2,33 @@
 
 import io
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import torch
 import torchvision
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from datasets.source import DataError
 
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what PIL raises
 
 
-def open_rgb(path: str, decoder: str = "pil") -> Image.Image:
+def open_rgb(path: str, decoder: str = "pil") -> Image.Image | Tensor:
     """The image as RGB, whatever it is stored as; an EXIF orientation is not applied, as in the reference.
 
-    ``decoder``: "pil", or "fast" for TorchCodec (else torchvision) on JPEG files that need no conversion; on these both
-    use libjpeg-turbo with the same settings. Raises :class:`DataError` that names the file.
+    ``decoder``: "pil", or "fast": TorchCodec (else torchvision) turns JPEG files that need no conversion into a tensor,
+    uint8 [3, H, W]. The pixels are the same, since all use libjpeg-turbo with the same settings; crops of a tensor
+    differ a little (see :mod:`datasets.augment`). Raises :class:`DataError` that names the file.
     """
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content = file.read()
         with Image.open(io.BytesIO(content)) as image:
             if decoder == "fast" and _is_plain(image):
-                return _decode_fast(content)
-            return image.convert("RGB")
+                return _provider()[1](torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except UnidentifiedImageError:
@@ -44,21 +47,11 @@ def _is_plain(image: Image.Image) -> bool:
     return image.format == "JPEG" and image.mode in ("RGB", "L") and "APP1" not in image.app
 
 
-def _decode_fast(content: bytes) -> Image.Image:
-    pixels = _provider()[1](content)  # uint8 [3, H, W]
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
 @cache
-def _provider() -> tuple[str, Callable[[bytes], torch.Tensor]]:
+def _provider() -> tuple[str, Callable[[Tensor], Tensor]]:
     """Chosen once: TorchCodec decodes images since 0.16, and torchvision's decoders go away."""
     try:
-        from torchcodec.decoders import decode_image
+        from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):  # absent, too old, or its libraries do not load
-        return "torchvision", _decode_torchvision
-    return "torchcodec", decode_image
-
-
-def _decode_torchvision(content: bytes) -> torch.Tensor:
-    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)
+        return "torchvision", partial(torchvision.io.decode_jpeg, mode=torchvision.io.ImageReadMode.RGB)
+    return "torchcodec", decode_jpeg

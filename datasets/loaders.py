@@ -195,7 +195,7 @@ class MemoryPixels(SmallPixels):
 
     def develop(self, chosen: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
         """See :class:`Pixels`."""
-        return self.cropped(self.images[chosen], offsets, flips)
+        return self.cropped(self.images.index_select(0, chosen), offsets, flips)
 
     def plain(self, parts: Iterable[slice]) -> Iterator[Tensor]:
         """See :class:`Pixels`."""

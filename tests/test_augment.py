@@ -1,12 +1,14 @@
 """Crops, flips and colours against torchvision on the PIL image; draws as a pure function of (seed, epoch)."""
 
 from itertools import permutations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torchvision.transforms import CenterCrop, Compose, Normalize, RandomResizedCrop, Resize, ToTensor
 
 from datasets.augment import (
@@ -120,6 +122,17 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(noise(9, 7, 3).numpy()).resize((width, height))
 
 
+def decoded(image: Image.Image) -> torch.Tensor:
+    """uint8 [3, H, W], as a fast decoder gives it: in memory the colours of a pixel lie side by side."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def photographs() -> list[Image.Image]:
+    """Those that come with scikit-learn, and those beside the project where there are any."""
+    beside = (Path(__file__).parents[2] / "shared" / "data" / "photos").glob("*.JPEG")
+    return [*map(Image.fromarray, load_sample_images().images), *(Image.open(path).convert("RGB") for path in beside)]
+
+
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Kolmogorov and Smirnov's: the largest difference of the two distribution functions."""
     values = np.concatenate([ours, theirs])
@@ -210,6 +223,48 @@ def test_the_middle_of_an_image_equals_torchvisions_resize_and_center_crop(width
     np.testing.assert_array_equal(ours, np.asarray(Compose([Resize(resized), CenterCrop(size)])(image)))
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [(120, 90, 32), (33, 80, 24), (300, 20, 16), (5, 5, 8), (1, 1, 4), (1, 9, 8), (7, 1, 8)],
+)
+def test_crops_of_a_tensor_are_those_of_the_pil_image_but_for_rounding(width, height, size):
+    image = picture(width, height)
+    tensor, other_layout = decoded(image), decoded(image).contiguous()
+    for seed in range(200):
+        draws = [np.random.default_rng(seed) for _ in range(3)]
+        ours, same, expected = map(random_crop, (tensor, other_layout, image), [size] * 3, draws)
+        assert draws[0].bit_generator.state == draws[2].bit_generator.state
+        assert (ours.dtype, ours.shape) == (np.uint8, (size, size, 3))
+        np.testing.assert_array_equal(ours, same)
+        np.testing.assert_allclose(ours, expected.astype(int), rtol=0, atol=2)
+    np.testing.assert_allclose(central_crop(tensor, size), central_crop(image, size).astype(int), rtol=0, atol=2)
+    assert torch.equal(tensor, decoded(image))
+
+
+@pytest.mark.parametrize(("size", "resized"), [(224, 256), (64, 73), (8, 9)])
+@pytest.mark.parametrize(("width", "height"), [(300, 200), (256, 256), (20, 31), (400, 25), (25, 400)])
+def test_the_middle_of_a_tensor_is_that_of_the_pil_image_but_for_rounding(width, height, size, resized):
+    image = picture(width, height)
+    ours = central_crop(decoded(image), size)
+    expected = np.asarray(Compose([Resize(resized), CenterCrop(size)])(image))
+    assert (ours.dtype, ours.shape) == (np.uint8, (size, size, 3))
+    np.testing.assert_allclose(ours, expected.astype(int), rtol=0, atol=2)
+
+
+@pytest.mark.parametrize("size", [224, 64])
+def test_most_pixels_of_a_photograph_are_the_same_as_a_tensor_and_as_a_pil_image(size):
+    """On 63 photographs, at 224 pixels: 96.6 % of the values; the mean difference was 0.034 of 255, one crop's 0.25."""
+    differences = []
+    for image in photographs():
+        tensor, seeds = decoded(image), [np.random.default_rng(seed) for seed in (0, 0, 1, 1)]
+        pairs = [map(random_crop, (tensor, image), [size] * 2, seeds[i : i + 2]) for i in (0, 2)]
+        for ours, expected in (*pairs, (central_crop(tensor, size), central_crop(image, size))):
+            differences.append(np.abs(ours.astype(int) - expected))
+            assert differences[-1].max() <= 2
+            assert differences[-1].mean() < 0.3
+    assert np.mean(differences) < 0.05
+
+
 def jittered_by_torchvision(image: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> np.ndarray:
     result = Image.fromarray(image.numpy())
     for operation in order.tolist():
@@ -253,6 +308,23 @@ def test_a_mean_grey_that_ends_in_a_half_is_rounded_as_in_torchvision(grey):
     factors = torch.tensor([[1.0, 0.0, 1.0]]).expand(3, 3)  # contrast 0: the mean grey alone
     assert_jitter_equals_torchvisions(images, factors, torch.tensor([[0, 1, 2]] * 3))
     assert jitter(images, factors, torch.tensor([[0, 1, 2]] * 3))[:, 0, 0, 0].tolist() == [grey, grey + 1, grey + 1]
+
+
+@pytest.mark.parametrize("brighter", [59_999, 60_000])
+def test_the_mean_grey_of_a_large_image_is_exact(brighter):
+    """Of 120,000 pixels: the sum of all is more than float32 counts up to."""
+    images = torch.full((1, 3, 40_000, 3), 254, dtype=torch.uint8)
+    images.view(-1, 3)[:brighter] += 1
+    assert_jitter_equals_torchvisions(images, torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([[0, 1, 2]]))
+
+
+def test_grey_is_pils_for_every_colour():
+    levels = torch.arange(256, dtype=torch.uint8)
+    images = torch.stack(torch.meshgrid(levels[::5], levels, levels, indexing="ij"), dim=-1)  # [52, 256, 256, 3]
+    grey = jitter(images, torch.tensor([[1.0, 1.0, 0.0]]).expand(52, 3), torch.tensor([[0, 1, 2]]).expand(52, 3))
+    for ours, colours in zip(grey, images, strict=True):
+        expected = np.asarray(Image.fromarray(colours.numpy()).convert("L"))
+        np.testing.assert_array_equal(ours, expected[..., None].repeat(3, axis=-1))
 
 
 def test_every_image_of_a_batch_has_its_own_factors_and_order():

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from datasets import decoding
 from datasets.decoding import fast_decoder, open_rgb
@@ -31,6 +32,8 @@ def sixteen_bits() -> Image.Image:
 KINDS = {  # from file name to the mode it is stored in, the image and how to save it
     "colour.jpg": ("RGB", photo, {}),
     "colour.png": ("RGB", photo, {}),
+    "colour.tif": ("RGB", photo, {}),
+    "colour.bmp": ("RGB", photo, {}),
     "grey.jpg": ("L", lambda: photo().convert("L"), {}),
     "grey.png": ("L", lambda: photo().convert("L"), {}),
     "transparent grey.png": ("LA", lambda: photo().convert("LA"), {}),
@@ -66,12 +69,20 @@ def decoder(request, no_cached_decoder, monkeypatch) -> str:
     return "fast"
 
 
+def pixels(image: Image.Image | Tensor) -> np.ndarray:
+    """uint8 [H, W, 3]"""
+    if isinstance(image, Tensor):
+        return image.permute(1, 2, 0).numpy()
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
 def assert_as_pil_converts_it(path: Path, decoder: str) -> None:
-    ours = open_rgb(str(path), decoder)
+    ours = pixels(open_rgb(str(path), decoder))
     with Image.open(path) as image:
         expected = image.convert("RGB")
-    assert (ours.mode, ours.size) == ("RGB", expected.size)
-    np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected), err_msg=path.name)
+    assert ours.dtype == np.uint8
+    np.testing.assert_array_equal(ours, np.asarray(expected), err_msg=path.name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +98,7 @@ def test_an_exif_orientation_is_not_applied(orientation, decoder, tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     photo().save(tmp_path / "rotated.jpg", exif=exif)
-    assert open_rgb(str(tmp_path / "rotated.jpg"), decoder).size == (53, 37)
+    assert pixels(open_rgb(str(tmp_path / "rotated.jpg"), decoder)).shape == (37, 53, 3)
     assert_as_pil_converts_it(tmp_path / "rotated.jpg", decoder)
 
 
@@ -118,23 +129,47 @@ def test_real_photographs_are_equal_pixel_by_pixel(decoder):
         assert_as_pil_converts_it(path, decoder)
 
 
-def test_the_fast_decoder_decodes_plain_jpeg_files_and_no_others(tmp_path, monkeypatch):
-    """On these both decoders agree, so that pixels alone cannot tell."""
-    decoded, really = [], decoding._decode_fast
-    monkeypatch.setattr(decoding, "_decode_fast", lambda content: decoded.append(content) or really(content))
+def test_the_fast_decoder_decodes_plain_jpeg_files_and_no_others(tmp_path):
+    """Pixels cannot tell; a tensor is what the fast decoder gives."""
     for kind, (_, image, how) in KINDS.items():
         image().save(tmp_path / kind, **how)
     photo().save(tmp_path / "misnamed.jpg", format="PNG")
     photo().save(tmp_path / "misnamed.png", format="JPEG")
+    photo().save(tmp_path / "progressive.jpg", progressive=True)
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     photo().save(tmp_path / "rotated.jpg", exif=exif)
-    for path in sorted(tmp_path.iterdir()):
-        open_rgb(str(path), "pil")
-    assert not decoded
-    for path in sorted(tmp_path.iterdir()):
-        open_rgb(str(path), "fast")
-    assert decoded == [(tmp_path / name).read_bytes() for name in ("colour.jpg", "grey.jpg", "misnamed.png")]
+    files = sorted(tmp_path.iterdir())
+    assert all(isinstance(open_rgb(str(path), "pil"), Image.Image) for path in files)
+    images = {path.name: open_rgb(str(path), "fast") for path in files}
+    fast = {"colour.jpg", "grey.jpg", "misnamed.png", "progressive.jpg"}
+    assert {name for name, image in images.items() if isinstance(image, Tensor)} == fast
+    assert {images[name].shape for name in fast} == {(3, 37, 53)}
+
+
+@pytest.mark.parametrize("before", [b"\xff\xdb", b"\xff\xc0", b"\xff\xda"])
+def test_a_jpeg_file_of_unusual_form_is_read_as_by_pil(before, decoder, tmp_path):
+    """A marker may be filled up with further 0xFF."""
+    photo().save(tmp_path / "filled.jpg")
+    content = (tmp_path / "filled.jpg").read_bytes()
+    (tmp_path / "filled.jpg").write_bytes(content.replace(before, b"\xff\xff" + before, 1))
+    assert_as_pil_converts_it(tmp_path / "filled.jpg", decoder)
+
+
+def test_a_file_with_any_byte_damaged_is_named_or_read(decoder, tmp_path):
+    """Whatever a decoder makes of it; nothing but DataError may come out."""
+    path = tmp_path / "damaged.jpg"
+    photo(8, 8).save(path, quality=1)
+    whole = path.read_bytes()
+    named = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            assert pixels(open_rgb(str(path), decoder)).shape[2] == 3
+        except DataError as error:
+            named += 1
+            assert str(error).startswith(f"{path}: is no readable image (")
+    assert 0 < named < len(whole)
 
 
 def test_a_missing_image_is_named(decoder, tmp_path):
@@ -182,6 +217,12 @@ def test_an_image_too_large_to_be_true_is_named(decoder, tmp_path, monkeypatch):
     photo().save(tmp_path / "huge.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 53 * 37 // 2 - 1)
     assert_unreadable(tmp_path / "huge.jpg", decoder)
+
+
+def test_the_limit_of_the_size_can_be_lifted(decoder, tmp_path, monkeypatch):
+    photo().save(tmp_path / "huge.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert isinstance(open_rgb(str(tmp_path / "huge.jpg"), decoder), Image.Image if decoder == "pil" else Tensor)
 
 
 def test_torchcodec_decodes_where_it_is_installed(no_cached_decoder):

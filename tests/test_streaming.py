@@ -1,12 +1,14 @@
 """Streamed images: the same batches with any number of workers, in any order of epochs, in any number of processes."""
 
 import multiprocessing
+import pickle
 import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,13 +18,14 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from datasets import DataError, build_data
+from datasets import Data, DataError, build_data
 from datasets.augment import central_crop, crop_box, draw_jitter, normalise
 from datasets.decoding import open_rgb
 from datasets.loaders import Batch, EvalLoader, TrainLoader
-from datasets.source import ImageFiles
+from datasets.source import ImageFiles, StoredImages
 from datasets.specs import IMAGENET_MEAN, IMAGENET_STD
 from datasets.streaming import StreamedPixels
+from tests import test_cifar
 from utils.seed import generator
 
 CPU = torch.device("cpu")
@@ -79,7 +82,8 @@ def assert_bit_equal(ours: Iterable[Batch], theirs: Iterable[Batch]) -> None:
         assert torch.equal(a.indices, b.indices)
         assert torch.equal(a.targets, b.targets)
         assert torch.equal(a.images, b.images)
-        assert (a.weight, a.ends_step) == (b.weight, b.ends_step)
+        assert torch.equal(a.step_targets, b.step_targets)
+        assert (a.weight, a.ends_step, a.full) == (b.weight, b.ends_step, b.full)
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +148,17 @@ def test_processes_evaluate_whole_batches_of_one_process(folder, world_size):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_the_fast_decoder_gives_the_same_batches(folder, expected):
-    assert_bit_equal(train_loader(folder, decoder="fast").epoch(0), expected[0])
+@pytest.mark.parametrize("draw", [(1, 0), None], ids=["random crops", "middles"])
+def test_the_fast_decoder_gives_the_same_crops_but_for_rounding(folder, draw):
+    """And what is no JPEG file is PIL's."""
+    strict, fast = (next(pixels(folder, decoder=d).workers.read([range(SIZE)], draw)).int() for d in ("pil", "fast"))
+    assert 0 < (strict - fast).abs().max() <= 2
+    assert torch.equal(strict[::4], fast[::4])
+
+
+def test_fast_crops_are_the_same_with_any_number_of_workers(folder):
+    loaders = [train_loader(folder, workers, decoder="fast") for workers in (0, 2)]
+    assert_bit_equal(*(loader.epoch(1) for loader in loaders))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +195,7 @@ def test_crops_alone_differ_between_epochs(folder):
     """The colours differ too; here they are left out."""
     source = pixels(folder)
     batch = [range(SIZE)]
-    first, again, other = (next(source._crops(batch, draw)) for draw in ((1, 0), (1, 0), (1, 1)))
+    first, again, other = (next(source.workers.read(batch, draw)) for draw in ((1, 0), (1, 0), (1, 1)))
     assert torch.equal(first, again)
     assert (first != other).flatten(1).any(1).all()
 
@@ -320,9 +333,10 @@ def test_a_data_set_of_lists_is_streamed(lists, workers):
     batches = list(loader.epoch(0))
     assert [batch.images.shape for batch in batches] == [(24, 3, 64, 64), (24, 3, 64, 64), (16, 3, 64, 64)]
     assert torch.equal(torch.cat([batch.indices for batch in batches]).sort().values, torch.arange(64))
-    assert (loader.pixels.loader.num_workers, loader.pixels.loader.dataset.decoder) == (workers, "fast")
+    reading = loader.pixels.workers.loader
+    assert (reading.num_workers, reading.dataset.work.decoder) == (workers, "fast")
     rows = [line.split() for line in (lists / "imagenet" / "ImageNet_LT_test.txt").read_text().splitlines()]
-    crops = [central_crop(open_rgb(str(lists / "imagenet" / path)), 64) for path, _ in rows]
+    crops = [central_crop(open_rgb(str(lists / "imagenet" / path), "fast"), 64) for path, _ in rows]
     images, targets = (torch.cat(parts) for parts in zip(*data.test_loader(CPU), strict=True))
     assert torch.equal(images, normalise(torch.from_numpy(np.stack(crops)), IMAGENET_MEAN, IMAGENET_STD))
     assert torch.equal(targets, data.class_map[[int(label) for _, label in rows]])
@@ -342,3 +356,111 @@ def test_a_cut_data_set_streams_the_images_that_it_keeps(lists):
             path = cut.train.images.path(index)
             assert whole.train.targets[[whole.train.images.path(i) for i in range(64)].index(path)] == target
             assert image.shape == (3, 32, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small images that workers read
+
+archive = test_cifar.archive
+
+
+@pytest.fixture(scope="module")
+def class_folders(folder, tmp_path_factory) -> Path:
+    """The 23 images of as many sizes: 16 to train on, in two classes, and seven to test; tests do not write into it."""
+    root = tmp_path_factory.mktemp("class folders")
+    for i in range(SIZE):
+        place = root / ("train" if i < 16 else "test") / ("few" if i % 3 == 0 else "many")
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name(i), place)
+    return root
+
+
+@pytest.fixture(params=["digits", "class folders", "CIFAR folders", "CIFAR archive"])
+def small(request, class_folders, archive, tmp_path) -> Callable[..., Data]:
+    """Builds a data set of small images; each kind has its own way to read them."""
+    if request.param == "digits":
+        return partial(build_data, "digits", "", image_size=8, imb_factor=0.01, val_per_class=3)
+    if request.param == "class folders":
+        return partial(build_data, "folder", str(class_folders), image_size=12, val_per_class=2)
+    if request.param == "CIFAR folders":
+        path = test_cifar.class_folders(tmp_path, test_cifar.NAMES)
+        return partial(build_data, "cifar10", str(path), val_per_class=1)
+    return partial(build_data, "cifar10", str(archive("cifar10", 10)[0]), imb_factor=0.5, val_per_class=1)
+
+
+def evaluated(data: Data, part: str, rank: int, world_size: int) -> list[torch.Tensor]:
+    """In batches that are smaller than the data set's own, so that there are several."""
+    pixels = getattr(data, f"{part}_loader")(CPU).pixels
+    batches = EvalLoader(pixels, getattr(data, part).targets, 3, CPU, rank, world_size)
+    return [tensor for batch in batches for tensor in batch]
+
+
+@pytest.mark.parametrize(
+    ("workers", "rank", "world_size", "accumulate"),
+    [(0, 0, 1, 1), (0, 1, 2, 1), (0, 0, 1, 3), (0, 1, 2, 2), (2, 0, 1, 1), (2, 1, 2, 2)],
+)
+def test_images_that_are_read_give_the_batches_of_images_on_the_device(small, workers, rank, world_size, accumulate):
+    here, read = small(data_on_device=True), small(data_on_device=False, workers=workers)
+    assert here.on_device and not read.on_device
+    for data in (read.train, read.val, read.test):
+        assert isinstance(data.images, StoredImages)
+    loaders = [data.train_loader(6, 1, CPU, rank, world_size, accumulate) for data in (read, here)]
+    assert loaders[0].pixels.workers.loader.num_workers == workers
+    for epoch in (0, 2, 0):
+        assert_bit_equal(*(loader.epoch(epoch) for loader in loaders))
+    for part in ("val", "test"):
+        ours, theirs = (evaluated(data, part, rank, world_size) for data in (read, here))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_evaluation_of_images_that_are_read_is_that_of_the_data_set(small):
+    here, read = small(data_on_device=True), small(data_on_device=False)
+    for part in ("val_loader", "test_loader"):
+        ours, theirs = (list(getattr(data, part)(CPU)) for data in (read, here))
+        assert len(ours) == 1
+        assert all(torch.equal(a, b) for a, b in zip(*ours, *theirs, strict=True))
+
+
+def test_a_copy_of_stored_images_reads_the_same(small):
+    """Workers that do not fork get the images pickled."""
+    data = small(data_on_device=False)
+    for part in (data.train, data.val, data.test):
+        copy, chosen = pickle.loads(pickle.dumps(part.images)), [2, 0, 2]
+        assert len(copy) == len(part.images) == len(part.targets)
+        np.testing.assert_array_equal(copy.read(chosen), part.images.read(chosen))
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_fork_read_the_same(class_folders):
+    """Python 3.14 starts them from a server."""
+    here, read = (
+        build_data("folder", str(class_folders), image_size=12, data_on_device=where, workers=1)
+        for where in (True, False)
+    )
+    loaders = [data.train_loader(6, 1, CPU) for data in (read, here)]
+    loaders[0].pixels.workers.loader.multiprocessing_context = "forkserver"
+    assert_bit_equal(*(loader.epoch(0) for loader in loaders))
+
+
+@WORKERS
+def test_a_broken_small_image_is_named_when_it_is_met(class_folders, tmp_path, workers):
+    others = worker_pids()
+    root = shutil.copytree(class_folders, tmp_path / "images")
+    broken = root / "train" / "many" / name(7)
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(DataError, match=rf"^{broken}: is no readable image \("):
+        build_data("folder", str(root), image_size=12, workers=workers)
+    data = build_data("folder", str(root), image_size=12, workers=workers, data_on_device=False)
+    loader = data.train_loader(6, 1, CPU)
+    for epoch in (0, 1):
+        message = error_of(loader.epoch(epoch))
+        assert message.startswith(f"{broken}: is no readable image (")
+        assert "\n" not in message
+    assert sum(len(targets) for _, targets in data.test_loader(CPU)) == 7
+    shutil.copy(class_folders / "train" / "many" / name(7), broken)
+    whole = build_data("folder", str(class_folders), image_size=12).train_loader(6, 1, CPU)
+    assert_bit_equal(loader.epoch(2), whole.epoch(2))
+    start = time.monotonic()
+    del loader
+    assert worker_pids() == others
+    assert time.monotonic() - start < 4
