@@ -26,6 +26,7 @@ from utils.checkpoint import (
     save_checkpoint,
     stored_class_map,
 )
+from utils.precision import new_scaler
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's word on files that are refused
 
@@ -50,6 +51,10 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
 
 
+def no_scaler():
+    return new_scaler("fp32", torch.device("cpu"))
+
+
 def train_step(model, optimizer, seed):
     """One step on random images: weights, batch-norm statistics and momentum move."""
     draw = torch.Generator().manual_seed(seed)
@@ -67,7 +72,7 @@ def small_model(seed=0, block=False, num_classes=3):
 
 
 def save_small(path, model, config=SETTINGS):
-    save_checkpoint(path, model, arb_method(), sgd(model), STATE, config, "test set")
+    save_checkpoint(path, model, arb_method(), sgd(model), no_scaler(), STATE, config, "test set")
 
 
 def states_equal(a, b):
@@ -97,7 +102,7 @@ def trained():
 @pytest.fixture(scope="module")
 def saved(trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("ckps") / "current.pth.tar"
-    save_checkpoint(path, trained[0], arb_method(), trained[1], STATE, SETTINGS, "test set")
+    save_checkpoint(path, trained[0], arb_method(), trained[1], no_scaler(), STATE, SETTINGS, "test set")
     return path
 
 
@@ -123,7 +128,7 @@ def test_a_restored_run_is_the_saved_one_to_the_bit(trained, saved):
     model, optimizer = trained
     other, method = cifar_model(seed=1), arb_method(range(1, 11))
     fresh = sgd(other)
-    state = restore(read_checkpoint(saved), saved, other, method, fresh)
+    state = restore(read_checkpoint(saved), saved, other, method, fresh, no_scaler())
     assert states_equal(other.state_dict(), model.state_dict())
     assert states_equal(method.state_dict(), arb_method().state_dict())
     assert fresh.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
@@ -135,15 +140,16 @@ def test_a_restored_run_is_the_saved_one_to_the_bit(trained, saved):
 
 def test_the_best_accuracy_is_restored_exactly_so_that_a_tie_does_not_become_a_new_best(saved):
     model = cifar_model()
-    assert restore(read_checkpoint(saved), saved, model, arb_method(), sgd(model)).best_acc1 == 65.13
+    state = restore(read_checkpoint(saved), saved, model, arb_method(), sgd(model), no_scaler())
+    assert state.best_acc1 == 65.13
 
 
 def test_a_restored_run_goes_on_exactly(tmp_path):
     model, again = cifar_model(), cifar_model(seed=1)
     optimizer, fresh = sgd(model), sgd(again)
     train_step(model, optimizer, 0)
-    save_checkpoint(tmp_path / "c", model, arb_method(), optimizer, STATE, SETTINGS, "test set")
-    restore(read_checkpoint(tmp_path / "c"), tmp_path / "c", again, arb_method(), fresh)
+    save_checkpoint(tmp_path / "c", model, arb_method(), optimizer, no_scaler(), STATE, SETTINGS, "test set")
+    restore(read_checkpoint(tmp_path / "c"), tmp_path / "c", again, arb_method(), fresh, no_scaler())
     train_step(model, optimizer, 1)
     train_step(again, fresh, 1)
     assert states_equal(again.state_dict(), model.state_dict())
@@ -176,9 +182,9 @@ def test_a_block_travels_and_needs_a_place(tmp_path):
 def test_a_run_of_another_optimizer_or_method_is_refused(saved):
     content, model = read_checkpoint(saved), cifar_model()
     frozen = torch.optim.SGD(list(model.parameters())[1:], lr=0.1)
-    assert "does not fit" in refusal(lambda p: restore(content, p, model, arb_method(), frozen), saved)
+    assert "does not fit" in refusal(lambda p: restore(content, p, model, arb_method(), frozen, no_scaler()), saved)
     other = torch.nn.Linear(2, 2)
-    assert "does not fit" in refusal(lambda p: restore(content, p, model, other, sgd(model)), saved)
+    assert "does not fit" in refusal(lambda p: restore(content, p, model, other, sgd(model), no_scaler()), saved)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

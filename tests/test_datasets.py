@@ -1,5 +1,7 @@
 """build_data: reading, holding out and cutting together, and the contradictions that it refuses."""
 
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -195,3 +197,80 @@ def test_a_tree_given_as_a_path_with_a_relative_part_is_found(trees, monkeypatch
     monkeypatch.chdir(Path(trees).parent)
     data = build_data("folder", f"./{Path(trees).name}/../{Path(trees).name}", image_size=8)
     assert data.class_counts.tolist() == list(NATURAL.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where small images live
+
+ALL = (21 + 2) * 8 * 8 * 3  # bytes that the images of ``trees`` need at 8 pixels
+CUT = (16 + 2) * 8 * 8 * 3  # after a cut to [2, 10, 4, 0]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with as much memory as is asked for."""
+    ask = os.sysconf
+
+    def with_memory(size: int) -> None:
+        monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}.get(name, ask(name)))
+
+    return with_memory
+
+
+@pytest.mark.parametrize(
+    ("wanted", "memory", "options", "resident"),
+    [
+        ("auto", 2 * ALL, {}, True),
+        ("auto", 2 * ALL - 1, {}, False),
+        ("auto", 2 * CUT, {"imb_factor": 0.1}, True),
+        ("auto", 2 * CUT - 1, {"imb_factor": 0.1}, False),
+        (True, ALL, {}, True),
+        (False, 10**15, {}, False),
+    ],
+)
+def test_auto_keeps_what_fits_into_half_of_the_memory(trees, machine, wanted, memory, options, resident):
+    """What the cut leaves counts."""
+    machine(memory)
+    data = build_data("folder", trees, image_size=8, data_on_device=wanted, **options)
+    assert data.on_device == resident
+    assert isinstance(data.test.images, torch.Tensor) == resident
+    assert len(data.train.images) == len(data.train.targets) == data.class_counts.sum()
+
+
+def test_held_out_images_need_memory_too(machine):
+    machine(1797 * 8 * 8 * 3)  # all scans fit, and not into half of it
+    for options in ({}, {"val_per_class": 20}):
+        assert build_data("digits", "", image_size=8, data_on_device=True, **options).on_device
+        assert not build_data("digits", "", image_size=8, **options).on_device
+    machine(1797 * 8 * 8 * 3 - 1)
+    for options in ({}, {"val_per_class": 20}):
+        with pytest.raises(DataError, match=r"^data_on_device: True, but the images need "):
+            build_data("digits", "", image_size=8, data_on_device=True, **options)
+
+
+def test_images_that_do_not_fit_are_refused_where_they_have_to(trees, machine):
+    machine(2**28)
+    with pytest.raises(DataError) as error:
+        build_data("folder", trees, image_size=3000, data_on_device=True)
+    assert str(error.value) == ("data_on_device: True, but the images need 0.6 GiB and cpu has 0.2; use auto or False")
+
+
+def test_nothing_is_decoded_at_the_start_where_images_are_read(trees, machine, tmp_path):
+    root = shutil.copytree(trees, tmp_path / "trees")
+    for path in root.glob("*/*/*.png"):
+        path.write_bytes(b"no image")
+    machine(2 * ALL - 1)
+    for wanted in (False, "auto"):
+        data = build_data("folder", str(root), image_size=8, imb_factor=1.0, val_per_class=0, data_on_device=wanted)
+        assert data.class_counts.tolist() == [4, 10, 7, 0]
+    with pytest.raises(DataError, match=r"\.png: is no readable image"):
+        build_data("folder", str(root), image_size=8, data_on_device=True)
+
+
+def test_large_images_stay_in_their_files(lists):
+    path = str(lists / "places")
+    for wanted in ("auto", False):
+        assert not build_data("places", path, image_size=32, data_on_device=wanted).on_device
+    with pytest.raises(DataError) as error:
+        build_data("places", path, image_size=32, data_on_device=True)
+    assert str(error.value) == ("data_on_device: True, but the images of places stay in their files; use auto or False")

@@ -1,16 +1,19 @@
 """Class folders with real image files: layout, decoding, sizes, and files that cannot be read."""
 
 import io
+import multiprocessing
+import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torchvision.transforms as T
 from PIL import Image
 
-from datasets import image_folder
+from datasets import build_data, image_folder
 from datasets.source import DataError, Source
 
 
@@ -259,3 +262,95 @@ def test_a_wrong_layout_is_refused_by_the_name_of_the_folder(tree, damage, names
 def test_a_path_that_is_missing_or_a_file_is_refused(tree):
     for path in (tree / "nowhere", tree / "train/cat/0.png"):
         assert refusal(path).startswith(f"data_path: {path / 'train'} is no folder; expected are train/<class>/")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes that decode
+
+MANY = 4 * image_folder.CHUNK
+more_processes_than_cpus = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """So many images that processes decode them; tests do not write into it."""
+    root = tmp_path_factory.mktemp("many")
+    random = np.random.default_rng(0)
+    for i in range(MANY + 9):
+        place = root / ("test" if i % 128 == 0 else "train") / ("ab"[i % 2])
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (8, 8 + i % 3, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i:04}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def decoded(many) -> np.ndarray:
+    """The training images, one after another by this process."""
+    paths = sorted((many / "train").glob("*/*.png"))
+    return np.stack([image_folder.decode(str(path), 8) for path in paths])
+
+
+def repeated(images: int, whole: int) -> np.ndarray:
+    """Positions of as many of ``whole`` images, from the last one on backwards."""
+    return np.arange(whole)[::-1][np.arange(images) % whole]
+
+
+def process_id(path: str, size: int) -> np.ndarray:
+    """Decodes to the number of the process that does it."""
+    pixels = np.zeros((size, size, 3), np.uint8)
+    pixels.reshape(-1)[:4] = np.frombuffer(os.getpid().to_bytes(4, "little"), np.uint8)
+    return pixels
+
+
+@more_processes_than_cpus
+@pytest.mark.parametrize(
+    ("images", "workers", "processes"),
+    [(MANY, 1, 1), (MANY, 3, 3), (MANY + 300, 2, 2), (MANY, 0, 0), (MANY - 1, 3, 0), (1, 3, 0)],
+)
+def test_processes_decode_many_images_and_few_are_decoded_here(many, images, workers, processes):
+    before = multiprocessing.active_children()
+    train = image_folder.read(many, 8, workers, process_id).train
+    found = train.load(repeated(images, len(train.targets))).reshape(images, -1)[:, :4].copy().view(np.uint32)
+    if processes:
+        assert len(np.unique(found)) == processes
+        assert os.getpid() not in found
+    else:
+        assert np.unique(found).tolist() == [os.getpid()]
+    assert multiprocessing.active_children() == before
+
+
+@more_processes_than_cpus
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("images", [MANY, MANY + 1, 5 * image_folder.CHUNK + 17])
+def test_any_number_of_processes_decodes_the_same_in_the_order_asked_for(many, decoded, images, workers):
+    chosen = repeated(images, len(decoded))
+    np.testing.assert_array_equal(read(many, 8, workers).train.load(chosen), decoded[chosen])
+
+
+@more_processes_than_cpus
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_first_broken_image_of_many_is_named_in_one_line(many, tmp_path, workers):
+    before = multiprocessing.active_children()
+    paths = sorted((many / "train").glob("*/*.png"))
+    for place in (700, 900):  # in the third chunk and in the fourth
+        (tmp_path / f"{place}.png").write_bytes(b"no image")
+        paths[place] = tmp_path / f"{place}.png"
+    load = image_folder.Decoder([str(path) for path in paths], 8, workers, image_folder.decode)
+    with pytest.raises(DataError) as error:
+        load(repeated(MANY + 10, len(paths))[::-1])
+    assert str(error.value) == f"{tmp_path / '700.png'}: is no readable image (of no format that PIL knows)"
+    del error
+    assert multiprocessing.active_children() == before
+
+
+def test_a_worker_decodes_a_large_batch_itself(many):
+    """Its own processes it could not have."""
+    loaders = [
+        build_data("folder", str(many), image_size=8, data_on_device=where, workers=1).train_loader(
+            MANY, 0, torch.device("cpu")
+        )
+        for where in (True, False)
+    ]
+    ours, theirs = ([batch.images for batch in loader.epoch(0)] for loader in loaders)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -186,7 +186,7 @@ def test_a_checkpoint_is_evaluated_with_its_own_map_else_in_the_legacy_order(run
 def test_going_on_keeps_the_map_and_a_foreign_file_brings_the_legacy_one(run, tied, tmp_path):
     cfg = load_config(run / "config.yaml", ["resume", str(run / "ckps" / "current.pth.tar"), "class_map", "legacy"])
     numbering = train_stage1.class_map(cfg, read_checkpoint(cfg.resume))
-    assert train_stage1.load_data(cfg, numbering.choice).class_map.tolist() == list(range(365))
+    assert train_stage1.load_data(cfg, numbering.choice, torch.device("cpu")).class_map.tolist() == list(range(365))
     assert numbering.notes == ["class map: the checkpoint's, class_map legacy is not needed"]
     cfg = load_config(run / "config.yaml", ["resume", str(foreign(run, tmp_path / "best.pth.tar"))])
     numbering = train_stage1.class_map(cfg, read_checkpoint(cfg.resume))

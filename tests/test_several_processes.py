@@ -25,8 +25,10 @@ from tests.conftest import ROOT
 from tests.trees import make_tree
 from utils import distributed
 from utils.config import load_config
+from utils.precision import new_scaler
 from utils.run_log import RunLog, new_folder
 from utils.seed import generator
+from utils.step import Step
 
 IMAGENET = "config/imagenet/imagenet_resnet50_arbloss_ugcc_mixup.yaml"
 PLACES = "config/places/places_resnet50_arbloss_ugcc_mixup.yaml"
@@ -152,7 +154,7 @@ def work(path: Path) -> None:
     """One member's part in one group: its gradients, evaluations and buffers."""
     cfg = load_config(DIGITS, ["image_size", "8", "backbone", "resnet20", "val_per_class", "2"])
     with distributed.processes("cpu") as device:
-        data = train_stage1.load_data(cfg)
+        data = train_stage1.load_data(cfg, cfg.class_map, device)
         found = {"gradients": {}, "train": {}, "turn": turn(path.parent)}
         for name, (loss, counts, alpha, batch_size, arrangements) in SAME.items():
             for accumulate in (k for world_size, k in arrangements if world_size == distributed.world_size()):
@@ -186,9 +188,9 @@ def gradients(cfg, data, device: torch.device, folder: Path) -> tuple[dict, Tens
     model = Still(train_stage1.new_model(cfg, data))
     optimizer = Gradients(model)
     with RunLog(new_folder(str(folder / "saved"), "run"), "run") as run:
-        parallel = distributed.parallel(model, device)
-        method = train_stage1.new_method(cfg, data)
-        row = train_stage1.train_epoch(parallel, method, optimizer, loader, run, 0, cfg.seed, print_freq=1000)
+        parallel, method = distributed.parallel(model, device), train_stage1.new_method(cfg, data)
+        step = Step(parallel, method, optimizer, new_scaler(cfg.precision, device), device)
+        row = train_stage1.train_epoch(step, loader, run, 0, cfg.seed, print_freq=1000)
     kept = torch.stack(optimizer.kept)
     everyones = distributed.gather_rows(kept[None])
     assert torch.equal(everyones, kept.expand_as(everyones)), "the processes step in different directions"
@@ -209,7 +211,7 @@ def evaluations(cfg, data, device: torch.device) -> dict:
     found = {"report": {}, "predictions": {}, "targets": data.test.targets}
     for size in EVAL_BATCHES:
         test = EvalLoader(pixels, data.test.targets, size, device, **shares)
-        evaluation = train_stage1.evaluate(model, test, held_out, data.class_counts, groups)
+        evaluation = train_stage1.evaluate(model, test, held_out, data.class_counts, groups, cfg.precision)
         found["report"][size] = json.dumps(evaluation.entries)
         found["predictions"][size] = tuple(evaluation.predictions)
     return {**found, "buffers": dict(model.named_buffers())}

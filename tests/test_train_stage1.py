@@ -28,8 +28,11 @@ from models import build_model
 from tests.conftest import ARB, ROOT, assert_same_run, assert_same_tensors, content, failure, history, train
 from utils.config import load_config
 from utils.errors import DivergenceError
+from utils.precision import new_scaler
 from utils.run_log import RunLog
+from utils.step import Step
 
+CPU = torch.device("cpu")
 CE = "config/digits/digits_imb005.yaml"
 
 
@@ -172,8 +175,8 @@ def test_two_methods_with_one_seed_see_identical_weights_batches_crops_and_lambd
     arms = []
     for path, overrides in ((ARB, []), (CE, ["mixup", "True", "loss", "focal_arb"])):
         cfg = load_config(path, overrides)
-        data = train_stage1.load_data(cfg)
-        loader = data.train_loader(cfg.batch_size, cfg.seed, torch.device("cpu"), 0, 1)
+        data = train_stage1.load_data(cfg, cfg.class_map, CPU)
+        loader = data.train_loader(cfg.batch_size, cfg.seed, CPU)
         method = train_stage1.new_method(cfg, data)
         batches = [batch for epoch in (0, 7) for batch in loader.epoch(epoch)]
         draws = [draw for epoch in (0, 7) for draw in method.draws(loader.batch_sizes, cfg.seed, epoch)]
@@ -273,7 +276,8 @@ def test_a_foreign_file_gives_weights_only_and_says_so(finished, tmp_path):
 @pytest.mark.parametrize("loss", ["ce", "arb"])
 def test_twenty_steps_overfit_a_batch(loss):
     data = build_data("digits", "")
-    images, targets = next(iter(data.train_loader(64, 0, torch.device("cpu"), 0, 1).epoch(0)))[:2]
+    batch = next(data.train_loader(64, 0, CPU).epoch(0))
+    images, targets = batch.images, batch.targets
     torch.manual_seed(0)
     model = build_model("digits", "resnet20", 10).train()
     method = build_method(loss, "batch", data.class_counts, 0.0)
@@ -303,12 +307,13 @@ class ScalarReads(TorchDispatchMode):
 def one_epoch(cfg, batch_size, run, lr=0.1):
     """An epoch by the trainer's own loop, in batches of ``batch_size``, with one log line."""
     cfg = load_config(cfg)
-    data = train_stage1.load_data(cfg)
+    data = train_stage1.load_data(cfg, cfg.class_map, CPU)
     model, method = train_stage1.new_model(cfg, data), train_stage1.new_method(cfg, data)
-    loader = data.train_loader(batch_size, 0, torch.device("cpu"), 0, 1)
+    loader = data.train_loader(batch_size, 0, CPU)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    step = Step(model, method, optimizer, new_scaler("fp32", CPU), CPU)
     with ScalarReads() as counter:
-        train_stage1.train_epoch(model, method, optimizer, loader, run, epoch=0, seed=0, print_freq=1000)
+        train_stage1.train_epoch(step, loader, run, epoch=0, seed=0, print_freq=1000)
     return counter.reads, len(loader)
 
 
@@ -373,7 +378,7 @@ def test_own_class_folders_with_their_natural_counts(tmp_path, capsys):
     assert "162 training images in 3 classes (largest 120, smallest 12), 30 test images" in said
     assert history(folder)[0]["test"]["group_sizes"] == {"count": {"many": 1, "medium": 1, "few": 1}}
     cfg = load_config("config/folder/base.yaml", ["data_path", str(tmp_path / "images")])
-    assert train_stage1.load_data(cfg).class_counts.tolist() == [120, 12, 30]  # one, two, zero
+    assert train_stage1.load_data(cfg, cfg.class_map, CPU).class_counts.tolist() == [120, 12, 30]  # one, two, zero
 
 
 def test_two_processes_write_one_folder_and_train(tmp_path):
@@ -402,12 +407,14 @@ from torch import nn
 from models.model import Model
 from utils import distributed
 from utils.config import load_config
+from utils.precision import new_scaler
 from utils.run_log import RunLog, new_folder
+from utils.step import Step
 
 def work(folder):
     cfg = load_config("config/digits/digits_imb005.yaml")
     with distributed.processes("cpu") as device:
-        data = train_stage1.load_data(cfg)
+        data = train_stage1.load_data(cfg, cfg.class_map, device)
         torch.manual_seed(0)
         # No batch norm: each process would normalise by its own share.
         model = Model(nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Tanh()), nn.Linear(8, 10))
@@ -416,11 +423,13 @@ def work(folder):
         loader = data.train_loader(17, 0, device, distributed.rank(), distributed.world_size())
         with RunLog(new_folder(str(folder), "run"), "run") as run:
             parallel = distributed.parallel(model, device)
-            row = train_stage1.train_epoch(parallel, method, optimizer, loader, run, 0, 0, 1000)
+            step = Step(parallel, method, optimizer, new_scaler("fp32", device), device)
+            row = train_stage1.train_epoch(step, loader, run, 0, 0, 1000)
         normed = train_stage1.new_model(cfg, data)
         normed.backbone.bn1.running_mean += distributed.rank()
         groups = train_stage1.class_groups(cfg, data)
-        found = train_stage1.evaluate(normed, data.test_loader(device), None, data.class_counts, groups).entries
+        test, counts = data.test_loader(device), data.class_counts
+        found = train_stage1.evaluate(normed, test, None, counts, groups, "fp32").entries
         weights = {name: value.tolist() for name, value in model.state_dict().items()}
         content = {"train": row["train"], "weights": weights, "nll": found["test"]["nll"]}
         (folder / f"{distributed.rank()} of {distributed.world_size()}.json").write_text(json.dumps(content))
@@ -474,6 +483,8 @@ BAD_INPUT = [
     (["--cfg", "config/folder/base.yaml", "data_path", "none"], "none/train is no folder"),
     (["--cfg", ARB, "LAS", "True", "smooth_head", 0.3, "smooth_tail", 0], "LAS and arbloss cannot both be True"),
     (["--cfg", CE, "loss", "las"], "needs smooth_head and smooth_tail"),
+    (["--cfg", CE, "precision", "bf8"], "precision: 'bf8' must be one of fp32, tf32, bf16, fp16"),
+    (["--cfg", CE, "data_on_device", "maybe"], "data_on_device: 'maybe' must be one of auto, True, False"),
 ]
 
 
@@ -487,14 +498,20 @@ def test_bad_input_ends_in_exit_code_2_and_one_line(arguments, expected, capsys,
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_broken_image_is_named(tmp_path, capsys):
+@pytest.mark.parametrize(("where", "workers"), [("auto", 0), (True, 2), (False, 0), (False, 2)])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_broken_image_is_named(tmp_path, capfd, part, where, workers):
+    """At the start, or in training or evaluation when it is met; from a worker without a traceback."""
     write_folders(tmp_path / "images", per_class=(3, 3, 3))
-    broken = tmp_path / "images" / "train" / "two" / "1.png"
+    broken = tmp_path / "images" / part / "two" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    result = failure(capsys, train_stage1.main, "--cfg", "config/folder/base.yaml", "data_path", tmp_path / "images")
+    options = ["data_path", tmp_path / "images", "image_size", 8, "save_dir", tmp_path / "saved", "num_epochs", 1]
+    options += ["data_on_device", where, "workers", workers]
+    result = failure(capfd, train_stage1.main, "--cfg", "config/folder/base.yaml", *options)
     assert result.code == 2
     assert len(result.lines) == 1
     assert f"{broken}: is no readable image" in result.said
+    assert (tmp_path / "saved").exists() == (where is False)
 
 
 def test_a_last_batch_of_one_image_is_refused_before_training_where_batch_norm_cannot_take_it(tmp_path, capsys):

@@ -194,6 +194,8 @@ def restore(
     try:
         method.load_state_dict(content["state_dict_method"])
         optimizer.load_state_dict(content["optimizer"])
+        for group in optimizer.param_groups:  # a recorded step keeps the rate in a tensor on its device
+            group["lr"] = float(group["lr"])
         if content.get("scaler"):  # empty but for fp16
             scaler.load_state_dict(content["scaler"])
         return TrainState(int(content["epoch"]), float(content["best_acc1"]), float(content["its_ece"]))
