@@ -55,8 +55,8 @@ def by_rule(metrics: dict) -> dict[str, dict]:
 
 
 def differences(content: Mapping, cfg: CfgNode) -> list[str]:
-    """Lines that warn where groups and training counts are not those of the checkpoint's own training set."""
-    changed = {key: pair for key, pair in changed_options(content, cfg).items() if key in FIXED}
+    """Lines that warn where data or precision, and so the figures, are not those of the checkpoint's own run."""
+    changed = {key: pair for key, pair in changed_options(content, cfg).items() if key in (*FIXED, "precision")}
     return [
         f"trained with {key} {old}, but this configuration says {new}, and what is below follows it"
         for key, (old, new) in changed.items()

@@ -16,6 +16,7 @@ from datasets.long_tail import cut_counts, hold_out, long_tail_indices
 from datasets.source import DataError, ImageFiles, Source, Split, StoredImages
 from datasets.specs import DatasetSpec, find_spec
 from datasets.streaming import StoredPixels, StreamedPixels
+from utils import distributed
 
 __all__ = ["Data", "DataError", "build_data", "find_spec"]
 
@@ -164,19 +165,22 @@ def _on_device(wanted: str | bool, name: str, spec: DatasetSpec, needed: int, de
         if wanted is True:
             raise DataError(f"data_on_device: True, but the images of {name} stay in their files; use auto or False")
         return False
-    limit = _free_bytes(device) // (1 if wanted is True else 2)
+    if wanted is False:
+        return False
+    limit = _memory(device) // (1 if wanted is True else 2)
     if wanted is True and needed > limit:
         raise DataError(
             f"data_on_device: True, but the images need {needed / 2**30:.1f} GiB and {device} has {limit / 2**30:.1f}; "
             "use auto or False"
         )
-    return wanted is True or (wanted == "auto" and needed <= limit)
+    return needed <= limit
 
 
-def _free_bytes(device: torch.device) -> int:
+def _memory(device: torch.device) -> int:
+    """Bytes that this process may count on: what is free on a CUDA device, its share of what a machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // distributed.processes_here()
 
 
 def _images(split: Split, chosen: np.ndarray, side: int, resident: bool) -> Images:

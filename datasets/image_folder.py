@@ -20,7 +20,7 @@ from datasets.source import DataError, Source, Split
 from datasets.streaming import Request, Workers
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
-CHUNK = 256  # images that a worker decodes at once
+CHUNK, CHUNK_BYTES = 256, 2**20  # what a worker decodes at once at most: its shared memory may be 64 MiB in all
 LAYOUT = "train/<class>/*.{png,jpg,jpeg} and test/<class>/*.{png,jpg,jpeg}"
 
 
@@ -109,9 +109,13 @@ class Decoder:
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         images = np.empty((len(indices), self.size, self.size, 3), np.uint8)
-        few = len(indices) < 4 * CHUNK or get_worker_info()  # a worker is one of many already
-        parts = [range(n, min(n + CHUNK, len(indices))) for n in range(0, len(indices), CHUNK)]
-        workers = Workers(self._decoded, 0 if few else self.workers, torch.device("cpu"))
+        if len(indices) < 4 * CHUNK or get_worker_info():  # a worker is one of many already
+            for place, index in enumerate(indices):
+                images[place] = self.decode(self.paths[index], self.size)
+            return images
+        chunk = min(CHUNK, max(1, CHUNK_BYTES // (3 * self.size**2)))
+        parts = [range(n, min(n + chunk, len(indices))) for n in range(0, len(indices), chunk)]
+        workers = Workers(self._decoded, self.workers, torch.device("cpu"))
         read = workers.read([indices[part] for part in parts])
         for part, decoded in zip(parts, read, strict=True):
             images[part] = decoded

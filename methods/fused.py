@@ -51,5 +51,5 @@ class _FusedNLL(torch.autograd.Function):
         weights = weights.T
         gradient = p * weights.sum(dim=1, keepdim=True)
         for y, w in zip(targets.split(1, dim=1), (weights * slope).split(1, dim=1), strict=True):
-            gradient.scatter_add_(1, y, -w)  # one target at a time: the order of a sum is the same on every device
+            gradient.scatter_add_(1, y, -w)  # one target at a time: no entry twice, so no race
         return gradient.to(ctx.dtype), None, None, None

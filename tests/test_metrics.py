@@ -362,7 +362,7 @@ def test_a_meter_that_saw_nothing_says_zero(meter):
 
 
 def test_the_meter_sums_in_double_precision(meter):
-    for step in range(200):
+    for _ in range(200):
         meter.update(torch.tensor(0.1, dtype=torch.float64), one_hot([0] * 999), torch.zeros(999).long())
     assert meter.averages()["loss"] == pytest.approx(0.1, rel=1e-12)
     assert not meter.sums.requires_grad

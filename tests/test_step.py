@@ -11,6 +11,9 @@ from methods import build_method
 from methods.losses import arb_loss
 from methods.mixup import mix
 from models import build_model
+from train_stage1 import set_lr
+from utils.checkpoint import TrainState, read_checkpoint, restore, save_checkpoint
+from utils.config import load_config
 from utils.errors import InputError
 from utils.precision import autocast, float32_products, new_scaler
 from utils.seed import seeded_weights
@@ -197,8 +200,9 @@ def test_fp16_skips_a_step_whose_gradients_overflow_and_lowers_the_scale(digits)
 # Compiled
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", 1e-4), pytest.param("bf16", 1e-2, marks=pytest.mark.slow)]
+)
 def test_a_compiled_step_has_nearly_the_loss_of_an_eager_one(digits, precision, tolerance):
     torch.compiler.reset()
     compiled, loss = first_loss(digits, precision, compiled=True)
@@ -315,6 +319,59 @@ def test_recording_changes_nothing(digits):
         assert torch.equal(tensor, old)
 
 
+def checkpoint(step, path) -> dict:
+    """What a file holds after it was written."""
+    step = getattr(step, "step", step)
+    parts = {"model": step.model, "method": step.method, "optimizer": step.optimizer, "scaler": step.scaler}
+    save_checkpoint(path, **parts, state=TrainState(1), config={}, selected_on="test set")
+    return read_checkpoint(path)
+
+
+@pytest.mark.parametrize(("device", "precision"), RECORDED)
+def test_steps_recorded_after_a_resume_are_eager_ones(digits, tmp_path, device, precision, deterministic):
+    """Momentum and scale are the file's; it was written without fused, as files once were."""
+    content = checkpoint(run(digits, new_step(digits, precision, device), steps=4, device=device), tmp_path / "a")
+    content["optimizer"]["param_groups"][0] |= {"fused": None, "lr": 7.0, "weight_decay": 7.0}
+    steps = []
+    for kind in (Step, RecordedStep):
+        parts = new_parts(digits, precision, device, seed=1)
+        restore(copy.deepcopy(content), "a", *parts)  # it hands its tensors over
+        step = Step(*parts, torch.device(device), precision)
+        if kind is RecordedStep:
+            step = RecordedStep(step, Recorder() if device == CPU else None)
+        group = parts[2].param_groups[0]
+        assert (group["fused"], float(group["lr"]), group["weight_decay"]) == (True, pytest.approx(LR), 1e-3)
+        steps.append(run(digits, step, epochs=2, steps=10, device=device))
+    assert_close(*steps, rtol=1e-4, atol=1e-6 if precision == "fp32" else 1e-4)
+
+
+def test_what_a_recording_reads_stays_where_it_is(digits):
+    """Learning rate, momentum and weights, over a change of the rate and a smaller batch."""
+    step = recorded(digits, CPU)
+    optimizer = step.step.optimizer
+    rate, places = optimizer.param_groups[0]["lr"], [tensor.data_ptr() for tensor in step.step.tensors()]
+    assert rate.ndim == 0
+    run(digits, step)
+    set_lr(optimizer, load_config("config/digits/digits_imb005.yaml", ["lr", "0.5", "warmup_epochs", "0"]), 0)
+    run(digits, step, steps=1)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == 0.5
+    assert [tensor.data_ptr() for tensor in step.step.tensors()] == places
+
+
+def test_a_checkpoint_of_recorded_steps_holds_numbers(digits, tmp_path):
+    step = run(digits, recorded(digits, CPU), steps=1)
+    assert checkpoint(step, tmp_path / "a")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(LR)
+    assert isinstance(checkpoint(step, tmp_path / "a")["optimizer"]["param_groups"][0]["lr"], float)
+
+
+def test_a_step_of_another_optimizer_cannot_be_recorded(digits):
+    model, method, _, scaler = new_parts(digits)
+    plain = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.raises(ValueError, match="needs a fused optimizer"):
+        RecordedStep(Step(model, method, plain, scaler, CPU))
+
+
 def test_a_method_that_changes_is_recorded_anew(digits):
     recorder = Recorder()
     step = recorded(digits, CPU, recorder=recorder)
@@ -323,7 +380,7 @@ def test_a_method_that_changes_is_recorded_anew(digits):
     assert recorder.recordings == 2
 
 
-def test_a_recording_is_not_told_of_a_batch_that_diverges(digits):
+def test_a_recorded_step_that_diverges_is_found(digits):
     step = recorded(digits, CPU)
     run(digits, step, steps=3)
     with torch.no_grad():

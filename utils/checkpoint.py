@@ -69,7 +69,7 @@ def save_checkpoint(
         "its_ece": state.its_ece,
         **{key: part.state_dict() for key, part in _parts(model).items()},
         "state_dict_method": method.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": _portable(optimizer.state_dict()),
         "scaler": scaler.state_dict(),
         "class_counts": class_counts,
         "class_map": class_map,
@@ -78,6 +78,12 @@ def save_checkpoint(
     }
     with atomic_file(path) as file:
         torch.save(content, file)
+
+
+def _portable(state: dict) -> dict:
+    """An optimizer's state with learning rates as numbers: a recorded step keeps them in tensors on its device."""
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,15 +195,19 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> TrainState:
-    """Puts everything of our own checkpoint back into its place."""
+    """Puts everything of our own checkpoint back into its place.
+
+    Of the optimizer that is its momentum; its options (weight decay, ...) are those of this configuration.
+    """
     load_content(model, content, path)
     try:
         method.load_state_dict(content["state_dict_method"])
+        options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(content["optimizer"])
-        for group in optimizer.param_groups:  # a recorded step keeps the rate in a tensor on its device
-            group["lr"] = float(group["lr"])
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
         if content.get("scaler"):  # empty but for fp16
-            scaler.load_state_dict(content["scaler"])
+            scaler.load_state_dict(content["scaler"] | {"scale": float(content["scaler"]["scale"])})
         return TrainState(int(content["epoch"]), float(content["best_acc1"]), float(content["its_ece"]))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {_brief(error)}") from None

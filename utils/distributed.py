@@ -100,11 +100,15 @@ def who() -> str:
     return f" (rank {os.environ['RANK']})" if "RANK" in os.environ and _launched() else ""
 
 
+def processes_here() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+
+
 def workers_here(workers: int) -> int:
     """This process's share of a node's ``workers``, at most the CPUs that it may use."""
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(-(-workers // processes_here), usable)
+    return min(-(-workers // processes_here()), usable)
 
 
 def parallel(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
@@ -167,7 +171,7 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
     """Joins the launcher's process group, if there is one, for the length of the block; yields this process's device.
 
     ``device``: "auto" (CUDA where there is one), "cpu" or "cuda". NCCL on CUDA, Gloo on a CPU. ``deterministic``:
-    deterministic kernels wherever they exist; otherwise cuDNN tries its kernels and keeps the fastest.
+    deterministic kernels wherever they exist.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda, but this machine has no usable CUDA device; use auto or cpu")
@@ -183,7 +187,6 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
         torch.cuda.set_device(here)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    tried_before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not deterministic
     if launched:
         dist.init_process_group("nccl" if on_cuda else "gloo", device_id=here if on_cuda else None)
     try:
@@ -198,4 +201,3 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
         raise
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = tried_before

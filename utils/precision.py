@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from utils.errors import InputError
+
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", "tf32", *HALF)
 
@@ -31,5 +33,10 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def new_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss for "fp16", and skips steps whose gradients overflow; the identity for all others."""
+    """Scales the loss for "fp16", and skips steps whose gradients overflow; the identity for all others.
+
+    Raises :class:`InputError` for a CUDA device that has no bfloat16.
+    """
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError("precision: bf16, but this CUDA device cannot compute in bfloat16; use fp16 or fp32")
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -5,8 +5,12 @@ The step knows neither data sets nor methods: ``batch`` is a NamedTuple with the
 """
 
 import contextlib
+import os
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -34,7 +38,7 @@ class Step:
         compiled: bool = False,
     ):
         """``model`` may be a parallel wrapper; ``compiled``: whether :func:`compile_model` was applied to what is in
-        it. All of them hold what training starts from.
+        it. Weights, optimizer and scaler are loaded already: a recording starts from them.
         """
         self.model, self.method, self.optimizer, self.scaler = model, method, optimizer, scaler
         self.device, self.precision, self.compiled = device, precision, compiled
@@ -73,12 +77,15 @@ class Step:
 class RecordedStep:
     """A :class:`Step` that is recorded at the first full batch and replayed from then on, without Python in between.
 
-    Recording runs the step a few times; whatever it changes is put back. A batch, the learning rate and the draws are
-    copied to where the recording reads them. An epoch's last, smaller batch runs as it is.
+    Recording runs the step a few times; whatever it changes is put back. A step's parts of the epoch's tables (which
+    images, their crops, lambda, ...) are copied to where the recording reads them. An epoch's last, smaller batch runs
+    as it is. For one process and one pass per step: what a batch says beside its tensors becomes part of the recording.
     """
 
     def __init__(self, step: Step, record: Callable[[Callable[[], None]], Callable[[], None]] | None = None):
         """``record`` takes a function, may call it, and returns one that replays it; None: a CUDA graph."""
+        if not all(group["fused"] for group in step.optimizer.param_groups):
+            raise ValueError("a recorded step needs a fused optimizer: the others read the learning rate on the CPU")
         self.step = step
         self.model, self.method, self.meter, self.device = step.model, step.method, step.meter, step.device
         self.record = record or record_cuda_graph
@@ -138,8 +145,13 @@ def record_cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
     """Has torch.compile translate the model's training pass, at its first batch; evaluation calls ``forward`` as is."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise InputError("compile: True needs a C++ compiler on a CPU, and there is no g++ or clang++; use False")
+    compiler = shlex.split(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))[0]
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise InputError(
+            f"compile: True needs a C++ compiler on a CPU, and there is no {compiler} (see CXX); use False"
+        )
+    if device.type == "cuda" and (not find_spec("triton") or torch.cuda.get_device_capability(device) < (7, 0)):
+        raise InputError("compile: True needs Triton, and a CUDA device of capability 7.0 or more; use False")
     model.compile(dynamic=False)
 
 
@@ -150,4 +162,5 @@ def _make_momentum(optimizer: torch.optim.Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("momentum") else ():
-            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            if "momentum_buffer" not in optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
