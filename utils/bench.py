@@ -585,6 +585,7 @@ began = time.perf_counter()
 import torch, torchvision
 torch_there = time.perf_counter()
 import json, sys, train_stage1
+from utils.command_line import exit_code
 trainer_there = time.perf_counter()
 
 class Done(Exception):
@@ -603,7 +604,7 @@ def new_step(*parts, make=train_stage1.new_step):
 
 train_stage1.new_step = new_step
 try:
-    train_stage1.main(sys.argv[1:])
+    sys.exit(exit_code(lambda: train_stage1.main(sys.argv[1:])))
 except Done as done:
     print(json.dumps([began, torch_there, trainer_there, *done.args]))
 """
