@@ -6,9 +6,9 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from train_stage1 import FIXED, check, class_groups, class_map, load_data, new_model
+from train_stage1 import FIXED, check, class_groups, class_map, find_checkpoint, load_data, new_model
 from utils import distributed
-from utils.checkpoint import CheckpointError, changed_options, load_content, read_checkpoint
+from utils.checkpoint import CheckpointError, changed_options, load_content
 from utils.command_line import exit_code, parse
 from utils.config import read_config
 from utils.evaluation import class_table, details, group_line, mislas_lines, predict, table, write_report
@@ -24,22 +24,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(cfg)
         if not cfg.resume:
             raise CheckpointError("resume: eval.py needs a checkpoint; add: resume saved/<run>/ckps/current.pth.tar")
-        content = read_checkpoint(cfg.resume)
-        numbering = class_map(cfg, content)
+        path, content, origin = found = find_checkpoint(cfg)
+        if content is None:
+            raise CheckpointError(f"resume: auto finds no checkpoint of this configuration in {cfg.save_dir}")
+        numbering = class_map(cfg, found)
     with distributed.processes(cfg.device, cfg.deterministic) as device, float32_products(cfg.precision):
         data = load_data(cfg, numbering.choice, device)
         groups = class_groups(cfg, data)
         model = new_model(cfg, data, content)
-        loaded = load_content(model, content, cfg.resume)
+        loaded = load_content(model, content, path)
         test = data.test_loader(device, rank=distributed.rank(), world_size=distributed.world_size())
         predictions = predict(model.to(device), test, cfg.precision)
         metrics = report(predictions, data.class_counts, groups)
-        folder = report_folder(cfg.resume, cfg.save_dir, cfg.name)
+        folder = report_folder(path, cfg.save_dir, cfg.name)
         if distributed.is_main():
             write_report(folder, metrics, predictions, data.class_counts, data.class_names)
-            print(f"{cfg.resume}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
+            print(f"{path}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
             print(
-                *(f"note: {note}" for note in [*notes, *numbering.notes, *differences(content, cfg)]),
+                *(f"note: {note}" for note in [*notes, *origin, *numbering.notes, *differences(content, cfg)]),
                 sep="\n",
             )
             print(f"\n{class_table(predictions, data.class_counts, data.class_names)}")

@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -27,13 +27,15 @@ from models import build_model, find_backbone
 from utils import distributed
 from utils.checkpoint import (
     CheckpointError,
+    Found,
     TrainState,
     changed_options,
+    environment,
     is_ours,
     load_content,
+    newest_checkpoint,
     read_checkpoint,
     restore,
-    save_checkpoint,
     stored_class_map,
 )
 from utils.command_line import exit_code, parse
@@ -41,6 +43,7 @@ from utils.config import dump_config, read_config
 from utils.errors import InputError
 from utils.evaluation import group_line, mislas_lines, predict, save_predictions
 from utils.files import write_text
+from utils.keeper import Keeper
 from utils.metrics import (
     GROUPS,
     Predictions,
@@ -52,58 +55,63 @@ from utils.metrics import (
     shot_groups,
 )
 from utils.precision import float32_products, new_scaler
-from utils.run_log import RunLog, folder_of, new_folder, progress_line
+from utils.run_log import RunLog, count_lines, folder_of, new_folder, progress_line
 from utils.schedule import lr_at
 from utils.seed import seeded_weights
+from utils.signals import Signals
 from utils.step import RecordedStep, Step, compile_model
 from utils.summary import summarise, summary_table, write_summary
 
-# What a run cannot change when it goes on: its data. (That the model fits is checked against the weights themselves.)
-FIXED = ("dataset", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class")
+# What a run cannot change when it goes on: its data and its network.
+FIXED = ("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class", "backbone")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse("Train one stage with ARB-Loss or a baseline.", arguments)
-    with distributed.together():
-        cfg, notes = read_config(args.cfg, args.overrides)
-        check(cfg)
-        content = read_checkpoint(cfg.resume) if cfg.resume else None
-        numbering = class_map(cfg, content)
-    with distributed.processes(cfg.device, cfg.deterministic) as device, float32_products(cfg.precision):
-        data = load_data(cfg, numbering.choice, device)
-        groups = class_groups(cfg, data)
-        shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-        loader = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **shares)
-        test, held_out = data.test_loader(device, **shares), data.val_loader(device, **shares)
-        model = new_model(cfg, data, content).to(device)
-        check_smallest_batch(model, loader, data.image_size)
-        method = new_method(cfg, data).to(device)
-        optimizer = new_optimizer(cfg, model, method)
-        scaler = new_scaler(cfg.precision, device)
-        parallel = new_parallel(cfg, model, device)  # may refuse: before a folder is made
-        state, folder, settings, origin = start(cfg, content, data, model, method, optimizer, scaler)
-        del content  # its weights are in the model now
-        step = new_step(cfg, parallel, method, optimizer, scaler, device)
+    with Signals() as signals:
+        with distributed.together():
+            cfg, notes = read_config(args.cfg, args.overrides)
+            check(cfg)
+            found = find_checkpoint(cfg)
+            numbering = class_map(cfg, found)
+        with distributed.processes(cfg.device, cfg.deterministic) as device, float32_products(cfg.precision):
+            data = load_data(cfg, numbering.choice, device)
+            groups = class_groups(cfg, data)
+            shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+            loader = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **shares)
+            test, held_out = data.test_loader(device, **shares), data.val_loader(device, **shares)
+            model = new_model(cfg, data, found.content).to(device)
+            check_smallest_batch(model, loader, data.image_size)
+            method = new_method(cfg, data).to(device)
+            optimizer = new_optimizer(cfg, model, method)
+            scaler = new_scaler(cfg.precision, device)
+            parallel = new_parallel(cfg, model, device)  # may refuse: before a folder is made
+            parts = {"model": model, "method": method, "optimizer": optimizer, "scaler": scaler}
+            state, folder, settings, origin = start(cfg, found, data, device, **parts)
+            found = found._replace(content=None)  # its weights are in the model now
+            step = new_step(cfg, parallel, method, optimizer, scaler, device)
 
-        with RunLog(folder, cfg.name, state.epoch) as run:
-            describe(run, cfg, data, groups, step, [*notes, *origin, *numbering.notes])
-            write_settings(folder, settings)
-            epochs = range(state.epoch, cfg.num_epochs)
-            for epoch in epochs:
-                row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
-                row |= train_epoch(step, loader, run, epoch, cfg.seed, cfg.print_freq)
-                if (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs:
-                    evaluation = evaluate(model, test, held_out, data.class_counts, groups, cfg.precision)
-                    row |= evaluation.entries
-                    publish(run, epoch, evaluation, data)
-                record(run, row)
-                best = advance(state, row)
-                parts = {"model": model, "method": method, "optimizer": optimizer, "scaler": scaler}
-                save(folder, best, data, state=state, config=settings, **parts)
-            if not epochs:  # a finished run was resumed
-                evaluation = evaluate(model, test, held_out, data.class_counts, groups, cfg.precision)
-                announce(run, evaluation)
-            finish(run, state, evaluation, groups)
+            with RunLog(folder, cfg.name, state.epoch, state.log_size) as run:
+                describe(run, cfg, data, groups, step, [*notes, *found.notes, *origin, *numbering.notes])
+                write_settings(folder, settings)
+                content = {**parts, **origins(data, settings, device)}
+                keeper = Keeper(run, signals, state, loader, step.meter, cfg.checkpoint_every_steps, content)
+                evaluated = (model, test, held_out, data.class_counts, groups, cfg.precision)
+                epochs = range(state.epoch, cfg.num_epochs)
+                with keeper.until_signal():
+                    for epoch in epochs:
+                        row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
+                        row |= train_epoch(step, loader, run, keeper, epoch, cfg.seed, cfg.print_freq)
+                        if (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs:
+                            evaluation = evaluate(*evaluated, keeper.signal)
+                            row |= evaluation.entries
+                            publish(run, epoch, evaluation, data)
+                        record(run, row)
+                        keeper.end_epoch(row)
+                if not epochs:  # a finished run was resumed
+                    evaluation = evaluate(*evaluated)
+                    announce(run, evaluation)
+                finish(run, state, evaluation, groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,14 +167,21 @@ class Numbering(NamedTuple):
     notes: list[str]  # a line that says it; none for other data
 
 
-def class_map(cfg: CfgNode, content: Mapping | None) -> Numbering:
+def find_checkpoint(cfg: CfgNode) -> Found:
+    """The checkpoint that ``resume`` names or, by ``auto``, means."""
+    if cfg.resume == "auto":
+        return newest_checkpoint(cfg.save_dir, cfg)
+    return Found(cfg.resume, read_checkpoint(cfg.resume) if cfg.resume else None, [])
+
+
+def class_map(cfg: CfgNode, found: Found) -> Numbering:
     """A checkpoint goes with the numbers that it was trained with; one without a map is MiSLAS's or ARBLOSS's."""
     if find_spec(cfg.dataset).lists is None:
         return Numbering(cfg.class_map, [])
-    if content is None:
+    if found.content is None:
         choice = cfg.class_map or "stable"
         return Numbering(choice, [f"class map: {choice}"])
-    stored = stored_class_map(content, cfg.resume)
+    stored = stored_class_map(found.content, found.path)
     if stored is None:
         choice = cfg.class_map or "legacy"
         return Numbering(choice, [f"class map: {choice}, the checkpoint has none"])
@@ -226,50 +241,88 @@ def new_step(
     device: torch.device,
 ) -> Step | RecordedStep:
     """A step is recorded where it is one pass of one process on CUDA."""
-    step = Step(parallel, method, optimizer, scaler, device, cfg.precision, cfg.compile)
+    step = Step(parallel, method, optimizer, scaler, device, cfg.precision, cfg.compile, cfg.max_grad_norm)
     alone = distributed.world_size() * cfg.accumulate == 1
     return RecordedStep(step) if cfg.cuda_graph and alone and device.type == "cuda" else step
 
 
 def start(
     cfg: CfgNode,
-    content: Mapping | None,
+    found: Found,
     data: Data,
+    device: torch.device,
     model: nn.Module,
     method: Method,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> tuple[TrainState, Path, dict, list[str]]:
-    """Where training starts: (state, the run's folder, the settings it records, notes for the log).
-
-    ``content``: of the checkpoint that ``resume`` names, or None.
-    """
-    settings = dict(cfg)
+    """Where training starts: (state, the run's folder, the settings it records, notes for the log)."""
+    settings, (path, content, _) = dict(cfg), found
     if content is None:
         return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, []
     if not is_ours(content):
-        source = load_content(model, content, cfg.resume)["source"]
-        note = f"{cfg.resume}: {source}; weights only, training starts at epoch 0"
+        source = load_content(model, content, path)["source"]
+        note = f"{path}: {source}; weights only, training starts at epoch 0"
         return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note]
     changed = changed_options(content, cfg)
-    other_data = [key for key in FIXED if key in changed]
-    if other_data:
-        key, (old, new) = other_data[0], changed[other_data[0]]
+    check_unchanged(content, path, changed, data)
+    state = restore(content, path, model, method, optimizer, scaler)
+    if not distributed.all_equal(state.epoch, state.step):
+        raise CheckpointError(f"{path}: is not the same file for every process; save_dir has to be shared by all nodes")
+    settings |= {key: content["config"].get(key, "") for key in ("resume", "class_map")}
+    folder = folder_of(path) or new_folder(cfg.save_dir, cfg.name)
+    reached = f"{state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
+    notes = [f"{path}: going on after {reached}, in {folder}"]
+    notes += [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
+    if state.step and not {"seed", "batch_size"}.isdisjoint(changed):
+        state.step = 0  # of other steps
+        notes.append(f"epoch {state.epoch} begins anew: its steps are others now")
+    return state, folder, settings, notes + moved(content, device)
+
+
+def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], data: Data) -> None:
+    """A run goes on with its own data and its own network."""
+    for key in FIXED:
+        if key in changed:
+            old, new = changed[key]
+            raise CheckpointError(
+                f"{path}: was trained with {key} {old}, and {key} {new} is asked for; a run goes on with its own data "
+                "and network (its config.yaml has them), or starts anew without resume"
+            )
+    counts, fingerprint = content.get("class_counts"), content.get("fingerprint")
+    if counts is not None and not torch.equal(counts, data.class_counts):
         raise CheckpointError(
-            f"{cfg.resume}: was trained with {key} {old}, and {key} {new} is asked for; a run goes on with its own "
-            "data (its config.yaml has them), or starts anew without resume"
-        )
-    trained_on = content.get("class_counts")
-    if trained_on is not None and not torch.equal(trained_on, data.class_counts):
-        raise CheckpointError(
-            f"{cfg.resume}: was trained on other images: their number per class differs from what data_path (and "
+            f"{path}: was trained on other images: their number per class differs from what data_path (and "
             "train_txt) hold now; a run goes on with its own data"
         )
-    state = restore(content, cfg.resume, model, method, optimizer, scaler)
-    settings |= {key: content["config"].get(key, "") for key in ("resume", "class_map")}
-    folder = folder_of(cfg.resume) or new_folder(cfg.save_dir, cfg.name)
-    notes = [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
-    return state, folder, settings, [f"{cfg.resume}: going on after {state.epoch} epochs, in {folder}", *notes]
+    if fingerprint and fingerprint != data.fingerprint:
+        raise CheckpointError(
+            f"{path}: was trained on other data: the lists (or the images' labels) are not what they were (their hash "
+            "differs); a run goes on with its own data"
+        )
+
+
+def moved(content: Mapping, device: torch.device) -> list[str]:
+    """Notes that say where the run cannot be the same to the last bit any more."""
+    before, now = content.get("environment") or {}, environment(device)
+    return [
+        f"{what}: {before[what]} so far, {now[what]} from here on; from here on the run is not, bit for bit, the one "
+        "that it would have been"
+        for what in now
+        if what in before and before[what] != now[what]
+    ]
+
+
+def origins(data: Data, settings: Mapping, device: torch.device) -> dict:
+    """What a checkpoint says of where it comes from."""
+    return {
+        "config": settings,
+        "class_counts": data.class_counts,
+        "class_map": data.class_map,
+        "fingerprint": data.fingerprint,
+        "environment": environment(device),
+        "selected_on": "held-out training images" if settings["val_per_class"] else "test set",
+    }
 
 
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
@@ -290,28 +343,40 @@ def train_epoch(
     step: Step | RecordedStep,
     loader: TrainLoader,
     run: RunLog,
+    keeper: Keeper,
     epoch: int,
     seed: int,
     print_freq: int,
 ) -> dict[str, dict[str, float]]:
-    """Trains for one epoch; returns the row's entries: mean loss and accuracies in percent, and the time it took."""
-    began = time.perf_counter()
+    """Trains for one epoch, or what is left of it; returns the row's entries: mean loss, accuracies, counts, and time.
+
+    Accuracies in percent, see :meth:`TrainMeter.counts` for the counts.
+    """
+    first, began = keeper.state.step, time.perf_counter() - keeper.state.seconds
     step.start_epoch(epoch)
-    meter = step.meter
-    draws = step.method.draws(loader.batch_sizes, seed, epoch, loader.accumulate, loader.device)
-    batches = tqdm(loader.epoch(epoch), f"epoch {epoch}", len(loader.passes), leave=False, disable=not show_progress())
-    for number, (batch, draw) in enumerate(zip(batches, draws, strict=True)):
+    meter, passes = step.meter, loader.accumulate
+    if first:
+        meter.go_on(keeper.state.sums, first)
+    keeper.between_steps(first, time.perf_counter() - began)
+    draws = step.method.draws(loader.batch_sizes, seed, epoch, passes, loader.device)[first * passes :]
+    batches = tqdm(loader.epoch(epoch, first), f"epoch {epoch}", len(draws), leave=False, disable=not show_progress())
+    for number, (batch, draw) in enumerate(zip(batches, draws, strict=True), first * passes):
         step(batch, draw)
-        done = number // loader.accumulate
-        if batch.ends_step and done % print_freq == 0:
-            meter.check(epoch)
+        if not batch.ends_step:
+            continue
+        done = number // passes
+        if done % print_freq == 0:
+            keeper.check()
             per_step = (time.perf_counter() - began) / (done + 1)
             run.info(progress_line(epoch, done, len(loader), per_step, meter.last_step(), meter.averages()))
-    meter.check(epoch)
+        keeper.between_steps(done + 1, time.perf_counter() - began)
+    keeper.check()
     check_weights(step.model, epoch)
-    trained, seconds = meter.averages(), time.perf_counter() - began
+    counts, seconds = meter.counts(), time.perf_counter() - began
+    for line in count_lines(epoch, counts, meter.clamp):
+        run.info(line)
     timing = {"train_seconds": seconds, "images_per_second": len(loader.targets) / seconds}
-    return {"train": trained, "timing": timing}
+    return {"train": {**meter.averages(), **counts}, "timing": timing}
 
 
 def show_progress() -> bool:
@@ -332,13 +397,14 @@ def evaluate(
     class_counts: Tensor,
     groups: dict,
     precision: str,
+    signal: Callable[[], int] = lambda: 0,
 ) -> Evaluation:
-    """Evaluates the bare model, with rank 0's batch-norm statistics on every rank."""
+    """Evaluates the bare model, with rank 0's batch-norm statistics on every rank. ``signal``: see :func:`predict`."""
     distributed.broadcast_buffers(model)
-    predictions = predict(model, test, precision)
+    predictions = predict(model, test, precision, signal)
     entries = {"test": report(predictions, class_counts, groups), "halves": half_accuracies(predictions)}
     if held_out is not None:
-        entries["val"] = report(predict(model, held_out, precision), class_counts, groups)
+        entries["val"] = report(predict(model, held_out, precision, signal), class_counts, groups)
     return Evaluation(entries, predictions)
 
 
@@ -358,16 +424,6 @@ def publish(run: RunLog, epoch: int, evaluation: Evaluation, data: Data) -> None
         save_predictions(run.folder / "predictions", epoch, predictions)
 
 
-def advance(state: TrainState, row: Mapping) -> bool:
-    """Counts the epoch in; True where it is the best so far: on held-out images where there are any, else on test."""
-    state.epoch = row["epoch"] + 1
-    chooser = row.get("val", row.get("test"))
-    if chooser is None or chooser["top1"] <= state.best_acc1:
-        return False
-    state.best_acc1, state.its_ece = chooser["top1"], row["test"]["ece"]
-    return True
-
-
 def record(run: RunLog, row: Mapping) -> None:
     """The epoch's line in ``metrics.jsonl`` and its TensorBoard scalars."""
     run.write_epoch(row)
@@ -376,18 +432,6 @@ def record(run: RunLog, row: Mapping) -> None:
         shown = {key: row[split][key] for key in ("top1", *GROUPS, "ece", "nll") if key in row.get(split, {})}
         scalars |= {f"{key}/{split}": value for key, value in shown.items()}
     run.scalars(row["epoch"], scalars)
-
-
-def save(folder: Path, best: bool, data: Data, config: Mapping, **parts) -> None:
-    """The last checkpoint, and the best one where this epoch is it."""
-    if not distributed.is_main():
-        return
-    (folder / "ckps").mkdir(exist_ok=True)
-    selected_on = "held-out training images" if config["val_per_class"] else "test set"
-    for name in ("current", "model_best") if best else ("current",):
-        path = folder / "ckps" / f"{name}.pth.tar"
-        known = {"class_counts": data.class_counts, "class_map": data.class_map, "selected_on": selected_on}
-        save_checkpoint(path, config=config, **known, **parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datasets.loaders import EvalLoader, MemoryPixels, Pixels, TrainLoader
 from datasets.long_tail import cut_counts, hold_out, long_tail_indices
-from datasets.source import DataError, ImageFiles, Source, Split, StoredImages
+from datasets.source import DataError, ImageFiles, Source, Split, StoredImages, fingerprint
 from datasets.specs import DatasetSpec, find_spec
 from datasets.streaming import StoredPixels, StreamedPixels
 from utils import distributed
@@ -46,6 +46,7 @@ class Data:
     image_size: int
     workers: int
     decoder: str
+    fingerprint: str = ""  # hash of the lists, and of which label every image has
 
     @property
     def num_classes(self) -> int:
@@ -136,18 +137,19 @@ def build_data(
     test = np.arange(len(source.test.targets))
     needed = sum(len(part) for part in (train, val, test) if part is not None) * image_size**2 * 3
     images = partial(_images, side=image_size, resident=_on_device(data_on_device, dataset, spec, needed, device))
-    kept = images(source.train, train)
+    kept, tested = images(source.train, train), images(source.test, test)
     return Data(
         spec,
         source.class_names,
         torch.bincount(kept.targets, minlength=classes),
         kept,
         None if val is None else images(source.train, val),
-        images(source.test, test),
+        tested,
         None if source.class_map is None else torch.from_numpy(source.class_map),
         image_size,
         workers,
         decoder,
+        fingerprint([([source.listed], kept.targets.numpy()), ([], tested.targets.numpy())]),
     )
 
 

@@ -111,15 +111,22 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.passes) // self.accumulate
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of ``epoch``, one per pass, the same in every run with this seed."""
-        order = torch.from_numpy(generator(self.seed, epoch, "order").permutation(len(self.targets)))
-        inputs = self.pixels.augmented(order, [p.positions for p in self.passes], self.seed, epoch)
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of ``epoch`` from ``first_step`` on, one per pass, the same in every run with this seed."""
+        order, passes = self._order(epoch), self.passes[first_step * self.accumulate :]
+        inputs = self.pixels.augmented(order, [p.positions for p in passes], self.seed, epoch)
         order = order.to(self.device)
         targets = self.targets[order]  # once: a step's labels are parts of it
         develop = self.pixels.develop
-        for part, (positions, step, *of_pass) in zip(inputs, self.passes, strict=True):
+        for part, (positions, step, *of_pass) in zip(inputs, passes, strict=True):
             yield Batch(part, develop, targets[positions], order[positions], targets[step], *of_pass)
+
+    def step_indices(self, epoch: int, step: int) -> list[int]:
+        """Positions in the training set of the images of one step, those of all processes."""
+        return self._order(epoch)[self.passes[step * self.accumulate].step].tolist()
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.from_numpy(generator(self.seed, epoch, "order").permutation(len(self.targets)))
 
 
 class EvalLoader:

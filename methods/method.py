@@ -96,6 +96,11 @@ class Method(nn.Module):
         self.mixup_alpha = mixup_alpha
         self.register_buffer("class_counts", class_counts, persistent=False)
 
+    @property
+    def clamp(self) -> float | None:
+        """What the loss clamps logits to (+-), None where it does not."""
+        return self.criterion.options.get("clamp")
+
     def start_epoch(self, epoch: int) -> bool:
         """Called before every epoch; methods with deferred parts switch them on here.
 

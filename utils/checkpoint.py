@@ -6,24 +6,28 @@ its stage 2 reads our files, plus what going on exactly needs. Files hold tensor
 
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from utils import distributed
 from utils.errors import InputError
 from utils.files import atomic_file
+from utils.metrics import SUMS
 
 # The parts of a model, by the key that MiSLAS gives each.
 PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dict_classifier": "classifier"}
 # Options that say nothing about what is trained.
 INCIDENTAL = (
-    *("name", "save_dir", "resume", "device", "workers", "print_freq"),
+    *("name", "save_dir", "resume", "device", "workers", "print_freq", "checkpoint_every_steps"),
     *("data_path", "data_on_device", "decoder", "class_map", "cuda_graph"),
 )
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel / DistributedDataParallel and of torch.compile
@@ -38,6 +42,10 @@ class TrainState:
     """What the loop itself knows; everything else is a function of (seed, epoch)."""
 
     epoch: int = 0  # epochs finished
+    step: int = 0  # steps of the next one that are finished too
+    sums: torch.Tensor | None = None  # of those steps, see TrainMeter.rows
+    seconds: float = 0.0  # that they took
+    log_size: int | None = None  # bytes in the log; None: not known
     best_acc1: float = -1.0  # percent, on the images that choose (``selected_on``)
     its_ece: float = 0.0  # percent, on the test set, of that model
 
@@ -57,14 +65,20 @@ def save_checkpoint(
     selected_on: str,
     class_counts: torch.Tensor | None = None,
     class_map: torch.Tensor | None = None,
+    fingerprint: str = "",
+    environment: Mapping | None = None,
 ) -> None:
     """Writes everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper.
 
     ``class_counts``: int64 [C], training images per class; ``class_map``: int64 [C], label in the lists -> class, for
-    data sets that come as lists.
+    data sets that come as lists; ``fingerprint`` of the data; ``environment``: see :func:`environment`.
     """
     content = {
         "epoch": state.epoch,
+        "step": state.step,
+        "sums": state.sums,
+        "seconds": state.seconds,
+        "log_size": state.log_size,
         "best_acc1": torch.tensor([state.best_acc1], dtype=torch.float64),  # exact, or a tie would become a new best
         "its_ece": state.its_ece,
         **{key: part.state_dict() for key, part in _parts(model).items()},
@@ -73,6 +87,8 @@ def save_checkpoint(
         "scaler": scaler.state_dict(),
         "class_counts": class_counts,
         "class_map": class_map,
+        "fingerprint": fingerprint,
+        "environment": dict(environment or {}),
         "selected_on": selected_on,
         "config": dict(config),
     }
@@ -142,6 +158,47 @@ def stored_class_map(content: Mapping, path: str | Path) -> torch.Tensor | None:
     return numbers.long()
 
 
+class Found(NamedTuple):
+    """What ``resume`` stands for."""
+
+    path: str  # empty: there is no checkpoint
+    content: dict | None
+    notes: list[str]  # lines for the log
+
+
+def newest_checkpoint(save_dir: str, config: Mapping) -> Found:
+    """The last good checkpoint of the newest run of ``config`` under ``save_dir``; paths and the like may differ.
+
+    A run whose ``current`` is damaged goes on from its ``model_best``.
+    """
+    runs = [
+        path
+        for path in Path(save_dir).glob("*")
+        if re.fullmatch(re.escape(config["name"]) + r"_\d{14}(_\d+)?", path.name)
+    ]
+    kept = {run: [run / "ckps" / f"{name}.pth.tar" for name in ("current", "model_best")] for run in runs}
+    kept = {run: [path for path in paths if path.is_file()] for run, paths in kept.items()}
+    notes = []
+    for run in sorted(
+        filter(kept.get, kept), key=lambda run: max(p.stat().st_mtime_ns for p in kept[run]), reverse=True
+    ):
+        for path in kept[run]:
+            try:
+                content = read_checkpoint(path)
+            except CheckpointError as error:
+                notes.append(f"resume auto: passed over {error}")
+                continue
+            changed = changed_options(content, config)
+            if is_ours(content) and not changed:
+                return Found(str(path), content, notes)
+            why = f"has another {', '.join(changed)}" if changed else "is not this trainer's"
+            notes.append(f"resume auto: passed over {path}, which {why}")
+            break
+    return Found(
+        "", None, [*notes, f"resume auto: no checkpoint of this configuration in {save_dir}, training starts anew"]
+    )
+
+
 def load_weights(model: nn.Module, path: str | Path) -> dict:
     """Loads backbone, block and classifier from our checkpoints or those of MiSLAS and ARBLOSS.
 
@@ -208,9 +265,36 @@ def restore(
             group.update(own)
         if content.get("scaler"):  # empty but for fp16
             scaler.load_state_dict(content["scaler"] | {"scale": float(content["scaler"]["scale"])})
-        return TrainState(int(content["epoch"]), float(content["best_acc1"]), float(content["its_ece"]))
+        return _state(content)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {_brief(error)}") from None
+
+
+def _state(content: Mapping) -> TrainState:
+    step, sums = int(content.get("step", 0)), content.get("sums")
+    if step and not (isinstance(sums, torch.Tensor) and sums.shape[1:] == (len(SUMS),)):
+        raise ValueError(f"it lies within an epoch, at step {step}, and has no sums of that epoch's steps")
+    return TrainState(
+        epoch=int(content["epoch"]),
+        step=step,
+        sums=sums,
+        seconds=float(content.get("seconds", 0.0)),
+        log_size=content.get("log_size"),
+        best_acc1=float(content["best_acc1"]),
+        its_ece=float(content["its_ece"]),
+    )
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """All beside configuration and data that last bits depend on."""
+    return {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
+        "CPU threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+    }
 
 
 def changed_options(content: Mapping, config: Mapping) -> dict[str, tuple]:

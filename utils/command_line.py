@@ -1,12 +1,13 @@
 """What the scripts share: their command line, and the exit code 2 with one line for bad input."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from utils import distributed
-from utils.errors import DivergenceError, InputError, LostProcessError
+from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,10 +34,19 @@ def parse(description: str, arguments: Sequence[str] | None = None, **options: d
 def exit_code(main: Callable[[], int | None]) -> int:
     """What ``main`` returns, or 0; 2 after one line on standard error where the input or the numbers were bad.
 
-    1 after such a line where it is another process that failed.
+    1 after such a line where it is another process that failed; 128 + signal after one where a signal ended it.
     """
     try:
         return main() or 0
     except (InputError, DivergenceError, LostProcessError) as error:
-        print(f"error{distributed.who()}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        _say(f"error{distributed.who()}: {error}")
         return 1 if isinstance(error, LostProcessError) else 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        if distributed.speaks():
+            _say(f"stopped by {signal.Signals(number).name}: {str(stop) or 'nothing had begun, nothing is lost'}")
+        return 128 + number
+
+
+def _say(line: str) -> None:
+    print(" ".join(line.split()), file=sys.stderr, flush=True)

@@ -155,7 +155,12 @@ OPTIONS: dict[str, Option] = {
     "workers": Option(4, whole(0), "per node: processes that read and decode images"),
     "print_freq": Option(40, whole(1), "steps from one log line to the next"),
     "eval_every": Option(1, whole(1), "epochs from one evaluation to the next; the last epoch is always evaluated"),
-    "resume": Option("", text, "checkpoint to go on from (ours), or to take weights from (any other)"),
+    "checkpoint_every_steps": Option(
+        0, whole(0), "also keep current.pth.tar this often within an epoch; 0: at its end"
+    ),
+    "resume": Option(
+        "", text, "checkpoint to go on from (ours), or to take weights from (any other); auto: this run's newest"
+    ),
     # data
     "dataset": Option("cifar10", text, "cifar10, cifar100, imagenet, ina2018, places, digits or folder"),
     "data_path": Option("./data", text, "where the data set lies"),
@@ -204,6 +209,7 @@ OPTIONS: dict[str, Option] = {
     "precision": Option("fp32", choice(*PRECISIONS), "fp32 (strict), tf32 (CUDA), bf16, fp16; for evaluation too"),
     "compile": Option(False, flag, "torch.compile: faster steps, after a first one that takes a minute"),
     "cuda_graph": Option(True, flag, "on one CUDA device, one pass per step: replay a recorded step; False: eager"),
+    "max_grad_norm": Option(None, optional(number(0, above=True)), "longer gradients are scaled to this 2-norm"),
     "sync_bn": Option(False, flag, "batch norm over all processes' images instead of each its own (CUDA only)"),
     "lr": Option(0.1, number(0, above=True), "base learning rate of SGD"),
     "momentum": Option(0.9, number(0, 1), "momentum of SGD"),

@@ -43,6 +43,20 @@ def all_reduce_min(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def greatest(number: int) -> int:
+    """The greatest ``number`` of all processes, on every one; it waits for them, but not for their devices."""
+    if not dist.is_initialized():
+        return number
+    box = torch.tensor(number)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
+
+
+def all_equal(*numbers: int) -> bool:
+    """Whether every process has the same ``numbers``; the same answer on all of them."""
+    return all(greatest(n) == -greatest(-n) for n in numbers)
+
+
 def gather_rows(tensor: Tensor) -> Tensor:
     """The rows of all processes, rank after rank, on every one; they may differ in number, and be none."""
     if not dist.is_initialized():
@@ -73,8 +87,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    greatest(0)
 
 
 @contextlib.contextmanager
@@ -95,9 +108,24 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def speaks() -> bool:
+    """True in the one process that speaks, also before and after the processes meet."""
+    return "RANK" not in os.environ or not _launched() or os.environ["RANK"] == "0"
+
+
 def who() -> str:
     """A remark for messages, "(rank r)", where a launcher started several processes, also before they have met."""
     return f" (rank {os.environ['RANK']})" if "RANK" in os.environ and _launched() else ""
+
+
+def launcher() -> str:
+    """How a command begins that starts as many processes as there are now: "python", or torchrun with options."""
+    if world_size() == 1:
+        return "python"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if here == world_size():
+        return f"torchrun --standalone --nproc_per_node {here}"
+    return f"torchrun --nnodes {world_size() // here} --nproc_per_node {here} [--rdzv_... as before]"
 
 
 def processes_here() -> int:
@@ -188,7 +216,8 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if launched:
-        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=here if on_cuda else None)
+        # Each tensor travels by the backend of its device: questions between steps by Gloo, gradients by NCCL.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=here if on_cuda else None)
     try:
         yield here
         # Not after an error: the others may wait in a collective, and leaving in order would wait for them. The

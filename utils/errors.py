@@ -11,3 +11,12 @@ class DivergenceError(ArithmeticError):
 
 class LostProcessError(RuntimeError):
     """Another process of the run has ended, and this one cannot go on without it."""
+
+
+class Interrupted(BaseException):
+    """A signal has asked the process to end. As KeyboardInterrupt no ``Exception``, so that nothing else catches it."""
+
+    def __init__(self, number: int, message: str = ""):
+        """``number`` of the signal; ``message``: what was kept, and how to go on."""
+        super().__init__(message)
+        self.number = number

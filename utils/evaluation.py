@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import distributed
-from utils.errors import DivergenceError, InputError
+from utils.errors import DivergenceError, InputError, Interrupted
 from utils.files import atomic_file, write_text
 from utils.metrics import GROUPS, Predictions, class_accuracy
 from utils.precision import autocast
@@ -20,21 +20,32 @@ NPZ_LIMIT = 50_000  # per-sample predictions are kept for test sets of at most t
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32") -> Predictions:
+def predict(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: str = "fp32",
+    signal: Callable[[], int] = lambda: 0,
+) -> Predictions:
     """The model's word on every sample, in eval mode, from raw logits; numbers leave the device once, at the end.
 
     ``batches`` are this process's share; the result holds all processes' samples, rank after rank. ``precision``: see
     :mod:`utils.precision`. A compiled model runs as it was written, so that a checkpoint gives the same numbers again.
+    ``signal``: the number of one that this process got, or 0; raises :class:`Interrupted` where any process got one.
     """
     training = model.training
     model.eval()
     device = next(model.parameters(), torch.empty(0)).device
     parts = [_nothing(device)]
     for images, targets in batches:
+        if signal():
+            break
         with autocast(precision, device):
             logits = model.forward(images)
         parts.append(_predict_batch(logits, targets))
     model.train(training)
+    stop = distributed.greatest(signal())
+    if stop:
+        raise Interrupted(stop)
     fields = (distributed.gather_rows(torch.cat(field)) for field in zip(*parts, strict=True))
     predictions = Predictions(*(field.cpu() for field in fields))
     if not len(predictions.targets):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from utils import distributed
 from utils.errors import DivergenceError, InputError
 
-ADVICE = "the last checkpoint is kept (a smaller lr or more warmup_epochs may help)"
+ADVICE = "a smaller lr, more warmup_epochs or max_grad_norm may help"
 GROUPS = ("many", "medium", "few")
 NEVER = torch.iinfo(torch.int64).max  # later than any step
 
@@ -193,6 +193,9 @@ def cross_fitted(curves: Sequence[Sequence[float]]) -> tuple[float, list[int]]:
 # Running sums of training
 
 
+SUMS = ("loss", "top-1 hits", "top-5 hits", "samples", "clamped_logits", "skipped_steps")
+
+
 class TrainMeter:
     """Sums over the steps of an epoch, kept on the device until somebody asks: a step never waits for a number.
 
@@ -200,8 +203,10 @@ class TrainMeter:
     is changed in place, so that a recorded step can do it.
     """
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1 hits, top-5 hits, samples
+    def __init__(self, device: torch.device, clamp: float | None = None):
+        """``clamp``: logits beyond +-this are counted; None: the loss does not clamp."""
+        self.clamp = clamp
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.last = torch.zeros(4, dtype=torch.float64, device=device)
         self.steps = torch.zeros((), dtype=torch.int64, device=device)  # finished
         self.first_bad = torch.full((), NEVER, device=device)
@@ -216,6 +221,17 @@ class TrainMeter:
             tensor.zero_()
         self.first_bad.fill_(NEVER)
 
+    def rows(self) -> Tensor:
+        """The sums of every process, float64 [W, len(SUMS)] on the CPU: what :meth:`go_on` needs."""
+        return distributed.gather_rows(self.sums[None]).cpu()
+
+    def go_on(self, rows: Tensor, steps: int) -> None:
+        """After ``steps`` steps of an epoch, from the :meth:`rows` of then: to the last bit, if as many processes."""
+        mine, others = distributed.rank(), distributed.world_size() != len(rows)
+        row = rows.sum(dim=0) * (mine == 0) if others else rows[mine]
+        self.sums.copy_(row)
+        self.steps.fill_(steps)
+
     @torch.no_grad()
     def update(
         self, loss: Tensor, logits: Tensor, targets: Tensor, weight: float = 1.0, ends_step: bool = True
@@ -229,21 +245,32 @@ class TrainMeter:
         values = (loss.double() * size, top[:, 0].sum(), top.sum(), torch.full((), size, device=logits.device))
         self.last.copy_(torch.stack([value.double() for value in values]))
         if weight > 0:
-            self.sums += self.last
+            self.sums[:4] += self.last
+            if self.clamp is not None:
+                self.sums[4] += (logits.abs() > self.clamp).sum()
         bad = ~(torch.isfinite(loss) & torch.isfinite(logits).all())
         self.first_bad.copy_(torch.where(bad, self.first_bad.clamp(max=self.steps), self.first_bad))
         if ends_step:
             self.steps += 1
 
-    def check(self, epoch: int) -> None:
-        """Raises :class:`DivergenceError` on every process where one of them met a number that is not finite."""
+    @torch.no_grad()
+    def skipped(self, overflow: Tensor) -> None:
+        """A step that fp16 leaves out, since its gradients overflowed (1, else 0); all processes do alike."""
+        if distributed.is_main():
+            self.sums[5] += overflow.reshape(())
+
+    def first_bad_step(self) -> int | None:
+        """The first step at which some process met a number that is not finite; the same on all of them."""
         step = int(distributed.all_reduce_min(self.first_bad.clone()))
-        if step < NEVER:
-            raise DivergenceError(f"epoch {epoch}, step {step}: the loss or a logit is not finite; {ADVICE}")
+        return step if step < NEVER else None
 
     def averages(self) -> dict[str, float]:
         """Mean loss and accuracies in percent, over all processes."""
         return _averages(distributed.all_reduce_sum(self.sums.clone()))
+
+    def counts(self) -> dict[str, int]:
+        """``clamped_logits`` and ``skipped_steps`` (by fp16, whose gradients overflowed), over all processes."""
+        return dict(zip(SUMS[4:], map(int, distributed.all_reduce_sum(self.sums.clone()).tolist()[4:]), strict=True))
 
     def last_step(self) -> dict[str, float]:
         """The same for the last step of this process alone."""
@@ -251,12 +278,12 @@ class TrainMeter:
 
 
 def check_weights(model: nn.Module, epoch: int) -> None:
-    """Raises :class:`DivergenceError` where the epoch's last step left a weight that no forward pass has met yet."""
+    """Raises :class:`DivergenceError` where a step left a weight that no forward pass has met yet."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise DivergenceError(f"epoch {epoch}, last step: a weight is not finite; {ADVICE}")
 
 
 def _averages(sums: Tensor) -> dict[str, float]:
-    loss, hits1, hits5, samples = sums.tolist()
+    loss, hits1, hits5, samples = sums[:4].tolist()
     samples = max(samples, 1)
     return {"loss": loss / samples, "top1": 100 * hits1 / samples, "top5": 100 * hits5 / samples}

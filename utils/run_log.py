@@ -5,11 +5,14 @@
 Only rank 0 writes; on every other rank the methods of :class:`RunLog` do nothing.
 """
 
+import contextlib
 import json
 import logging
+import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,9 +20,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils import distributed
-from utils.errors import InputError
-from utils.files import write_text
+from utils.errors import DivergenceError, InputError
+from utils.files import atomic_file, write_text
 
+REPEATED = ("Epoch: [", "* Acc@1", "* ECE")  # how lines begin that an epoch writes again
+TIME = len("2026-01-31 23:59:59,999 ")
 SCALAR_CLASSES = 100  # up to this many classes each has its own curve; beyond, one histogram
 
 
@@ -54,49 +59,102 @@ def _made(folder: Path) -> bool:
 
 
 class _Terminal(logging.Handler):
-    """Lines on standard output that do not run into a progress bar."""
+    """Lines on standard output that do not run into a progress bar; where nobody reads them any more, nothing."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # a closed pipe or terminal; the log has the line all the same
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _File(logging.FileHandler):
+    """Lines in the log; one that cannot be written is an error, as for every other file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
 
 
 class RunLog:
     """The log, ``metrics.jsonl`` and TensorBoard of one run.
 
     ``start_epoch``: what a previous, longer life of the run wrote from this epoch on is dropped, so that no epoch is
-    there twice.
+    there twice. ``log_size``: :meth:`size` of the log then; of what was written later, lines that will be written again
+    are dropped too. Errors leave the block with the name of the last good checkpoint.
     """
 
-    def __init__(self, folder: Path, name: str, start_epoch: int = 0):
+    def __init__(self, folder: Path, name: str, start_epoch: int = 0, log_size: int | None = None):
         self.folder = folder
         self.active = distributed.is_main()
         self.logger = logging.getLogger(f"run.{folder.name}")
         self.logger.propagate = False
+        self._hook = threading.excepthook
         if not self.active:
             self.logger.addHandler(logging.NullHandler())
             return
-        (folder / "logs").mkdir(exist_ok=True)
-        self.logger.setLevel(logging.INFO)
-        file = logging.FileHandler(folder / "logs" / f"{name}.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        for handler in (file, _Terminal()):
-            self.logger.addHandler(handler)
-        dropped = self._keep_before(start_epoch)
-        if dropped:
-            self.info(f"note: epochs from {start_epoch} on were trained before; their {dropped} rows are dropped")
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=start_epoch or None)
+        with self._telling():
+            (folder / "logs").mkdir(exist_ok=True)
+            self._text = folder / "logs" / f"{name}.txt"
+            self._drop_repeated(log_size)
+            self.logger.setLevel(logging.INFO)
+            file = _File(self._text, encoding="utf-8")
+            file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            for handler in (file, _Terminal()):
+                self.logger.addHandler(handler)
+            dropped = self._keep_before(start_epoch)
+            if dropped:
+                self.info(f"note: epochs from {start_epoch} on were trained before; their {dropped} rows are dropped")
+            threading.excepthook = self._in_thread
+            purge = start_epoch if (folder / "tensorboard").exists() else None
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self.info(f"stopped: {str(error) or type(error).__name__}")
+        try:
+            if error is not None:
+                with contextlib.suppress(OSError):  # the log may be what cannot be written
+                    self.info(f"stopped: {str(error) or type(error).__name__}")
+            with self._telling():
+                if isinstance(error, OSError | InputError | DivergenceError):
+                    raise error
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         for handler in list(self.logger.handlers):
-            handler.close()
+            with contextlib.suppress(OSError):  # was said already where it matters
+                handler.close()
             self.logger.removeHandler(handler)
         if self.active:
-            self.board.close()
+            with contextlib.suppress(OSError):
+                self.board.close()
+        threading.excepthook = self._hook
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Errors of the disk, of the data and of numbers get the name of the last good checkpoint."""
+        try:
+            yield
+        except OSError as error:
+            what = error.filename or self.folder
+            raise InputError(f"{what}: cannot be written: {error.strerror or error}; {self.last()}") from None
+        except (InputError, DivergenceError) as error:
+            raise type(error)(f"{error}; {self.last()}") from None
+
+    def last(self) -> str:
+        """In words: the last good checkpoint."""
+        path = self.folder / "ckps" / "current.pth.tar"
+        if path.is_file():
+            return f"the last good checkpoint is {path}"
+        return "this run has no checkpoint yet" if self.folder.is_dir() else f"{self.folder} is gone, checkpoints too"
+
+    def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread hands what happens to it to the next call, which is enough."""
+        if not issubclass(failure.exc_type, OSError):
+            self._hook(failure)
 
     def info(self, line: str) -> None:
         self.logger.info(line)
@@ -115,8 +173,7 @@ class RunLog:
     def write_epoch(self, row: Mapping) -> None:
         """One line of ``metrics.jsonl``."""
         if self.active:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._write([*self.history(), row])
 
     def scalars(self, epoch: int, values: Mapping[str, float]) -> None:
         """TensorBoard scalars ``tag -> value`` at ``epoch``."""
@@ -141,8 +198,25 @@ class RunLog:
     def _keep_before(self, epoch: int) -> int:
         rows = self.history()
         kept = [row for row in rows if row["epoch"] < epoch]
-        write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        self._write(kept)
         return len(rows) - len(kept)
+
+    def _write(self, rows: list[Mapping]) -> None:
+        write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def size(self) -> int:
+        """Bytes in the log."""
+        return self._text.stat().st_size if self.active else 0
+
+    def _drop_repeated(self, size: int | None) -> None:
+        if size is None or not self._text.is_file():
+            return
+        content = self._text.read_bytes()
+        later = content[size:].splitlines(keepends=True)
+        kept = [line for line in later if not line.decode(errors="replace")[TIME:].startswith(REPEATED)]
+        if len(kept) < len(later):
+            with atomic_file(self._text) as file:
+                file.write(content[:size] + b"".join(kept))
 
 
 def progress_line(epoch: int, step: int, steps: int, seconds: float, last: Mapping, mean: Mapping) -> str:
@@ -153,3 +227,13 @@ def progress_line(epoch: int, step: int, steps: int, seconds: float, last: Mappi
         f"\tLoss {last['loss']:.4e} ({mean['loss']:.4e})"
         f"\tAcc@1 {last['top1']:6.2f} ({mean['top1']:6.2f})\tAcc@5 {last['top5']:6.2f} ({mean['top5']:6.2f})"
     )
+
+
+def count_lines(epoch: int, counts: Mapping[str, int], clamp: float | None) -> list[str]:
+    """Lines for what was counted in an epoch (see :meth:`TrainMeter.counts`), none where it is 0."""
+    lines = []
+    if counts["clamped_logits"]:
+        lines.append(f"Epoch: [{epoch}]\t{counts['clamped_logits']} logits were clamped to +-{clamp:g}")
+    if counts["skipped_steps"]:
+        lines.append(f"Epoch: [{epoch}]\t{counts['skipped_steps']} steps were skipped: float16 gradients overflowed")
+    return lines

@@ -36,13 +36,18 @@ class Step:
         device: torch.device,
         precision: str = "fp32",
         compiled: bool = False,
+        max_grad_norm: float | None = None,
     ):
         """``model`` may be a parallel wrapper; ``compiled``: whether :func:`compile_model` was applied to what is in
-        it. Weights, optimizer and scaler are loaded already: a recording starts from them.
+        it. Weights, optimizer and scaler are loaded already: a recording starts from them. ``max_grad_norm``: longer
+        gradients (2-norm over all that learns) are scaled down to it.
         """
         self.model, self.method, self.optimizer, self.scaler = model, method, optimizer, scaler
         self.device, self.precision, self.compiled = device, precision, compiled
-        self.meter = TrainMeter(device)
+        self.max_grad_norm = max_grad_norm
+        self.meter = TrainMeter(device, getattr(method, "clamp", None))
+        if scaler.is_enabled():
+            optimizer.register_step_post_hook(self._count_skipped)
         _make_momentum(optimizer)
 
     def start_epoch(self, epoch: int) -> bool:
@@ -58,9 +63,20 @@ class Step:
             self.scaler.scale(output.loss * batch.weight).backward()
         self.meter.update(output.loss, output.logits, batch.targets, batch.weight, batch.ends_step)
         if batch.ends_step:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()
+            self._optimize()
+
+    def _optimize(self) -> None:
+        if self.max_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            learning = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(learning, self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def _count_skipped(self, optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+        """The scaler leaves with a fused optimizer whether gradients overflowed: a number on the device."""
+        self.meter.skipped(optimizer.found_inf)
 
     def _eager_if_odd(self, batch: NamedTuple) -> contextlib.AbstractContextManager:
         """An epoch's last, smaller batch is not worth the minute that compiling for its size takes."""

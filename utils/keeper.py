@@ -1,0 +1,125 @@
+"""When a run's checkpoints are written: after every epoch, every so many steps, and where a signal ends the run."""
+
+import contextlib
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from utils import distributed
+from utils.checkpoint import TrainState, save_checkpoint
+from utils.errors import DivergenceError, Interrupted
+from utils.metrics import ADVICE, TrainMeter, check_weights
+from utils.run_log import RunLog
+from utils.signals import Signals
+
+
+class Steps(Protocol):
+    """What is asked of the loader."""
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+
+    def step_indices(self, epoch: int, step: int) -> list[int]:
+        """Positions in the training set of a step's images."""
+
+
+class Keeper:
+    """Writes checkpoints of numbers that are finite; every process calls every method, rank 0 writes."""
+
+    def __init__(
+        self,
+        run: RunLog,
+        signals: Signals,
+        state: TrainState,
+        steps: Steps,
+        meter: TrainMeter,
+        every: int,
+        content: Mapping,
+    ):
+        """``every``: steps from one checkpoint within an epoch to the next, 0: none; ``content``: what else
+        :func:`save_checkpoint` takes.
+        """
+        self.run, self.signals, self.state, self.steps, self.meter = run, signals, state, steps, meter
+        self.every, self.content = every, dict(content)
+
+    def signal(self) -> int:
+        """The number of a signal that this process got, or 0."""
+        return self.signals.received
+
+    def check(self) -> None:
+        """Raises :class:`DivergenceError` on every process where one of them met a number that is not finite."""
+        epoch, step = self.state.epoch, self.meter.first_bad_step()
+        if step is not None:
+            images = ", ".join(map(str, self.steps.step_indices(epoch, step)))
+            raise DivergenceError(
+                f"epoch {epoch}, step {step}: the loss or a logit is not finite ({ADVICE}); the step's images, by "
+                f"their position in the training set: {images}"
+            )
+
+    def between_steps(self, done: int, seconds: float) -> None:
+        """After ``done`` steps of the epoch, which took ``seconds``: a checkpoint where one is due.
+
+        Raises :class:`Interrupted` on all processes after the same step where one of them got a signal.
+        """
+        self.state.step, self.state.seconds = done, seconds
+        signal = distributed.greatest(self.signals.received)
+        if signal:
+            raise Interrupted(signal)
+        if self.every and done and done % self.every == 0:
+            self._save_within_epoch()
+
+    def end_epoch(self, row: Mapping) -> None:
+        """The last checkpoint, and the best one where this epoch is it; ``row``: of ``metrics.jsonl``."""
+        best = self._advance(row)
+        self._write("current", *["model_best"] * best)
+
+    def _advance(self, row: Mapping) -> bool:
+        """Counts the epoch in; True where it is the best so far: on held-out images if there are any, else on test."""
+        state = self.state
+        state.epoch, state.step, state.sums, state.seconds = row["epoch"] + 1, 0, None, 0.0
+        chooser = row.get("val", row.get("test"))
+        if chooser is None or chooser["top1"] <= state.best_acc1:
+            return False
+        state.best_acc1, state.its_ece = chooser["top1"], row["test"]["ece"]
+        return True
+
+    @contextlib.contextmanager
+    def until_signal(self) -> Iterator[None]:
+        """Around all epochs: a signal ends the block after the step (or in the evaluation) that it meets.
+
+        What was trained until then is in ``current``; the :class:`Interrupted` that leaves says how to go on.
+        """
+        with self.signals.noted():
+            try:
+                yield
+            except Interrupted as stop:
+                self.signals.saving = True
+                self._save_within_epoch()
+                distributed.barrier()  # or the others' end would have the launcher end the one that writes
+                raise Interrupted(stop.number, self._reached()) from None
+
+    def _reached(self) -> str:
+        state, path = self.state, self._path("current")
+        words = ["--cfg", str(self.run.folder / "config.yaml"), "resume", str(path)]
+        command = f"{distributed.launcher()} train_stage1.py {shlex.join(words)}"
+        return f"epoch {state.epoch}, {state.step} of {len(self.steps)} steps, is kept; go on with: {command}"
+
+    def _save_within_epoch(self) -> None:
+        self.check()
+        check_weights(self.content["model"], self.state.epoch)
+        self.state.sums = self.meter.rows()
+        self._write("current")
+
+    def _write(self, *names: str) -> None:
+        self.state.log_size = self.run.size()
+        if not distributed.is_main():
+            return
+        before, self.signals.saving = self.signals.saving, True
+        for name in names:
+            self._path(name).parent.mkdir(exist_ok=True)
+            save_checkpoint(self._path(name), state=self.state, **self.content)
+        self.signals.saving = before
+
+    def _path(self, name: str) -> Path:
+        return self.run.folder / "ckps" / f"{name}.pth.tar"
