@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from datasets.class_order import class_map_for
-from datasets.source import DataError, ImageFiles, Source, Split
+from datasets.source import DataError, ImageFiles, Source, Split, fingerprint
 
 
 class ListRows(NamedTuple):
@@ -118,10 +118,11 @@ class ImageLists:
         class_map: str | Sequence[int] = "stable",
     ) -> Source:
         """Both lists; no image is opened. ``class_map``: "stable", "legacy", a file's path or the map itself."""
-        splits = []
+        splits, listed = [], []
         lists = self.find(data_path, train_txt, val_txt)
         for path, folders, by_name in zip(lists, (self.train_folders, self.test_folders), (False, True), strict=True):
             paths, labels = read_image_list(path, num_classes)
+            listed.append((paths, labels))
             splits.append((on_disk(paths, data_path, folders, by_name), labels))
             first = data_path / splits[-1][0][0]
             if not first.is_file():
@@ -135,6 +136,7 @@ class ImageLists:
             Split(chosen[test_labels], files=ImageFiles.under(data_path, test)),
             names.tolist(),
             chosen,
+            fingerprint(listed),
         )
 
 

@@ -1,5 +1,6 @@
 """What a data set's reader gives: labels at once, pixels on demand."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -72,3 +73,12 @@ class Source:
     test: Split
     class_names: list[str]  # [C]
     class_map: np.ndarray | None = None  # int64 [C], label in the lists -> class; None: labels are classes
+    listed: str = ""  # fingerprint of the lists; empty: there are none
+
+
+def fingerprint(parts: Iterable[tuple[Sequence[str], np.ndarray]]) -> str:
+    """A hash of (names of images, labels int64 [N]) pairs; names may be left out."""
+    digest = hashlib.sha256()
+    for names, labels in parts:
+        digest.update(os.fsencode("\n".join(names)) + b"\0" + np.ascontiguousarray(labels, np.int64).tobytes())
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ from datasets.decoding import open_rgb
 from datasets.loaders import SmallPixels
 from datasets.source import DataError, ImageFiles, StoredImages
 from utils.seed import generator
+from utils.signals import kept_from_children, obey_the_parent
 
 JITTER = 0.4  # of brightness, contrast and saturation, as in the reference
 Request = tuple[int, tuple[int, int] | None]  # index, and (seed, epoch) of what is random, or None
@@ -89,13 +90,16 @@ class Workers:
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
             persistent_workers=count > 0,
+            worker_init_fn=obey_the_parent,
             generator=torch.Generator(),  # a loader draws a seed for its workers; not from the global generator
         )
 
     def read(self, batches: Sequence[Sequence[int]], draw: tuple[int, int] | None = None) -> Iterator[Tensor]:
         """The images at these indices, batch by batch, on the device; ``draw``: (seed, epoch) of what is random."""
         self.requests.batches, self.requests.draw = batches, draw
-        for images in self.loader:
+        with kept_from_children():  # the first time it starts the workers
+            images_of = iter(self.loader)
+        for images in images_of:
             if isinstance(images, DataError):
                 raise DataError(str(images))  # anew: this frame would hold itself, and the workers end late
             yield images.to(self.device, non_blocking=True)

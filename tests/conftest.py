@@ -9,8 +9,14 @@ import pytest
 import torch
 
 import train_stage1
+from datasets.loaders import TrainLoader
 from tests.trees import PATTERNS, make_tree
+from utils.checkpoint import TrainState
 from utils.command_line import exit_code
+from utils.keeper import Keeper
+from utils.run_log import RunLog
+from utils.signals import Signals
+from utils.step import Step
 
 ROOT = Path(__file__).parent.parent
 ARB = "config/digits/digits_imb005_arbloss_mixup.yaml"
@@ -30,6 +36,11 @@ def train(save_dir: Path, *overrides: object, cfg: str = ARB) -> Path:
     new = set(save_dir.glob("*")) - before
     assert len(new) <= 1
     return new.pop() if new else save_dir
+
+
+def keeper_of(run: RunLog, loader: TrainLoader, step: Step) -> Keeper:
+    """For ``train_epoch`` alone: nothing is saved and no signal heard."""
+    return Keeper(run, Signals(), TrainState(), loader, step.meter, 0, {"model": step.model})
 
 
 def failure(capsys, main, *arguments: object) -> SimpleNamespace:

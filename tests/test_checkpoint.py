@@ -1,10 +1,12 @@
 """Checkpoints: exact round trips, the originals' files, and files that are damaged, unsafe or of something else."""
 
 import io
+import os
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +21,10 @@ from models.model import Model
 from utils.checkpoint import (
     CheckpointError,
     TrainState,
+    environment,
     is_ours,
     load_weights,
+    newest_checkpoint,
     read_checkpoint,
     restore,
     save_checkpoint,
@@ -211,6 +215,95 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, there):
         save_small(path, small_model(seed=1), config={"hook": lambda: None})
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert len(before) == there
+
+
+def test_a_checkpoint_within_an_epoch_restores_its_place(tmp_path):
+    model = small_model()
+    sums = torch.arange(12, dtype=torch.float64).reshape(2, 6) / 7
+    state = TrainState(3, 5, sums, 12.5, 678, 50.0, 1.0)
+    path = tmp_path / "current.pth.tar"
+    save_checkpoint(path, model, arb_method(), sgd(model), no_scaler(), state, SETTINGS, "test set")
+    restored = restore(read_checkpoint(path), path, model, arb_method(), sgd(model), no_scaler())
+    assert torch.equal(restored.sums, sums)
+    assert replace(restored, sums=None) == replace(state, sums=None)
+
+
+@pytest.mark.parametrize("sums", [None, 3, torch.zeros(2, 5), torch.zeros(6)])
+def test_a_place_within_an_epoch_without_its_sums_is_refused(tmp_path, sums):
+    path = tmp_path / "x.pth.tar"
+    save_small(path, small_model())
+    content = read_checkpoint(path) | {"step": 5, "sums": sums}
+    with pytest.raises(CheckpointError, match="at step 5, and has no sums"):
+        restore(content, path, small_model(), arb_method(), sgd(small_model()), no_scaler())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The newest run (resume auto)
+
+
+def run_of(root, name, config, age, best=True):
+    """A run's folder whose checkpoints are ``age`` seconds old."""
+    (root / name / "ckps").mkdir(parents=True)
+    for number, kind in enumerate(("current", "model_best")[: 1 + best]):
+        path = root / name / "ckps" / f"{kind}.pth.tar"
+        save_small(path, small_model(), config)
+        os.utime(path, (1e9 - age - number, 1e9 - age - number))
+    return root / name / "ckps" / "current.pth.tar"
+
+
+def test_the_newest_run_of_the_same_configuration_is_found(tmp_path):
+    config = {"name": "a[b]", "lr": 0.1, "workers": 4}
+    assert newest_checkpoint(str(tmp_path / "nowhere"), config).path == ""
+    run_of(tmp_path, "a[b]_20260101000000", config, age=9)
+    wanted = run_of(tmp_path, "a[b]_20250101000000_2", config | {"workers": 1}, age=5)
+    for name in ("a[b]_other_20260101000000", "a[b]", "ab_20260101000000", "x_20260101000000", "a[b]_2026"):
+        run_of(tmp_path, name, config, age=0)
+    (tmp_path / "a[b]_20270101000000").mkdir()
+    found = newest_checkpoint(str(tmp_path), config)
+    assert (found.path, found.notes) == (str(wanted), [])
+    assert found.content["epoch"] == 7
+
+
+def test_a_run_of_another_configuration_is_passed_over_and_named(tmp_path):
+    other = run_of(tmp_path, "a_20260101000000", {"name": "a", "lr": 0.2, "seed": 1}, age=0)
+    found = newest_checkpoint(str(tmp_path), {"name": "a", "lr": 0.1, "seed": 2})
+    assert found.content is None
+    assert found.notes[0] == f"resume auto: passed over {other}, which has another lr, seed"
+    assert "training starts anew" in found.notes[1]
+    wanted = run_of(tmp_path, "a_20260101000000_2", {"name": "a", "lr": 0.1, "seed": 2}, age=9)
+    assert newest_checkpoint(str(tmp_path), {"name": "a", "lr": 0.1, "seed": 2}).path == str(wanted)
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, best):
+    config = {"name": "a", "lr": 0.1}
+    older = run_of(tmp_path, "a_20250101000000", config, age=9)
+    damaged = run_of(tmp_path, "a_20260101000000", config, age=0, best=best)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    found = newest_checkpoint(str(tmp_path), config)
+    assert found.path == str(damaged.with_name("model_best.pth.tar") if best else older)
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith(f"resume auto: passed over {damaged}: is damaged")
+
+
+def test_weights_of_others_are_no_run_to_go_on_with(tmp_path):
+    path = run_of(tmp_path, "a_20260101000000", {"name": "a"}, age=0)
+    content = read_checkpoint(path)
+    torch.save({key: content[key] for key in MISLAS_KEYS}, path)
+    found = newest_checkpoint(str(tmp_path), {"name": "a"})
+    assert found.content is None
+    assert "is not this trainer's" in found.notes[0]
+
+
+def test_the_environment_is_what_last_bits_depend_on():
+    now = environment(torch.device("cpu"))
+    assert now == {
+        "torch": torch.__version__,
+        "device": torch.backends.cpu.get_cpu_capability(),
+        "CPU threads": torch.get_num_threads(),
+        "processes": 1,
+    }
+    assert all(type(value) in (str, int) for value in now.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def run_in_a_process(statement):
     script = (
         "import sys\n"
         "from utils.command_line import exit_code\n"
-        "from utils.errors import DivergenceError, InputError\n"
+        "from utils.errors import DivergenceError, InputError, Interrupted\n"
         f"def main():\n    {statement}\n"
         "sys.exit(exit_code(main))\n"
     )
@@ -84,6 +84,19 @@ def run_in_a_process(statement):
 def test_bad_input_and_bad_numbers_end_with_code_2_and_one_line(statement, line):
     done = run_in_a_process(statement)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "line"),
+    [
+        ("raise Interrupted(15, 'epoch 3\\n is kept')", 143, "stopped by SIGTERM: epoch 3 is kept\n"),
+        ("raise Interrupted(10)", 138, "stopped by SIGUSR1: nothing had begun, nothing is lost\n"),
+        ("raise KeyboardInterrupt", 130, "stopped by SIGINT: nothing had begun, nothing is lost\n"),
+    ],
+)
+def test_signals_end_with_128_and_their_number(statement, code, line):
+    done = run_in_a_process(statement)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", line)
 
 
 def test_success_ends_with_code_0_and_a_fault_of_the_program_with_its_traceback():

@@ -339,6 +339,8 @@ BAD_VALUES = [
     ("class_map", "[0, 1]", "must be text"),
     ("decoder", "fats", "did you mean fast?"),
     ("accumulate", "0", "whole number >= 1"),
+    ("max_grad_norm", "0", "must be a number > 0"),
+    ("checkpoint_every_steps", "-1", "whole number >= 0"),
     ("data_on_device", "maybe", "must be one of auto, True, False"),
     ("data_on_device", "1", "must be one of auto, True, False"),
     ("precision", "fp23", "did you mean fp32?"),

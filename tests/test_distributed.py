@@ -84,13 +84,21 @@ def work():
         found["averages"], found["last"] = meter.averages(), meter.last_step()
         meter.update(torch.tensor(0.0), torch.eye(3)[[0] * 4], torch.zeros(4, dtype=torch.long))
         found["later averages"] = meter.averages()
-        meter.check(0)
+        found["good"] = meter.first_bad_step()
+        meter.skipped(torch.tensor(1.0))
+        found["counts"] = meter.counts()
+        rows = meter.rows()
+        meter.reset()
+        meter.go_on(rows, 2)
+        found["gone on"] = [len(rows), meter.averages(), int(meter.steps), float(meter.sums[3])]
+        meter.go_on(rows.repeat(2, 1), 2)
+        found["from four"] = [meter.averages(), float(meter.sums[3]), meter.counts()]
+        meter.go_on(rows, 2)
+        found["greatest"] = distributed.greatest(10 * rank)
+        found["equal"] = [distributed.all_equal(3, 4), distributed.all_equal(3, rank)]
         if rank == 1:
             meter.update(torch.tensor(float("nan")), torch.eye(3), torch.zeros(3, dtype=torch.long))
-        try:
-            meter.check(6)
-        except DivergenceError as error:
-            found["diverged"] = str(error)
+        found["bad"] = meter.first_bad_step()
 
         run_folder = new_folder(str(folder / "saved"), "run")
         found["folder"] = str(run_folder)
@@ -269,8 +277,26 @@ def test_training_sums_are_over_all_processes_and_the_last_step_is_one_s_own(gro
     assert math.isfinite(group[1]["last"]["top1"])
 
 
-def test_a_number_that_is_not_finite_stops_every_process(group):
-    assert same(group, "diverged").startswith("epoch 6, step 2: ")
+def test_a_number_that_is_not_finite_is_known_to_every_process(group):
+    assert same(group, "good") is None
+    assert same(group, "bad") == 2
+
+
+def test_skipped_steps_are_counted_once(group):
+    assert same(group, "counts") == {"clamped_logits": 0, "skipped_steps": 1}
+
+
+def test_a_meter_goes_on_with_its_own_sums_or_with_the_whole(group):
+    """Each process has its own row again; from four processes there is only the sum of all rows."""
+    later = same(group, "later averages")
+    assert [found["gone on"] for found in group[:2]] == [[2, later, 2, 5.0], [2, later, 2, 7.0]]
+    twice = {"clamped_logits": 0, "skipped_steps": 2}
+    assert [found["from four"] for found in group[:2]] == [[later, 24.0, twice], [later, 0.0, twice]]
+
+
+def test_processes_agree_on_the_greatest_number_and_on_equality(group):
+    assert same(group, "greatest") == 10
+    assert same(group, "equal") == [True, False]
 
 
 def test_only_the_first_process_writes(group):

@@ -198,6 +198,25 @@ def test_one_process_has_weight_one():
     assert [batch.weight for batch in train_loader().epoch(0)] == [1.0] * 4
 
 
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("first", [0, 1, 3, 4])
+def test_an_epoch_goes_on_from_any_step(world_size, accumulate, first):
+    for rank in range(world_size):
+        loader = train_loader(53, 16, rank=rank, world_size=world_size, accumulate=accumulate)
+        whole, rest = list(loader.epoch(3)), list(loader.epoch(3, first))
+        assert len(rest) == (4 - first) * accumulate
+        assert_bit_equal(rest, whole[first * accumulate :])
+        assert [batch.full for batch in rest] == [batch.full for batch in whole[first * accumulate :]]
+
+
+def test_the_images_of_a_step_are_those_of_all_its_parts():
+    loaders = [train_loader(53, 16, rank=rank, world_size=2, accumulate=2) for rank in range(2)]
+    for step in range(4):
+        parts = [b for loader in loaders for b in list(loader.epoch(3))[2 * step : 2 * step + 2] if b.weight]
+        indices = torch.cat([part.indices for part in parts]).tolist()
+        assert loaders[0].step_indices(3, step) == loaders[1].step_indices(3, step) == indices
+
+
 def test_an_epoch_is_the_same_whenever_it_is_drawn():
     loader = train_loader()
     first = list(loader.epoch(5))

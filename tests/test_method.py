@@ -205,3 +205,11 @@ def test_mixup_of_many_classes_is_composed_of_arb_losses():
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0], rtol=1e-5, atol=1e-8)
     composed = [losses.arb_loss(logits, y, n) for y in (targets, targets[MIXED.partner])]
     torch.testing.assert_close(output.loss, 0.3 * composed[0] + 0.7 * composed[1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "clamp"), [("ce", None), ("arb", 7.0), ("focal_arb", 7.0), ("weighted_arb", 7.0), ("las", None)]
+)
+def test_a_method_knows_what_its_loss_clamps_to(loss, clamp):
+    options = {"smooth_head": 0.3, "smooth_tail": 0.0}
+    assert build_method(loss, "batch", torch.tensor([3, 2]), 0.0, clamp=7.0, **options).clamp == clamp

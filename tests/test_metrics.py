@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from utils.errors import DivergenceError, InputError
 from utils.metrics import (
+    SUMS,
     Predictions,
     TrainMeter,
     calibration_error,
@@ -358,7 +359,8 @@ def test_with_three_classes_every_sample_is_a_top_5_hit(meter):
 
 def test_a_meter_that_saw_nothing_says_zero(meter):
     assert meter.averages() == {"loss": 0.0, "top1": 0.0, "top5": 0.0}
-    assert meter.check(0) is None
+    assert meter.first_bad_step() is None
+    assert meter.counts() == {"clamped_logits": 0, "skipped_steps": 0}
 
 
 def test_the_meter_sums_in_double_precision(meter):
@@ -386,11 +388,7 @@ def test_the_first_step_with_a_number_that_is_not_finite_is_kept(meter, bad, whe
         if step in (2, 4) and where == "logits":
             logits[1, 3] = bad
         meter.update(loss, logits, targets)
-        if step < 2:
-            meter.check(epoch=7)
-    for _ in range(2):
-        with pytest.raises(DivergenceError, match=r"^epoch 7, step 2: "):
-            meter.check(epoch=7)
+        assert meter.first_bad_step() == (None if step < 2 else 2)
 
 
 def test_the_passes_of_a_step_count_as_one(meter):
@@ -398,8 +396,7 @@ def test_the_passes_of_a_step_count_as_one(meter):
     for number in range(6):  # three steps of two passes
         loss = torch.tensor(math.nan if number == 3 else 1.0)
         meter.update(loss, one_hot([0, 1]), targets, ends_step=number % 2 == 1)
-    with pytest.raises(DivergenceError, match=r"^epoch 7, step 1: "):
-        meter.check(epoch=7)
+    assert meter.first_bad_step() == 1
 
 
 def test_a_meter_starts_anew_in_the_memory_that_it_has(meter):
@@ -408,11 +405,48 @@ def test_a_meter_starts_anew_in_the_memory_that_it_has(meter):
     meter.update(torch.tensor(math.inf), one_hot([0, 1]), torch.tensor([0, 0]))
     assert meter.last_step()["top1"] == 50
     meter.reset()
-    meter.check(0)
+    assert meter.first_bad_step() is None
     assert meter.averages() == meter.last_step() == {"loss": 0.0, "top1": 0.0, "top5": 0.0}
     meter.update(torch.tensor(2.0), one_hot([0, 1]), torch.tensor([0, 1]))
     assert meter.averages() == {"loss": 2.0, "top1": 100.0, "top5": 100.0}
     assert [tensor.data_ptr() for tensor in meter.tensors()] == addresses
+
+
+@pytest.mark.parametrize("clamp", [None, 2.0])
+def test_logits_beyond_the_clamp_are_counted(clamp):
+    meter = TrainMeter(torch.device("cpu"), clamp)
+    logits = torch.tensor([[2.0, -2.0, 0.0], [2.5, -9.0, math.inf]])
+    for weight in (1.0, 0.5, 0.0):  # the last is counted nowhere
+        meter.update(torch.tensor(1.0), logits, torch.tensor([0, 1]), weight)
+    assert meter.counts() == {"clamped_logits": 0 if clamp is None else 6, "skipped_steps": 0}
+
+
+def test_steps_that_were_skipped_are_counted(meter):
+    for overflow in (0.0, 1.0, 1.0):
+        meter.skipped(torch.tensor(overflow))
+    assert meter.counts()["skipped_steps"] == 2
+    meter.reset()
+    assert meter.counts()["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_meter_goes_on_from_its_rows(meter, processes):
+    """From another number of processes the sums go on as a whole."""
+    targets = torch.tensor([0, 1])
+    whole, later = TrainMeter(torch.device("cpu"), 0.5), TrainMeter(torch.device("cpu"), 0.5)
+    for loss in (0.1, 0.2, 0.7):
+        whole.update(torch.tensor(loss), one_hot([0, 3]), targets)
+    rows = whole.rows()
+    assert rows.shape == (1, len(SUMS))
+    rows = torch.cat([rows, *[torch.zeros_like(rows)] * (processes - 1)])
+    later.update(torch.tensor(99.0), one_hot([0, 3]), targets)
+    later.reset()
+    later.go_on(rows, 3)
+    for one in (whole, later):
+        one.update(torch.tensor(0.3), one_hot([0, 1]), targets)
+    assert torch.equal(whole.sums, later.sums)
+    assert int(later.steps) == 4
+    assert later.counts() == whole.counts() == {"clamped_logits": 8, "skipped_steps": 0}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,8 +1,13 @@
 """A run's folder and its log, rows and TensorBoard scalars, also after a resume."""
 
+import io
 import json
 import logging
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,8 +15,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.errors import InputError
-from utils.run_log import SCALAR_CLASSES, RunLog, new_folder, progress_line
+from tests.conftest import ROOT
+from utils.errors import DivergenceError, InputError
+from utils.run_log import SCALAR_CLASSES, TIME, RunLog, count_lines, new_folder, progress_line
 
 ROWS = [{"epoch": epoch, "train": {"loss": 1 / (epoch + 1)}} for epoch in range(4)]
 
@@ -93,6 +99,115 @@ def test_an_error_is_written_into_the_log_and_goes_on_its_way(tmp_path, error, l
         raise error
     assert (tmp_path / "logs" / "x.txt").read_text().rstrip().endswith(line)
     assert run.logger.handlers == []
+
+
+def lines(folder):
+    return [line[TIME:] for line in (folder / "logs" / "x.txt").read_text().splitlines()]
+
+
+def test_lines_that_a_resume_writes_again_are_dropped_and_all_others_stay(tmp_path):
+    with RunLog(tmp_path, "x") as run:
+        run.info("Epoch: [0][0/8] first")
+        size = run.size()
+        for line in (
+            "Epoch: [0][4/8] later",
+            "note: mine",
+            "* Acc@1 5%",
+            "* ECE 3",
+            "Epoch: [0]\t7 logits",
+            "ä Epoch: [",
+        ):
+            run.info(line)
+    assert size == len((tmp_path / "logs" / "x.txt").read_bytes().splitlines(keepends=True)[0])
+    with RunLog(tmp_path, "x", 0, size) as run:
+        run.info("Epoch: [0][4/8] again")
+    assert lines(tmp_path) == ["Epoch: [0][0/8] first", "note: mine", "ä Epoch: [", "Epoch: [0][4/8] again"]
+    with RunLog(tmp_path, "x", 0, None) as run:
+        run.info("end")
+    assert lines(tmp_path)[-2:] == ["Epoch: [0][4/8] again", "end"]
+
+
+@pytest.mark.parametrize("size", [0, 5, 10**6])
+def test_a_size_that_does_not_fit_the_log_does_no_harm(tmp_path, size):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "x.txt").write_bytes(b"2026-01-31 23:59:59,999 note: \xff\n")
+    with RunLog(tmp_path, "x", 0, size) as run:
+        run.info("end")
+    assert b"note: \xff\n" in (tmp_path / "logs" / "x.txt").read_bytes()
+
+
+@pytest.mark.parametrize("error", [InputError("bad"), DivergenceError("bad"), OSError(28, "No space left", "file")])
+@pytest.mark.parametrize("there", [True, False])
+def test_errors_name_the_last_good_checkpoint(tmp_path, error, there):
+    path = tmp_path / "ckps" / "current.pth.tar"
+    if there:
+        path.parent.mkdir()
+        path.write_bytes(b"whole")
+    last = f"the last good checkpoint is {path}" if there else "this run has no checkpoint yet"
+    said = "file: cannot be written: No space left" if isinstance(error, OSError) else "bad"
+    kind = InputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(kind) as told, RunLog(tmp_path, "x"):
+        raise error
+    assert str(told.value) == f"{said}; {last}"
+
+
+def test_a_run_whose_folder_is_gone_says_so(tmp_path):
+    (tmp_path / "run").mkdir()
+    said = r"metrics.jsonl: cannot be written: .* is gone, checkpoints too$"
+    with pytest.raises(InputError, match=said), RunLog(tmp_path / "run", "x") as run:
+        shutil.rmtree(tmp_path / "run")
+        run.write_epoch(ROWS[0])
+
+
+@pytest.mark.parametrize(("link", "file"), [("logs/x.txt", "logs/x.txt"), (".metrics.jsonl.part", "metrics.jsonl")])
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, link, file, capfd):
+    said = f"^{tmp_path / file}: cannot be written: No space left on device; this run has no checkpoint yet$"
+    with pytest.raises(InputError, match=said), RunLog(tmp_path, "x") as run:
+        if link == file:
+            (tmp_path / link).unlink()
+            run.logger.handlers[0].close()  # opened anew at the next line
+        (tmp_path / link).symlink_to("/dev/full")
+        run.info("line")
+        run.write_epoch(ROWS[0])
+    assert capfd.readouterr().err == ""
+
+
+def test_a_tensorboard_that_cannot_be_written_is_one_line(tmp_path, capfd):
+    """Its own thread writes, and hands the error over."""
+    said = "^.*: cannot be written: No space left on device; this run has no checkpoint yet$"
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        pytest.raises(InputError, match=said),
+        RunLog(tmp_path, "x") as run,
+    ):
+        run.board.file_writer.event_writer._async_writer._writer._writer = full
+        for epoch in range(20):
+            run.scalars(epoch, {"loss": 1.0})
+            time.sleep(0.02)
+    assert capfd.readouterr().err == ""
+
+
+def test_when_nobody_reads_standard_output_any_more_the_log_goes_on(tmp_path):
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom utils.run_log import RunLog\n"
+        "with RunLog(Path(sys.argv[1]), 'x') as run:\n"
+        "    for number in range(5):\n"
+        "        run.info(f'line {number}')\n        time.sleep(0.2)\n"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} {shlex.quote(str(tmp_path))} | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\n", "")
+    assert lines(tmp_path) == [f"line {number}" for number in range(5)]
+
+
+def test_counts_are_said_where_there_are_any():
+    assert count_lines(3, {"clamped_logits": 0, "skipped_steps": 0}, 30.0) == []
+    assert count_lines(3, {"clamped_logits": 12, "skipped_steps": 2}, 30.0) == [
+        "Epoch: [3]\t12 logits were clamped to +-30",
+        "Epoch: [3]\t2 steps were skipped: float16 gradients overflowed",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

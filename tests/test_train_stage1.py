@@ -25,7 +25,7 @@ import train_stage1
 from datasets import build_data
 from methods import build_method
 from models import build_model
-from tests.conftest import ARB, ROOT, assert_same_run, assert_same_tensors, content, failure, history, train
+from tests.conftest import ARB, ROOT, assert_same_run, assert_same_tensors, content, failure, history, keeper_of, train
 from utils.config import load_config
 from utils.errors import DivergenceError
 from utils.precision import new_scaler
@@ -313,7 +313,7 @@ def one_epoch(cfg, batch_size, run, lr=0.1):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     step = Step(model, method, optimizer, new_scaler("fp32", CPU), CPU)
     with ScalarReads() as counter:
-        train_stage1.train_epoch(step, loader, run, epoch=0, seed=0, print_freq=1000)
+        train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), epoch=0, seed=0, print_freq=1000)
     return counter.reads, len(loader)
 
 
@@ -405,6 +405,7 @@ import torch
 import train_stage1
 from torch import nn
 from models.model import Model
+from tests.conftest import keeper_of
 from utils import distributed
 from utils.config import load_config
 from utils.precision import new_scaler
@@ -424,7 +425,7 @@ def work(folder):
         with RunLog(new_folder(str(folder), "run"), "run") as run:
             parallel = distributed.parallel(model, device)
             step = Step(parallel, method, optimizer, new_scaler("fp32", device), device)
-            row = train_stage1.train_epoch(step, loader, run, 0, 0, 1000)
+            row = train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), 0, 0, 1000)
         normed = train_stage1.new_model(cfg, data)
         normed.backbone.bn1.running_mean += distributed.rank()
         groups = train_stage1.class_groups(cfg, data)

@@ -112,12 +112,15 @@ def read_checkpoint(path: str | Path) -> dict:
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or _brief(error)}") from None
+    try:
         _check_sums(path)
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch has to say of a plain pickle comes as an error too
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or _brief(error)}") from None
     except Exception as error:  # torch and pickle raise many types on a damaged file
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             problem = "refused, it is unsafe to load: it holds objects other than tensors, containers and numbers"

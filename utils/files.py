@@ -9,7 +9,10 @@ from typing import IO
 
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """A handle whose content appears at ``path`` when the block ends well; before that the old file stays as it is."""
+    """A handle whose content appears at ``path`` when the block ends well; before that the old file stays as it is.
+
+    An ``OSError`` names ``path``, whichever call it comes from.
+    """
     beside = path.with_name(f".{path.name}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
@@ -19,8 +22,11 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
             os.fsync(handle.fileno())
         os.replace(beside, path)
         _flush_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what made the writing fail may make this fail too
+            beside.unlink()
 
 
 def _flush_folder(folder: Path) -> None:

@@ -73,7 +73,10 @@ class _File(logging.FileHandler):
     """Lines in the log; one that cannot be written is an error, as for every other file."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        raise
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, self.baseFilename) from None
+        raise error
 
 
 class RunLog:
