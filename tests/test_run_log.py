@@ -1,6 +1,5 @@
 """A run's folder and its log, rows and TensorBoard scalars, also after a resume."""
 
-import io
 import json
 import logging
 import re

@@ -2,11 +2,13 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -21,11 +23,23 @@ from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval as eval_script
 import train_stage1
 from datasets import build_data
 from methods import build_method
 from models import build_model
-from tests.conftest import ARB, ROOT, assert_same_run, assert_same_tensors, content, failure, history, keeper_of, train
+from tests.conftest import (
+    ARB,
+    ROOT,
+    SHORT,
+    assert_same_run,
+    assert_same_tensors,
+    content,
+    failure,
+    history,
+    keeper_of,
+    train,
+)
 from utils.config import load_config
 from utils.errors import DivergenceError
 from utils.precision import new_scaler
@@ -219,6 +233,111 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_epoch_twice(tmp_path):
         "epochs from 1 on were trained before; their 2 rows are dropped"
         in next((folder / "logs").iterdir()).read_text()
     )
+
+
+def stop_after(monkeypatch, calls):
+    """Sends this process a SIGTERM before the run's step number ``calls`` (from 0 on)."""
+    taken = itertools.count()
+
+    def step(self, batch, draw, own=Step.__call__):
+        if next(taken) == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        own(self, batch, draw)
+
+    monkeypatch.setattr(Step, "__call__", step)
+
+
+def log_of(folder):
+    """What an uninterrupted run would have logged, without times."""
+    text = next((folder / "logs").iterdir()).read_text()
+    lines = [re.sub(r"Time +[\d.]+", "", line[24:]) for line in text.splitlines()]
+    return [line for line in lines if line.startswith(("Epoch: [", "* "))]
+
+
+@pytest.mark.parametrize("options", [[], ["accumulate", 2], ["precision", "fp16", "max_grad_norm", 1.0]])
+def test_a_run_stopped_within_an_epoch_goes_on_inside_it(tmp_path, options, monkeypatch, capsys):
+    options = ["num_epochs", 2, "print_freq", 3, *options]
+    whole, start = train(tmp_path / "whole", *options), ["--cfg", ARB, *SHORT, *options, "save_dir", tmp_path / "parts"]
+    for calls, reached in ((5, "epoch 0, 6 of 8"), (9, "epoch 1, 8 of 8")):
+        with monkeypatch.context() as patch:
+            stop_after(patch, calls * (2 if "accumulate" in options else 1))
+            result = failure(capsys, train_stage1.main, *start, "resume", "auto")
+        assert result.code == 143
+        assert result.lines[0].startswith(f"stopped by SIGTERM: {reached} steps, is kept; go on with: python train_")
+    (folder,) = (tmp_path / "parts").iterdir()
+    assert not (folder / "summary.json").exists()
+    train(tmp_path / "parts", *options, "resume", "auto")
+    assert_same_run(whole, folder)
+    assert log_of(whole) == log_of(folder)
+    assert len(log_of(whole)) == 2 * (3 + 2)
+
+
+def test_a_step_s_checkpoint_goes_on_inside_the_epoch(tmp_path, monkeypatch):
+    """The process is lost between two checkpoints: what came after the last one is done again."""
+    options = ["num_epochs", 1, "checkpoint_every_steps", 3, "print_freq", 1]
+    whole = train(tmp_path / "whole", *options)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train_stage1, "evaluate", lambda *_: 1 / 0)
+        train(tmp_path / "parts", *options)
+    (folder,) = (tmp_path / "parts").iterdir()
+    assert content(folder)["step"] == 6
+    assert len(log_of(folder)) == 8
+    train(tmp_path / "parts", *options, "resume", "auto")
+    assert_same_run(whole, folder)
+    assert log_of(whole) == log_of(folder)
+
+
+@pytest.mark.parametrize(("changed", "step"), [(["lr", 0.05], 6), (["batch_size", 32], 0), (["seed", 1], 0)])
+def test_an_epoch_begins_anew_where_its_steps_have_changed(tmp_path, changed, step, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        failure(capsys, train_stage1.main, "--cfg", ARB, *SHORT, "num_epochs", 1, "save_dir", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    train(tmp_path, "num_epochs", 1, "resume", folder / "ckps" / "current.pth.tar", *changed)
+    said = capsys.readouterr().out
+    assert f"{changed[0]} was " in said
+    assert "going on after 0 epochs and 6 steps" in said
+    assert ("epoch 0 begins anew" in said) == (step == 0)
+
+
+def test_a_resume_elsewhere_says_that_bits_will_differ(finished, tmp_path, capsys):
+    path = tmp_path / "elsewhere.pth.tar"
+    moved = content(finished)
+    moved["environment"] |= {"CPU threads": 99, "torch": "2.0"}
+    torch.save(moved, path)
+    train(tmp_path / "saved", "num_epochs", 2, "resume", path)
+    said = capsys.readouterr().out
+    assert (
+        f"CPU threads: 99 so far, {torch.get_num_threads()} from here on; from here on the run is not, bit for" in said
+    )
+    assert f"torch: 2.0 so far, {torch.__version__} from here on" in said
+    assert "processes" not in said
+    train(tmp_path / "saved", "num_epochs", 2, "resume", finished / "ckps" / "current.pth.tar")
+    assert "bit for bit" not in capsys.readouterr().out
+
+
+def test_other_labels_or_lists_are_refused(finished, tmp_path, capsys):
+    other = content(finished)
+    other["fingerprint"] = "0" * 64
+    torch.save(other, tmp_path / "x.pth.tar")
+    arguments = ["resume", tmp_path / "x.pth.tar", "save_dir", tmp_path / "saved"]
+    result = failure(capsys, train_stage1.main, "--cfg", ARB, *SHORT, *arguments)
+    assert (result.code, len(result.lines)) == (2, 1)
+    assert "was trained on other data: the lists (or the images' labels) are not what they were" in result.said
+    assert not (tmp_path / "saved").exists()
+
+
+def test_auto_starts_anew_where_there_is_nothing_and_eval_finds_the_run(tmp_path, capsys):
+    folder = train(tmp_path, "num_epochs", 1, "resume", "auto")
+    assert "no checkpoint of this configuration" in capsys.readouterr().out
+    train(tmp_path, "num_epochs", 1, "resume", "auto")
+    assert f"{folder}/ckps/current.pth.tar: going on after 1 epochs" in capsys.readouterr().out
+    arguments = ["--cfg", ARB, *SHORT, "save_dir", tmp_path, "resume", "auto"]
+    assert failure(capsys, eval_script.main, *arguments, "num_epochs", 1).code == 0
+    assert (folder / "eval" / "current" / "metrics.json").exists()
+    result = failure(capsys, eval_script.main, *arguments, "num_epochs", 2)
+    assert result.code == 2
+    assert "resume: auto finds no checkpoint of this configuration" in result.said
 
 
 def test_a_run_goes_on_with_its_own_data_and_names_what_else_changed(finished, tmp_path, capsys):
@@ -529,12 +648,13 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
     path = finished / "ckps" / "current.pth.tar"
     own = torch.load(path, weights_only=True)
     torch.save({key: own[key] for key in own if key != "config"}, tmp_path / "weights.pth.tar")
-    for file in (path, tmp_path / "weights.pth.tar"):
+    named = "was trained with backbone resnet20, and backbone resnet32 is asked for"
+    for file, said in ((path, named), (tmp_path / "weights.pth.tar", "is of another architecture")):
         arguments = ["--cfg", ARB, "backbone", "resnet32", "resume", file, "save_dir", tmp_path / "saved"]
         result = failure(capsys, train_stage1.main, *arguments)
         assert result.code == 2
         assert len(result.lines) == 1
-        assert "is of another architecture" in result.said
+        assert said in result.said
     assert not (tmp_path / "saved").exists()
 
 
@@ -578,6 +698,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
         capsys, train_stage1.main, "--cfg", ARB, "num_epochs", 3, "lr", 1e30, "resume", path, "save_dir", tmp_path
     )
     assert result.code == 2
-    assert re.search(r"error: epoch 1, step \d+: the loss or a logit is not finite", result.said)
+    found = re.search(r"error: epoch 1, step (\d+): the loss or a logit is not finite .* set: ([\d, ]+);", result.said)
+    data = build_data("digits", "", imb_factor=0.05)
+    batches = list(data.train_loader(load_config(ARB).batch_size, 0, CPU).epoch(1))
+    assert list(map(int, found[2].split(", "))) == batches[int(found[1])].indices.tolist()
+    assert result.said.endswith(f"; the last good checkpoint is {path}\n")
     assert path.read_bytes() == before
     assert content(folder)["epoch"] == 1
