@@ -201,6 +201,23 @@ def test_when_nobody_reads_standard_output_any_more_the_log_goes_on(tmp_path):
     assert lines(tmp_path) == [f"line {number}" for number in range(5)]
 
 
+def test_a_folder_that_another_process_writes_is_refused_until_that_ends(tmp_path):
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom utils.run_log import RunLog\n"
+        "with RunLog(Path(sys.argv[1]), 'x'):\n    print('ready', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "ready\n"
+    with pytest.raises(InputError, match=f"^{tmp_path}: another process is training this run"):
+        RunLog(tmp_path, "x")
+    other.kill()
+    other.communicate()
+    for _ in range(2):
+        with RunLog(tmp_path, "x") as run:
+            run.info("line")
+
+
 def test_counts_are_said_where_there_are_any():
     assert count_lines(3, {"clamped_logits": 0, "skipped_steps": 0}, 30.0) == []
     assert count_lines(3, {"clamped_logits": 12, "skipped_steps": 2}, 30.0) == [

@@ -19,6 +19,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 from utils import distributed
 from utils.errors import DivergenceError, InputError
 from utils.files import atomic_file, write_text
@@ -97,6 +102,7 @@ class RunLog:
             self.logger.addHandler(logging.NullHandler())
             return
         with self._telling():
+            self._claim()
             (folder / "logs").mkdir(exist_ok=True)
             self._text = folder / "logs" / f"{name}.txt"
             self._drop_repeated(log_size)
@@ -126,6 +132,18 @@ class RunLog:
         finally:
             self._close()
 
+    def _claim(self) -> None:
+        """Two processes never write one folder: the lock is gone with its process, however that ends."""
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            if fcntl:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._lock.close()
+            raise InputError(f"{self.folder}: another process is training this run; wait for it, or stop it") from None
+        except OSError:
+            self._lock.close()  # a file system without locks
+
     def _close(self) -> None:
         for handler in list(self.logger.handlers):
             with contextlib.suppress(OSError):  # was said already where it matters
@@ -134,6 +152,7 @@ class RunLog:
         if self.active:
             with contextlib.suppress(OSError):
                 self.board.close()
+            self._lock.close()
         threading.excepthook = self._hook
 
     @contextlib.contextmanager
