@@ -290,7 +290,7 @@ def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], d
                 "and network (its config.yaml has them), or starts anew without resume"
             )
     counts, fingerprint = content.get("class_counts"), content.get("fingerprint")
-    if counts is not None and not torch.equal(counts, data.class_counts):
+    if counts is not None and not (isinstance(counts, Tensor) and torch.equal(counts, data.class_counts)):
         raise CheckpointError(
             f"{path}: was trained on other images: their number per class differs from what data_path (and "
             "train_txt) hold now; a run goes on with its own data"

@@ -67,6 +67,12 @@ class Data:
         accumulate: int = 1,
     ) -> TrainLoader:
         """See :class:`TrainLoader`."""
+        present = self.class_counts.nonzero().flatten().tolist()
+        if len(present) == 1:
+            raise DataError(
+                f"data_path: all {len(self.train.targets)} training images are of one class, "
+                f"{self.class_names[present[0]]!r}; there is nothing to learn with less than two"
+            )
         pixels, targets = self._pixels(self.train, device), self.train.targets
         return TrainLoader(pixels, targets, batch_size, seed, device, rank, world_size, accumulate)
 

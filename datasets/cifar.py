@@ -1,6 +1,8 @@
 """CIFAR-10 and CIFAR-100, from torchvision's archive (downloaded where it is missing) or from class folders."""
 
 import contextlib
+import http.client
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +24,14 @@ def read_cifar100(data_path: Path, image_size: int, workers: int) -> Source:
 
 
 def _read(archive: type[torchvision.datasets.CIFAR10], data_path: Path, workers: int) -> Source:
-    if (data_path / "train").is_dir():
+    if os.path.isdir(data_path / "train"):
         return image_folder.read(data_path, SIZE, workers, decode=image_folder.decode_exact)
-    new = [folder for folder in (data_path, *data_path.parents) if not folder.exists()]
+    new = [folder for folder in (data_path, *data_path.parents) if not os.path.exists(folder)]
     with distributed.main_first():
         try:
             train, test = (archive(data_path, train=part, download=True) for part in (True, False))
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):  # what the download made goes, if nothing is in it
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+            with contextlib.suppress(OSError, ValueError):  # what the download made goes, if nothing is in it
                 for folder in new:
                     folder.rmdir()
             raise DataError(

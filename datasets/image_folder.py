@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from torchvision.datasets.folder import make_dataset
 
 from datasets.decoding import open_rgb
-from datasets.source import DataError, Source, Split
+from datasets.folders import hidden, walk
+from datasets.source import DataError, Source, Split, as_text
 from datasets.streaming import Request, Workers
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
+OTHERS = frozenset(Image.registered_extensions()) - set(EXTENSIONS)
 CHUNK, CHUNK_BYTES = 256, 2**20  # what a worker decodes at once at most: its shared memory may be 64 MiB in all
 LAYOUT = "train/<class>/*.{png,jpg,jpeg} and test/<class>/*.{png,jpg,jpeg}"
 
@@ -49,9 +50,9 @@ def decode_exact(path: str, size: int) -> np.ndarray:
 
 def read(data_path: Path, image_size: int, workers: int, decode: Callable = decode) -> Source:
     """The class folders under ``data_path``; ``workers`` processes decode (0: this one)."""
-    if not (data_path / "train").is_dir():
+    if not os.path.isdir(data_path / "train"):
         raise DataError(f"data_path: {data_path / 'train'} is no folder; expected are {LAYOUT} under {data_path}")
-    test = next((data_path / name for name in ("test", "val") if (data_path / name).is_dir()), None)
+    test = next((data_path / name for name in ("test", "val") if os.path.isdir(data_path / name)), None)
     if test is None:
         raise DataError(f"data_path: {data_path} has neither test nor val; expected are {LAYOUT}")
     classes = _classes(data_path / "train")
@@ -60,42 +61,51 @@ def read(data_path: Path, image_size: int, workers: int, decode: Callable = deco
         raise DataError(f"data_path: {test / min(strange)} is a class that {data_path / 'train'} does not have")
     index = {name: label for label, name in enumerate(classes)}
     splits = (_split(folder, index, image_size, workers, decode) for folder in (data_path / "train", test))
-    return Source(*splits, class_names=classes)
-
-
-def _hidden(name: str) -> bool:
-    """Names that tools leave behind, such as .ipynb_checkpoints or ._image.png."""
-    return name.startswith(".")
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(EXTENSIONS) and not _hidden(os.path.basename(path))
+    return Source(*splits, class_names=[as_text(name) for name in classes])
 
 
 def _classes(folder: Path) -> list[str]:
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name)]
+    try:
+        entries = [entry for entry in folder.iterdir() if not hidden(entry.name)]
+    except OSError as error:
+        raise DataError(f"data_path: {folder}: cannot be read: {error.strerror}") from None
+    names = sorted(entry.name for entry in entries if os.path.isdir(entry))
     if not names:
         raise DataError(f"data_path: {folder} has no class folders; expected are {LAYOUT}")
-    return sorted(names)
+    loose = [entry for entry in entries if entry.name not in names and entry.suffix.lower() in {*EXTENSIONS, *OTHERS}]
+    if loose:
+        raise DataError(f"{min(loose)}: lies in no class folder; expected are {LAYOUT}")
+    return names
 
 
-def _refuse_other_images(folder: Path, index: dict[str, int]) -> None:
-    """Images that would be passed over in silence, such as .webp, are named; other files are nobody's business."""
-    strange = set(Image.registered_extensions()) - set(EXTENSIONS)
-    for name in index:
-        for where, _, files in sorted(os.walk(folder / name)):
-            for file in sorted(files):
-                if os.path.splitext(file)[1].lower() in strange and not _hidden(file):
-                    raise DataError(f"{Path(where, file)}: images must be png, jpg or jpeg; convert it or move it away")
+def _images(folder: Path) -> list[str]:
+    """All images in ``folder``, in the order of torchvision's ImageFolder.
+
+    Those that would be passed over in silence, such as .webp, are named; other files are nobody's business.
+    """
+    found = []
+    for where, files in sorted(walk(folder)):
+        for file in sorted(files):
+            extension = os.path.splitext(file)[1].lower()
+            if hidden(file):
+                continue
+            if extension in OTHERS:
+                raise DataError(f"{Path(where, file)}: images must be png, jpg or jpeg; convert it or move it away")
+            if extension in EXTENSIONS:
+                found.append(os.path.join(where, file))
+    return found
 
 
 def _split(folder: Path, index: dict[str, int], size: int, workers: int, decode: Callable) -> Split:
-    samples = make_dataset(str(folder), index, is_valid_file=_is_image, allow_empty=True)
-    _refuse_other_images(folder, index)
-    if not samples:
+    paths, labels = [], []
+    for name, label in index.items():
+        if os.path.isdir(folder / name):  # a class may have no test images
+            images = _images(folder / name)
+            paths += images
+            labels += [label] * len(images)
+    if not paths:
         raise DataError(f"data_path: {folder} holds no images; expected are {LAYOUT}")
-    load = Decoder([path for path, _ in samples], size, workers, decode)
-    return Split(np.array([label for _, label in samples], dtype=np.int64), load)
+    return Split(np.array(labels, dtype=np.int64), Decoder(paths, size, workers, decode))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from datasets.class_order import class_map_for
-from datasets.source import DataError, ImageFiles, Source, Split, fingerprint
+from datasets.folders import walk
+from datasets.source import DataError, ImageFiles, Source, Split, as_text, fingerprint
 
 
 class ListRows(NamedTuple):
@@ -43,7 +44,7 @@ def _lines(path: str | Path) -> ListRows:
                 parts = line.rsplit(None, 1)
                 try:
                     name, label = parts
-                    labels.append(int(label))
+                    labels.append(_number(label))
                 except (ValueError, OverflowError):
                     if parts:
                         malformed.append((number, line.strip()))
@@ -55,15 +56,28 @@ def _lines(path: str | Path) -> ListRows:
     return ListRows(paths, np.array(labels, dtype=np.int64), np.array(lines, dtype=np.int64), malformed)
 
 
+def _number(label: str) -> int:
+    """Python also takes 1_0 for 10, and digits of every script."""
+    if not label.isascii() or "_" in label:
+        raise ValueError
+    return int(label)
+
+
 def _annotations(path: str | Path) -> ListRows:
-    """``images`` have an id and a file_name, ``annotations`` an image_id and a category_id."""
+    """``images`` have an id and a file_name, ``annotations`` an image_id and a category_id; one for each image."""
     try:
         content = json.loads(Path(path).read_bytes())
         names = {image["id"]: image["file_name"] for image in content["images"]}
-        paths = [names[annotation["image_id"]] for annotation in content["annotations"]]
+        if len(names) < len(content["images"]):
+            raise ValueError("several images have the same id")
+        chosen = [annotation["image_id"] for annotation in content["annotations"]]
+        paths = [names[image] for image in chosen]
         categories = [annotation["category_id"] for annotation in content["annotations"]]
-        if not all(isinstance(path, str) for path in paths) or not all(isinstance(c, int) for c in categories):
+        if not all(isinstance(path, str) for path in paths) or not all(type(c) is int for c in categories):
             raise ValueError("a file_name is no text or a category_id no whole number")
+        left = names.keys() - chosen
+        if left:
+            raise ValueError(f"{len(left)} images have no annotation, such as {names[min(left)]!r}")
         labels = np.array(categories, dtype=np.int64)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
@@ -90,7 +104,40 @@ def read_image_list(path: str | Path, num_classes: int) -> tuple[list[str], np.n
             f"{path}, line {rows.lines[first]}: label {rows.labels[first]} is not one of 0 .. {num_classes - 1} "
             f"({int(wrong.sum())} such labels)"
         )
+    _refuse_strange_paths(path, rows)
+    _refuse_doubled(path, rows)
     return rows.paths, rows.labels
+
+
+def _refuse_strange_paths(path: str | Path, rows: ListRows) -> None:
+    """A list comes from elsewhere: what it says stays under data_path. (Links are the user's own, and are followed.)"""
+    for line, name in zip(rows.lines, rows.paths, strict=True):
+        if name.startswith("/") or os.path.isabs(name) or (".." in name and ".." in name.split("/")):
+            raise DataError(f"{path}, line {line}: {name!r} leaves data_path; paths are relative to it, without '..'")
+        if "\0" in name or not (name.isascii() or _is_a_file_name(name)):
+            raise DataError(f"{path}, line {line}: {name!r} can be no file's name")
+
+
+def _is_a_file_name(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_doubled(path: str | Path, rows: ListRows) -> None:
+    """An image counts once, in its class as in the accuracy; whoever wants it twice has a second name for it."""
+    more = len(rows.paths) - len(set(rows.paths))
+    if not more:
+        return
+    first: dict[str, int] = {}
+    again = next(i for i, name in enumerate(rows.paths) if first.setdefault(name, i) != i)
+    before = first[rows.paths[again]]
+    raise DataError(
+        f"{path}, line {rows.lines[again]}: {rows.paths[again]!r} with label {rows.labels[again]} is in line "
+        f"{rows.lines[before]} already, with label {rows.labels[before]} ({more} such lines)"
+    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +172,7 @@ class ImageLists:
             listed.append((paths, labels))
             splits.append((on_disk(paths, data_path, folders, by_name), labels))
             first = data_path / splits[-1][0][0]
-            if not first.is_file():
+            if not os.path.isfile(first):
                 raise DataError(f"data_path: {first} does not exist, the first image that {path} names")
         (train, train_labels), (test, test_labels) = splits
         chosen = class_map_for(class_map, np.bincount(train_labels, minlength=num_classes))
@@ -143,7 +190,7 @@ class ImageLists:
 def _find(option: str, given: str, names: Sequence[str], data_path: Path) -> Path:
     places = [Path(given), data_path / given] if given else [d / n for n in names for d in _folders(data_path)]
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):
             return place
     wanted = " nor ".join(dict.fromkeys(str(place) for place in places))
     raise DataError(f"{option}: there is no {wanted}; the README says where the lists come from")
@@ -158,7 +205,7 @@ def class_names(paths: Sequence[str], labels: np.ndarray, num_classes: int) -> l
     present, first = np.unique(labels, return_index=True)
     names = [str(label) for label in range(num_classes)]
     for label, folder in zip(present, below_common([os.path.dirname(paths[i]) for i in first]), strict=True):
-        names[label] = folder or names[label]
+        names[label] = as_text(folder) or names[label]
     return names
 
 
@@ -181,14 +228,22 @@ def on_disk(paths: list[str], data_path: Path, folders: Sequence[str], by_name: 
     otherwise an image keeps its class folder, in the spelling of the other layout.
     """
     listed = paths[0].partition("/")[0]
-    here = [folder for folder in folders if (data_path / folder).is_dir()]
+    here = [folder for folder in folders if os.path.isdir(data_path / folder)]
     if listed not in folders or listed in here or not here:
         return paths
     return (_by_name if by_name else _by_class_folder)(paths, data_path, here[0])
 
 
 def _by_name(paths: list[str], data_path: Path, top: str) -> list[str]:
-    places = {name: folder for folder, _, names in os.walk(data_path / top) for name in names}
+    wanted = {os.path.basename(path) for path in paths}
+    places: dict[str, str] = {}
+    for folder, names in walk(data_path / top):
+        for name in wanted.intersection(names):
+            if places.setdefault(name, folder) != folder:
+                raise DataError(
+                    f"data_path: {name} lies in {places[name]} and in {folder}, and the list, which is of another "
+                    "layout, does not say which it means"
+                )
     found = ((places.get(os.path.basename(path)), path) for path in paths)
     return [
         path if folder is None else os.path.relpath(os.path.join(folder, os.path.basename(path)), data_path)
@@ -200,7 +255,7 @@ def _by_class_folder(paths: list[str], data_path: Path, top: str) -> list[str]:
     folders: dict[str, str] = {}
     for listed in {os.path.dirname(path) for path in paths}:
         spellings = (f"{top}/{other}" for other in _other_spellings(listed.partition("/")[2]))
-        folders[listed] = next((folder for folder in spellings if (data_path / folder).is_dir()), listed)
+        folders[listed] = next((folder for folder in spellings if os.path.isdir(data_path / folder)), listed)
     return [f"{folders[os.path.dirname(path)]}/{os.path.basename(path)}" for path in paths]
 
 

@@ -14,6 +14,11 @@ class DataError(InputError):
     """Data that are missing, damaged or contradict the configuration."""
 
 
+def as_text(name: str) -> str:
+    """The name of a file as text that any file can hold: bytes that are no UTF-8 become ``\\xe9``, say."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 @dataclass(frozen=True)
 class ImageFiles:
     """Where images lie: as bytes in one block, which forked workers share (a list of strings they would all copy)."""

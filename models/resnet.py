@@ -1,6 +1,7 @@
 """torchvision's ResNets and ResNeXts as feature extractors: their own classes, without the last linear layer."""
 
 import os
+import warnings
 
 import torch
 import torchvision
@@ -51,8 +52,12 @@ def _load_pretrained(backbone: ResNet, name: str, pretrained: bool | str) -> Non
         raise InputError(f"pretrained: {pretrained}: no such weights file")
     else:
         try:
-            state = torch.load(pretrained, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what torch has to say of a plain pickle comes as an error too
+                state = torch.load(pretrained, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
+            if not all(isinstance(key, str) for key in state):
+                raise TypeError("a name of a weight is no text")
         except Exception as error:  # torch and pickle raise many types on a damaged file
             raise InputError(
                 f"pretrained: {pretrained}: is no readable weights file ({type(error).__name__})"

@@ -1,9 +1,12 @@
 """CIFAR from class folders and from torchvision's archives (small ones, with checksums of their own)."""
 
 import hashlib
+import http.client
 import os
 import pickle
+import shutil
 import tarfile
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +23,16 @@ from datasets import DataError, build_data
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BASES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+class Hostile:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
 
 
 def pixels(label: int, number: int = 0) -> np.ndarray:
@@ -188,6 +201,39 @@ def test_a_damaged_archive_is_refused_and_left_as_it_is(tmp_path, archive, no_si
     with pytest.raises(DataError, match="holds no CIFAR10, and it could not be downloaded"):
         build_data("cifar10", str(tmp_path / "data"))
     assert (folder / "data_batch_3").read_bytes() == b"half of it"
+
+
+def test_a_server_that_speaks_no_http_is_one_line(tmp_path, monkeypatch):
+    def answer(*_, **__):
+        raise http.client.BadStatusLine("<html>")
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    with pytest.raises(DataError, match="holds no CIFAR10, and it could not be downloaded"):
+        build_data("cifar10", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_a_path_that_the_system_does_not_take_is_refused(tmp_path, no_site, name):
+    with pytest.raises(DataError, match="holds no CIFAR10, and it could not be downloaded"):
+        build_data("cifar10", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_pickles_with_other_check_sums_than_the_published_are_never_loaded(tmp_path, no_site, form):
+    """The archive holds pickles, which could run code."""
+    folder = tmp_path / "data" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list, ("batches.meta", "")):
+        (folder / name).write_bytes(pickle.dumps(Hostile(tmp_path / "made")))
+    if form == "tar":
+        with tarfile.open(tmp_path / "data" / CIFAR10.filename, "w:gz") as file:
+            file.add(folder, CIFAR10.base_folder)
+        shutil.rmtree(folder)
+    with pytest.raises(DataError, match="holds no CIFAR10, and it could not be downloaded"):
+        build_data("cifar10", str(tmp_path / "data"))
+    assert not (tmp_path / "made").exists()
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "made"))).close()  # it would have
+    assert (tmp_path / "made").exists()
 
 
 def test_a_path_that_is_a_file_is_refused(tmp_path, no_site):

@@ -111,6 +111,19 @@ def test_a_class_without_enough_images_for_the_hold_out_is_named(trees):
         build_data("folder", trees, image_size=8, val_per_class=4)
 
 
+def test_one_class_alone_can_be_evaluated_but_not_trained_on(tmp_path):
+    for name in ("train/cat/0.png", "train/cat/1.png", "test/cat/2.png", "test/dog/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "train" / "dog").mkdir()
+    data = build_data("folder", str(tmp_path), image_size=8)
+    assert len(list(data.test_loader(torch.device("cpu")))) == 1
+    with pytest.raises(DataError) as error:
+        data.train_loader(2, 0, torch.device("cpu"))
+    said = "data_path: all 2 training images are of one class, 'cat'; there is nothing to learn with less than two"
+    assert str(error.value) == said
+
+
 @pytest.mark.parametrize("options", [{"imb_factor": 0.1}, {"val_per_class": 5}])
 def test_the_subset_seed_alone_decides_which_images_are_kept(options):
     def training(seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Decoded images against PIL's own conversion, with every decoder; and what is said of files that are no images."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import decoding
 from datasets.decoding import fast_decoder, open_rgb
 from datasets.source import DataError
 
+ROOT = Path(__file__).parents[1]
 PHOTOS = sorted((Path(__file__).parents[2] / "shared" / "data" / "photos").glob("*.JPEG"))
 ORIENTATION = 0x0112  # the EXIF tag
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with", "ignore:Corrupt EXIF", "ignore:Truncated File")
@@ -217,6 +219,61 @@ def test_an_image_too_large_to_be_true_is_named(decoder, tmp_path, monkeypatch):
     photo().save(tmp_path / "huge.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 53 * 37 // 2 - 1)
     assert_unreadable(tmp_path / "huge.jpg", decoder)
+
+
+@pytest.mark.parametrize("kind", ["colour.jpg", "colour.png"])
+@pytest.mark.parametrize("size", [(1, 1001), (1001, 1), (2, 2001)])
+def test_an_image_that_scaling_would_blow_up_is_named(kind, size, decoder, tmp_path):
+    """A thousand pixels take no memory; scaled until the short side has 256 they take as much as a bomb."""
+    photo(*size).save(tmp_path / kind)
+    assert_unreadable(tmp_path / kind, decoder)
+    photo(1, 1000).save(tmp_path / kind)
+    assert_as_pil_converts_it(tmp_path / kind, decoder)
+
+
+def test_a_file_too_large_to_be_an_image_is_named_before_it_is_read(decoder, tmp_path):
+    with open(tmp_path / "huge.jpg", "wb") as file:
+        file.truncate(decoding.MOST_BYTES + 1)  # a hole: it takes no place on the disk
+    with pytest.raises(DataError, match="a file of more than 1 GiB"):
+        open_rgb(str(tmp_path / "huge.jpg"), decoder)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "ICO", "TGA"])
+def test_a_format_that_no_data_set_has_is_not_opened_under_another_name(kind, decoder, tmp_path):
+    """EPS is a program: PIL would have it run."""
+    photo(32, 32).save(tmp_path / "image.jpg", kind)
+    with pytest.raises(DataError, match=r"image.jpg: is no readable image \(none of JPEG, PNG,"):
+        open_rgb(str(tmp_path / "image.jpg"), decoder)
+
+
+@pytest.mark.parametrize("kind", decoding.FORMATS)
+def test_every_format_of_the_table_is_read(kind, decoder, tmp_path):
+    photo(32, 32).save(tmp_path / "image.jpg", kind)
+    assert_as_pil_converts_it(tmp_path / "image.jpg", decoder)
+
+
+SILENCE = """
+import sys
+from datasets.decoding import open_rgb
+from datasets.source import DataError
+try:
+    open_rgb(sys.argv[1])
+except DataError as error:
+    print(error)
+"""
+
+
+def test_pil_says_nothing_beside_the_message(tmp_path):
+    """It logs and warns of some damage, on standard error, without the file's name."""
+    photo().save(tmp_path / "photo.tif")
+    content = bytearray((tmp_path / "photo.tif").read_bytes())
+    at = content.index((277).to_bytes(2, "little") + (3).to_bytes(2, "little"))  # samples per pixel
+    content[at + 8] = 200
+    (tmp_path / "photo.tif").write_bytes(content)
+    command = [sys.executable, "-c", SILENCE, str(tmp_path / "photo.tif")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"{tmp_path / 'photo.tif'}: is no readable image (")
 
 
 def test_the_limit_of_the_size_can_be_lifted(decoder, tmp_path, monkeypatch):

@@ -12,8 +12,10 @@ import pytest
 import torch
 import torchvision.transforms as T
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from datasets import build_data, image_folder
+from datasets.decoding import FORMATS
 from datasets.source import DataError, Source
 
 
@@ -99,6 +101,67 @@ def test_an_empty_class_folder_and_a_class_without_test_images_are_legal(tree):
     assert source.class_names == ["bird", "cat", "dog", "emu"]
     assert source.train.targets.tolist() == [1, 1, 2, 2, 3]
     assert source.test.targets.tolist() == [1, 2]
+
+
+def test_the_order_is_that_of_torchvisions_image_folder(tree):
+    for name in ("train/dog/b/1.png", "train/dog/B.png", "train/dog/a/2.png", "train/dog/a b/3.png", "train/emu/4.png"):
+        save(tree / name)
+    (tree / "train" / "fox").symlink_to(tree / "train" / "dog")
+    theirs = ImageFolder(tree / "train")
+    train = read(tree).train
+    assert train.load.paths == [path for path, _ in theirs.samples]
+    assert train.targets.tolist() == theirs.targets
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.JPG", "c.webp"])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_image_in_no_class_folder_is_named_and_not_passed_over(tree, part, name):
+    (tree / part / name).touch()
+    (tree / part / "notes.txt").touch()
+    assert refusal(tree).startswith(f"{tree / part / name}: lies in no class folder; expected are train/<class>/")
+
+
+def test_what_tools_leave_in_a_class_folder_is_no_image_of_it(tree):
+    save(tree / "train/cat/.ipynb_checkpoints/0-checkpoint.png")
+    save(tree / "train/cat/._0.png")
+    assert np.bincount(read(tree).train.targets).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["x.webp", "y.png"])
+def test_linked_folders_are_looked_through_as_others(tree, name):
+    (tree / "elsewhere").mkdir()
+    save(tree / "elsewhere" / name)
+    (tree / "train/cat/more").symlink_to(tree / "elsewhere")
+    if name == "y.png":
+        assert np.bincount(read(tree).train.targets).tolist() == [3, 2]
+    else:
+        assert refusal(tree).startswith(f"{tree / 'train/cat/more/x.webp'}: images must be png, jpg or jpeg")
+
+
+def test_a_link_that_leads_back_does_not_multiply_images(tree):
+    (tree / "train/cat/again").symlink_to(tree / "train/cat")
+    assert refusal(tree).startswith(f"{tree / 'train/cat/again'}: is a link to {tree / 'train/cat'}, which it lies in")
+
+
+def test_the_name_of_a_class_is_text_whatever_its_folder_s_name(tree):
+    for part in ("train", "test"):
+        os.rename(tree / part / "dog", os.fsencode(tree / part) + b"/caf\xe9")
+    source = read(tree)
+    assert source.class_names == ["caf\\xe9", "cat"]
+    assert source.train.load(np.arange(4)).shape == (4, 8, 8, 3)
+
+
+def test_a_path_that_the_system_does_not_take_is_refused(tmp_path):
+    for name in ("x" * 5000, "a\0b"):
+        assert "is no folder; expected are train/<class>/" in refusal(tmp_path / name)
+
+
+def test_a_folder_of_classes_that_cannot_be_read_is_named(tree, monkeypatch):
+    def refusing(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)  # root may read everything
+    assert refusal(tree) == f"data_path: {tree / 'train'}: cannot be read: Permission denied"
 
 
 def test_images_come_in_the_order_asked_for_and_lossless(tree):
@@ -339,7 +402,7 @@ def test_the_first_broken_image_of_many_is_named_in_one_line(many, tmp_path, wor
     load = image_folder.Decoder([str(path) for path in paths], 8, workers, image_folder.decode)
     with pytest.raises(DataError) as error:
         load(repeated(MANY + 10, len(paths))[::-1])
-    assert str(error.value) == f"{tmp_path / '700.png'}: is no readable image (of no format that PIL knows)"
+    assert str(error.value) == f"{tmp_path / '700.png'}: is no readable image (none of {', '.join(FORMATS)})"
     del error
     assert multiprocessing.active_children() == before
 

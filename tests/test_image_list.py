@@ -79,6 +79,8 @@ def test_a_line_is_a_path_and_a_label(tmp_path, content, paths, labels):
         ("b/2.jpg", "'b/2.jpg' is not 'relative/path label'"),
         ("b/2.jpg one", "'b/2.jpg one' is not 'relative/path label'"),
         ("b/2.jpg 1.5", "'b/2.jpg 1.5' is not 'relative/path label'"),
+        ("b/2.jpg 1_0", "'b/2.jpg 1_0' is not 'relative/path label'"),
+        ("b/2.jpg ٢", "'b/2.jpg ٢' is not 'relative/path label'"),
         ("1", "'1' is not 'relative/path label'"),
         ("b/2.jpg 99999999999999999999", "'b/2.jpg 99999999999999999999' is not 'relative/path label'"),
         ("b/2.jpg 3", "label 3 is not one of 0 .. 2 (1 such labels)"),
@@ -95,6 +97,52 @@ def test_the_scan_goes_on_after_wrong_lines(tmp_path):
     assert rows.paths == ["a/1.jpg", "d/4.jpg"]
     assert (rows.labels.tolist(), rows.lines.tolist()) == ([7, -2], [2, 6])
     assert rows.malformed == [(1, "nothing"), (4, "b"), (5, "c/3.jpg x")]
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "//x/1.jpg", "../1.jpg", "a/../../1.jpg", "a/..", "a/../b.jpg", "a b/../../etc/1.jpg"]
+)
+def test_a_path_that_leaves_the_data_s_folder_is_refused(tmp_path, name):
+    path = write(tmp_path / "x.txt", f"a/1.jpg 0\n{name} 1\n")
+    said = f"{path}, line 2: {name!r} leaves data_path; paths are relative to it, without '..'"
+    assert refusal(read_image_list, path, 3) == said
+    (row,) = [row for row in json.loads(annotations([(name, 1)]))["images"]]
+    assert row["file_name"] == name
+    path = write(tmp_path / "x.json", annotations([("a/1.jpg", 0), (name, 1)]))
+    assert "leaves data_path" in refusal(read_image_list, path, 3)
+
+
+@pytest.mark.parametrize("name", ["a..b/1.jpg", "..a/1.jpg", "a../1..jpg", "./1.jpg", ".../1.jpg", "~/1.jpg"])
+def test_dots_in_names_are_legal(tmp_path, name):
+    assert read_image_list(write(tmp_path / "x.txt", f"{name} 1\n"), 3)[0] == [name]
+
+
+def test_links_that_the_user_made_are_followed(tmp_path):
+    tree = data_set(tmp_path / "data", NESTED, FLAT, [])
+    touch(tmp_path / "disk", *(path for path, _ in NESTED + FLAT))
+    for folder in ("data_256", "val_256"):
+        (tree / folder).symlink_to(tmp_path / "disk" / folder)
+    source = PLACES.read(tree, 5)
+    assert all(os.path.isfile(source.train.files.path(i)) for i in range(len(NESTED)))
+
+
+@pytest.mark.parametrize("name", ["a\0.jpg", "a.jpg\0", "\ud800.jpg"])
+def test_what_can_be_no_file_s_name_is_refused(tmp_path, name):
+    path = write(tmp_path / "x.json", annotations([("a.jpg", 0), (name, 1)]))
+    assert refusal(read_image_list, path, 3) == f"{path}, line 2: {name!r} can be no file's name"
+
+
+@pytest.mark.parametrize("label", [0, 2])
+def test_an_image_that_is_listed_twice_is_refused_with_both_lines(tmp_path, label):
+    path = write(tmp_path / "x.txt", f"a/1.jpg 0\n\nb/2.jpg 1\na/1.jpg {label}\nb/2.jpg 1\n")
+    said = f"{path}, line 4: 'a/1.jpg' with label {label} is in line 1 already, with label 0 (2 such lines)"
+    assert refusal(read_image_list, path, 3) == said
+
+
+def test_no_published_list_names_an_image_twice_or_leaves_its_folder(tmp_path):
+    for name, classes in (("Places_LT_train", 365), ("Places_LT_test", 365), ("ImageNet_LT_test", 1000)):
+        lines = published(name)
+        assert len(read_image_list(write(tmp_path / "x.txt", "".join(lines)), classes)[0]) == len(lines)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -144,6 +192,7 @@ def test_annotations_equal_the_list(tmp_path):
         '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1}]}',
         '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "category_id": "x"}]}',
         '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "category_id": 1.7}]}',
+        '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "category_id": true}]}',
         '{"images": [{"id": 1, "file_name": 5}], "annotations": [{"image_id": 1, "category_id": 1}]}',
         '{"images": [{"id": 1, "file_name": null}], "annotations": [{"image_id": 1, "category_id": 1}]}',
         "[" * 200_000,
@@ -153,6 +202,20 @@ def test_annotations_equal_the_list(tmp_path):
 def test_other_json_is_refused(tmp_path, content):
     path = write(tmp_path / "x.json", content)
     assert refusal(read_image_list, path, 3).startswith(f"{path}: is no file of annotations in iNaturalist's format (")
+
+
+def test_annotations_that_would_lose_images_are_refused(tmp_path):
+    content = json.loads(annotations(ROWS))
+    left = content["annotations"].pop()
+    path = write(tmp_path / "x.json", json.dumps(content))
+    assert "1 images have no annotation, such as 'train_val2018/Aves/2/c.jpg'" in refusal(read_image_list, path, 3)
+    content["annotations"] += [left, left]
+    write(path, json.dumps(content))
+    assert "line 4: 'train_val2018/Aves/2/c.jpg' with label 2 is in line 3" in refusal(read_image_list, path, 3)
+    content = json.loads(annotations(ROWS))
+    content["images"][0]["id"] = content["images"][1]["id"]
+    write(path, json.dumps(content))
+    assert "several images have the same id" in refusal(read_image_list, path, 3)
 
 
 def test_labels_of_annotations_are_checked(tmp_path):
@@ -295,6 +358,29 @@ def test_paths_that_no_layout_explains_stay_as_they_are(tmp_path):
     assert on_disk(["data_256/b/barn/1.jpg"], tmp_path, (), False) == ["data_256/b/barn/1.jpg"]
 
 
+def test_a_file_name_in_two_folders_is_refused_where_the_list_says_only_the_name(tmp_path):
+    touch(tmp_path, "val/barn/v1.jpg", "val/cave/v1.jpg", "val/barn/x.jpg", "val/cave/x.jpg", "val/barn/v2.jpg")
+    message = refusal(on_disk, ["val_256/v2.jpg", "val_256/v1.jpg"], tmp_path, PLACES.test_folders, True)
+    assert message.startswith("data_path: v1.jpg lies in ")
+    assert f"{tmp_path}/val/barn" in message and f"{tmp_path}/val/cave" in message
+    assert on_disk(["val_256/v2.jpg"], tmp_path, PLACES.test_folders, True) == ["val/barn/v2.jpg"]
+
+
+def test_linked_class_folders_are_found_by_file_name_too(tmp_path):
+    touch(tmp_path, "disk/barn/v1.jpg")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/barn").symlink_to(tmp_path / "disk/barn")
+    assert on_disk(["val_256/v1.jpg"], tmp_path, PLACES.test_folders, True) == ["val/barn/v1.jpg"]
+
+
+def test_paths_that_the_system_does_not_take_are_refused(tmp_path):
+    long = "x" * 5000
+    tree = data_set(tmp_path, [(f"{long}.jpg", 0)], FLAT, [])
+    assert refusal(PLACES.read, tree, 5).endswith(f"the first image that {tree}/Places_LT_train.txt names")
+    assert refusal(PLACES.find, tree, long).startswith(f"train_txt: there is no {long} nor")
+    assert refusal(PLACES.find, tmp_path / long).startswith("train_txt: there is no ")
+
+
 def test_where_both_layouts_lie_here_the_list_s_own_is_read(tmp_path):
     touch(tmp_path, "train/barn/1.jpg", "data_256/b/barn/1.jpg")
     for listed in (["train/barn/1.jpg"], ["data_256/b/barn/1.jpg"]):
@@ -342,6 +428,7 @@ def test_labels_of_both_lists_are_checked(tmp_path):
         (["/t/cat/a.jpg", "t/dog/b.jpg", "/t/cat/c.jpg"], ["cat", "dog", "2"]),
         (["a.jpg", "b.jpg", "c.jpg"], ["0", "1", "2"]),
         (["a.jpg", "dog/b.jpg", "c.jpg"], ["0", "dog", "2"]),
+        (["caf\udce9/a.jpg", "dog/b.jpg", "caf\udce9/c.jpg"], ["caf\\xe9", "dog", "2"]),
     ],
 )
 def test_a_class_is_named_after_its_folder(paths, names):

@@ -229,7 +229,7 @@ def test_bad_lists_and_images_end_in_one_line(lists, tmp_path, capsys):
     for i in range(4):
         (tmp_path / "data_256" / f"{i}.jpg").write_bytes(broken)
     for name in ("train", "test"):
-        (tmp_path / f"Places_LT_{name}.txt").write_text("".join(f"data_256/{i}.jpg 3\n" for i in range(4)))
+        (tmp_path / f"Places_LT_{name}.txt").write_text("".join(f"data_256/{i}.jpg {3 + i % 2}\n" for i in range(4)))
     bad = failure(capsys, train_stage1.main, *base, "data_path", tmp_path, "batch_size", 4, "workers", 1)
     assert (bad.code, len(bad.lines)) == (2, 1)
     assert re.search(r"data_256/\d.jpg: is no readable image", bad.said)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.source import DataError, ImageFiles
+from datasets.source import DataError, ImageFiles, as_text
 from utils.errors import InputError
 
 UNDECODABLE = os.fsdecode(b"caf\xe9/\xff.jpg")  # Latin-1, no UTF-8
@@ -64,6 +64,15 @@ def test_a_copy_in_another_process_is_the_same():
     """Workers that do not fork get the files pickled."""
     files = pickle.loads(pickle.dumps(ImageFiles.under("/data", NAMES)))
     assert [files.path(i) for i in range(len(files))] == [f"/data/{name}" for name in NAMES]
+
+
+@given(name=file_names)
+def test_any_name_is_text_that_a_file_can_hold(name):
+    as_text(name).encode()
+
+
+def test_names_in_utf_8_stay_as_they_are():
+    assert [as_text(name) for name in NAMES[:3]] == [*NAMES[:2], "caf\\xe9/\\xff.jpg"]
 
 
 def test_bad_data_are_bad_input_and_the_message_survives_another_process():

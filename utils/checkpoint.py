@@ -218,7 +218,7 @@ def load_content(model: nn.Module, content: Mapping, path: str | Path) -> dict:
         return _load_content(model, content, path)
     except CheckpointError:
         raise
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: holds a value of the wrong kind ({_brief(error)})") from None
 
 
@@ -269,16 +269,18 @@ def restore(
         if content.get("scaler"):  # empty but for fp16
             scaler.load_state_dict(content["scaler"] | {"scale": float(content["scaler"]["scale"])})
         return _state(content)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: does not fit this configuration: {_brief(error)}") from None
 
 
 def _state(content: Mapping) -> TrainState:
-    step, sums = int(content.get("step", 0)), content.get("sums")
+    epoch, step, sums = int(content["epoch"]), int(content.get("step", 0)), content.get("sums")
+    if epoch < 0 or step < 0:
+        raise ValueError(f"its epoch {epoch} or step {step} is negative")
     if step and not (isinstance(sums, torch.Tensor) and sums.shape[1:] == (len(SUMS),)):
         raise ValueError(f"it lies within an epoch, at step {step}, and has no sums of that epoch's steps")
     return TrainState(
-        epoch=int(content["epoch"]),
+        epoch=epoch,
         step=step,
         sums=sums,
         seconds=float(content.get("seconds", 0.0)),
@@ -306,8 +308,12 @@ def changed_options(content: Mapping, config: Mapping) -> dict[str, tuple]:
     return {
         key: (saved[key], config[key])
         for key in config
-        if key in saved and saved[key] != config[key] and key not in INCIDENTAL
+        if key in saved and key not in INCIDENTAL and not _same(saved[key], config[key])
     }
+
+
+def _same(a: object, b: object) -> bool:
+    return not isinstance(a, torch.Tensor) and a == b  # an option is no tensor
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:

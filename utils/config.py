@@ -11,6 +11,7 @@ import difflib
 import itertools
 import math
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,10 +47,25 @@ def text(value):
     return value
 
 
+def folder_path(value):
+    """Where something is written: what names it there has to be in UTF-8."""
+    if "\0" in text(value) or not _is_utf8(text(value)):
+        raise ValueError("must be the path of a folder, in UTF-8")
+    return text(value)
+
+
 def folder_name(value):
-    if set(text(value)) & set("/\\\0\n") or value in (".", ".."):
+    if set(text(value)) & set("/\\\0\n") or value in (".", "..") or not _is_utf8(text(value)):
         raise ValueError("must be usable as a folder's name")
     return text(value)
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def flag(value):
@@ -148,7 +164,7 @@ def flag_or_path(value):
 OPTIONS: dict[str, Option] = {
     # the run
     "name": Option("", folder_name, "name of the run's folder; empty: the file's name"),
-    "save_dir": Option("saved", text, "folder that holds the runs' folders"),
+    "save_dir": Option("saved", folder_path, "folder that holds the runs' folders"),
     "seed": Option(0, whole(0, 2**63 - 1), "fixes weights, order, crops, flips and mixup"),
     "deterministic": Option(False, flag, "on CUDA: deterministic kernels where they exist (slower)"),
     "device": Option("auto", choice("auto", "cpu", "cuda"), "auto: CUDA where there is one"),
@@ -170,7 +186,7 @@ OPTIONS: dict[str, Option] = {
         "", text, "list data sets: stable, legacy or a file; empty: the checkpoint's, else stable (resume: legacy)"
     ),
     "num_classes": Option(None, optional(whole(1)), "null: what the data set has; otherwise checked against it"),
-    "image_size": Option(None, optional(whole(8)), "side in pixels; null: 224 for list data sets, else 32"),
+    "image_size": Option(None, optional(whole(8, 4096)), "side in pixels; null: 224 for list data sets, else 32"),
     "decoder": Option("pil", choice("pil", "fast"), "list data sets: pil, or fast (TorchCodec, else torchvision)"),
     "data_on_device": Option(
         "auto", choice("auto", True, False), "small images live in the device's memory; auto: where they fit into half"
@@ -282,11 +298,11 @@ def dump_config(cfg: CfgNode, **changes: Any) -> str:
 
 def _file_sources(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
     """(file, mapping) pairs of ``path`` and the files it inherits from, the root first."""
+    source = _read_yaml(path)
     if path.resolve() in seen:
         raise ConfigError(
             f"{path}: _BASE_ goes round in a loop: {' -> '.join(str(p) for p in (*seen, path.resolve()))}"
         )
-    source = _read_yaml(path)
     base = source.pop("_BASE_", None)
     if base is None:
         return [(str(path), source)]
@@ -344,7 +360,7 @@ def _pairs(overrides: Sequence[str]) -> dict:
 
 
 def _is_text(option: Option) -> bool:
-    return option.parse in (text, folder_name)
+    return option.parse in (text, folder_name, folder_path)
 
 
 def _known(key: Any, where: str) -> bool:
@@ -366,7 +382,17 @@ def _parse(key: str, value: Any, where: str) -> Any:
     try:
         return option.parse(value)
     except ValueError as error:
-        raise ConfigError(f"{where}: {key}: {value!r} {error}") from None
+        raise ConfigError(f"{where}: {key}: {_shown(value)} {error}") from None
+
+
+def _shown(value: Any) -> str:
+    """``value`` as it was given, cut short: a few aliases in YAML can stand for gigabytes."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 200, 200
+    try:
+        return short.repr(value)
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "a number of thousands of digits"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
