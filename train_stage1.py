@@ -87,17 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             scaler = new_scaler(cfg.precision, device)
             parallel = new_parallel(cfg, model, device)  # may refuse: before a folder is made
             parts = {"model": model, "method": method, "optimizer": optimizer, "scaler": scaler}
-            state, folder, settings, origin = start(cfg, found, data, device, **parts)
+            state, folder, settings, origin = start(cfg, found, data, len(loader), device, **parts)
             found = found._replace(content=None)  # its weights are in the model now
             step = new_step(cfg, parallel, method, optimizer, scaler, device)
 
             with RunLog(folder, cfg.name, state.epoch, state.log_size) as run:
                 describe(run, cfg, data, groups, step, [*notes, *found.notes, *origin, *numbering.notes])
-                write_settings(folder, settings)
                 content = {**parts, **origins(data, settings, device)}
                 keeper = Keeper(run, signals, state, loader, step.meter, cfg.checkpoint_every_steps, content)
                 evaluated = (model, test, held_out, data.class_counts, groups, cfg.precision)
                 epochs = range(state.epoch, cfg.num_epochs)
+                if epochs:
+                    write_settings(folder, settings)
                 with keeper.until_signal():
                     for epoch in epochs:
                         row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
@@ -106,12 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             evaluation = evaluate(*evaluated, keeper.signal)
                             row |= evaluation.entries
                             publish(run, epoch, evaluation, data)
-                        record(run, row)
+                        record(run, row, step.meter.clamp)
                         keeper.end_epoch(row)
+                    if epochs:
+                        finish(run, state, evaluation, groups)
                 if not epochs:  # a finished run was resumed
                     evaluation = evaluate(*evaluated)
                     announce(run, evaluation)
-                finish(run, state, evaluation, groups)
+                    finish(run, state, evaluation, groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,14 +253,23 @@ def start(
     cfg: CfgNode,
     found: Found,
     data: Data,
+    steps: int,
     device: torch.device,
     model: nn.Module,
     method: Method,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> tuple[TrainState, Path, dict, list[str]]:
-    """Where training starts: (state, the run's folder, the settings it records, notes for the log)."""
-    settings, (path, content, _) = dict(cfg), found
+    """Where training starts: (state, the run's folder, the settings it records, notes for the log).
+
+    ``steps`` of an epoch.
+    """
+    path, content, _ = found
+    settings = dict(cfg) | {"resume": path}  # which "auto" has become
+    if not distributed.all_equal(found.checksum()):
+        raise CheckpointError(
+            f"resume: {cfg.resume} is not the same file for every process; all nodes need one save_dir"
+        )
     if content is None:
         return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, []
     if not is_ours(content):
@@ -267,16 +279,16 @@ def start(
     changed = changed_options(content, cfg)
     check_unchanged(content, path, changed, data)
     state = restore(content, path, model, method, optimizer, scaler)
-    if not distributed.all_equal(state.epoch, state.step):
-        raise CheckpointError(f"{path}: is not the same file for every process; save_dir has to be shared by all nodes")
-    settings |= {key: content["config"].get(key, "") for key in ("resume", "class_map")}
+    settings |= {key: str(content["config"].get(key, "")) for key in ("resume", "class_map")}
     folder = folder_of(path) or new_folder(cfg.save_dir, cfg.name)
     reached = f"{state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
     notes = [f"{path}: going on after {reached}, in {folder}"]
     notes += [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
     if state.step and not {"seed", "batch_size"}.isdisjoint(changed):
-        state.step = 0  # of other steps
+        state.step, state.sums, state.seconds = 0, None, 0.0  # of other steps
         notes.append(f"epoch {state.epoch} begins anew: its steps are others now")
+    if state.step > steps:
+        raise CheckpointError(f"{path}: lies at step {state.step} of an epoch that has {steps} steps")
     return state, folder, settings, notes + moved(content, device)
 
 
@@ -295,7 +307,7 @@ def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], d
             f"{path}: was trained on other images: their number per class differs from what data_path (and "
             "train_txt) hold now; a run goes on with its own data"
         )
-    if fingerprint and fingerprint != data.fingerprint:
+    if fingerprint is not None and not (isinstance(fingerprint, str) and fingerprint in ("", data.fingerprint)):
         raise CheckpointError(
             f"{path}: was trained on other data: the lists (or the images' labels) are not what they were (their hash "
             "differs); a run goes on with its own data"
@@ -372,11 +384,9 @@ def train_epoch(
         keeper.between_steps(done + 1, time.perf_counter() - began)
     keeper.check()
     check_weights(step.model, epoch)
-    counts, seconds = meter.counts(), time.perf_counter() - began
-    for line in count_lines(epoch, counts, meter.clamp):
-        run.info(line)
+    seconds = time.perf_counter() - began
     timing = {"train_seconds": seconds, "images_per_second": len(loader.targets) / seconds}
-    return {"train": {**meter.averages(), **counts}, "timing": timing}
+    return {"train": {**meter.averages(), **meter.counts()}, "timing": timing}
 
 
 def show_progress() -> bool:
@@ -424,8 +434,10 @@ def publish(run: RunLog, epoch: int, evaluation: Evaluation, data: Data) -> None
         save_predictions(run.folder / "predictions", epoch, predictions)
 
 
-def record(run: RunLog, row: Mapping) -> None:
-    """The epoch's line in ``metrics.jsonl`` and its TensorBoard scalars."""
+def record(run: RunLog, row: Mapping, clamp: float | None) -> None:
+    """What was counted in the epoch, its line in ``metrics.jsonl`` and its TensorBoard scalars."""
+    for line in count_lines(row["epoch"], row["train"], clamp):
+        run.info(line)
     run.write_epoch(row)
     scalars = {"loss/train": row["train"]["loss"], "top1/train": row["train"]["top1"], "lr": row["lr"]}
     for split in ("test", "val"):

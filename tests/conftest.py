@@ -1,6 +1,7 @@
 """Shared by the end-to-end tests: short runs by the real scripts, and what they leave behind."""
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from utils.checkpoint import TrainState
 from utils.command_line import exit_code
 from utils.keeper import Keeper
 from utils.run_log import RunLog
-from utils.signals import Signals
+from utils.signals import NAMES, Signals
 from utils.step import Step
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,15 @@ SHORT = ["batch_size", "64", "print_freq", "4"]  # 8 steps an epoch
 def in_the_repository(monkeypatch):
     """Configuration files are named as the README names them."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A script that a signal has ended ignores further ones, up to its process's end."""
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in NAMES)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def train(save_dir: Path, *overrides: object, cfg: str = ARB) -> Path:

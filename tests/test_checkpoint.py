@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, the originals' files, and files that are damaged, unsafe or of something else."""
 
 import io
+import math
 import os
 import pickle
 import re
@@ -30,6 +31,7 @@ from utils.checkpoint import (
     save_checkpoint,
     stored_class_map,
 )
+from utils.metrics import SUMS
 from utils.precision import new_scaler
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's word on files that are refused
@@ -226,6 +228,69 @@ def test_a_checkpoint_within_an_epoch_restores_its_place(tmp_path):
     restored = restore(read_checkpoint(path), path, model, arb_method(), sgd(model), no_scaler())
     assert torch.equal(restored.sums, sums)
     assert replace(restored, sums=None) == replace(state, sums=None)
+
+
+def restored_with(tmp_path, change):
+    path = tmp_path / "x.pth.tar"
+    save_small(path, small_model())
+    model, content = small_model(), read_checkpoint(path)
+    change(content)
+    optimizer = sgd(model)
+    return restore(content, path, model, arb_method(), optimizer, no_scaler()), optimizer, model
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.zeros(3),
+        torch.zeros(5, 4, dtype=torch.complex64),
+        torch.zeros(5, 4, dtype=torch.int64),
+        torch.zeros(5, 4).to_sparse(),
+        [0.0],
+        3,
+    ],
+)
+def test_a_momentum_that_does_not_fit_its_weight_is_refused(tmp_path, buffer):
+    """A fused optimizer goes through raw memory and would not notice."""
+    with pytest.raises(CheckpointError, match="does not fit this configuration: a momentum"):
+        restored_with(tmp_path, lambda c: c["optimizer"].update(state={0: {"momentum_buffer": buffer}}))
+
+
+def test_an_optimizer_s_state_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="state has exp_avg, and SGD's only"):
+        restored_with(tmp_path, lambda c: c["optimizer"].update(state={0: {"exp_avg": torch.zeros(5, 4)}}))
+
+
+def test_a_momentum_gets_its_weight_s_memory(tmp_path):
+    """One number under all places, say."""
+    one = torch.full((1, 1), 7.0).expand(5, 4)
+    _, optimizer, model = restored_with(
+        tmp_path, lambda c: c["optimizer"].update(state={0: {"momentum_buffer": one}, 1: {"momentum_buffer": None}})
+    )
+    weight, bias, *_ = model.parameters()
+    momentum = optimizer.state[weight]["momentum_buffer"]
+    assert momentum.stride() == weight.stride()
+    assert (momentum == 7).all()
+    assert optimizer.state[bias] == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": -1},
+        {"epoch": math.inf},
+        {"step": -1},
+        {"log_size": "x"},
+        {"log_size": -1},
+        {"seconds": math.nan},
+        {"best_acc1": math.nan},
+        {"step": 1, "sums": torch.zeros(0, len(SUMS), dtype=torch.float64)},
+        {"step": 1, "sums": torch.zeros(1, len(SUMS), dtype=torch.complex64)},
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(tmp_path, change):
+    with pytest.raises(CheckpointError):
+        restored_with(tmp_path, lambda content: content.update(change))
 
 
 @pytest.mark.parametrize("sums", [None, 3, torch.zeros(2, 5), torch.zeros(6)])
@@ -487,7 +552,7 @@ def test_a_damaged_file_or_one_of_something_else_is_refused(tmp_path, data, read
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "no such" in refusal(read_checkpoint, tmp_path / "nowhere.pth.tar")
-    assert "no such" in refusal(read_checkpoint, tmp_path)
+    assert "is a folder; a run's last checkpoint is ckps/current.pth.tar" in refusal(read_checkpoint, tmp_path)
 
 
 class Attack:

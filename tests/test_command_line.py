@@ -1,5 +1,6 @@
 """The scripts' command line and their exit codes."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,13 +91,31 @@ def test_bad_input_and_bad_numbers_end_with_code_2_and_one_line(statement, line)
     ("statement", "code", "line"),
     [
         ("raise Interrupted(15, 'epoch 3\\n is kept')", 143, "stopped by SIGTERM: epoch 3 is kept\n"),
-        ("raise Interrupted(10)", 138, "stopped by SIGUSR1: nothing had begun, nothing is lost\n"),
-        ("raise KeyboardInterrupt", 130, "stopped by SIGINT: nothing had begun, nothing is lost\n"),
+        ("raise Interrupted(10)", 138, "stopped by SIGUSR1\n"),
+        ("raise KeyboardInterrupt", 130, "stopped by SIGINT\n"),
     ],
 )
 def test_signals_end_with_128_and_their_number(statement, code, line):
     done = run_in_a_process(statement)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", line)
+
+
+@pytest.mark.parametrize("error", ["InputError('x')", "Interrupted(15)"])
+def test_the_exit_code_stays_where_nobody_hears_the_line(error):
+    body = f"def main():\n    raise {error}\nsys.exit(exit_code(main))"
+    script = f"import sys\nfrom utils.command_line import exit_code\nfrom utils.errors import *\n{body}"
+    with socket.socketpair()[0].makefile("wb") as nobody:  # the other end is closed at once
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=nobody, timeout=60)
+    assert done.returncode == (2 if "Input" in error else 143)
+
+
+def test_further_signals_do_not_change_the_exit_code():
+    script = (
+        "import atexit, os, sys, time\nfrom utils.command_line import exit_code\nfrom utils.errors import Interrupted\n"
+        "def main():\n    raise Interrupted(10)\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), 15), time.sleep(0.1)])\nsys.exit(exit_code(main))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60).returncode == 138
 
 
 def test_success_ends_with_code_0_and_a_fault_of_the_program_with_its_traceback():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.errors import DivergenceError, InputError
+from utils.errors import DivergenceError, InputError, Interrupted
 from utils.evaluation import (
     NPZ_LIMIT,
     class_table,
@@ -46,7 +46,7 @@ def samples():
 
 
 def batches(images, targets, size=10):
-    return zip(images.split(size), targets.split(size), strict=True)
+    return list(zip(images.split(size), targets.split(size), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,6 +118,20 @@ def test_an_empty_test_set_is_refused():
     with pytest.raises(InputError, match="empty"):
         predict(model, [])
     assert model.training
+
+
+def test_a_signal_ends_the_evaluation_after_the_batch_and_leaves_the_mode(samples):
+    seen = []
+
+    class Counting(TinyModel):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    model = Counting().train()
+    with pytest.raises(Interrupted) as stop:
+        predict(model, batches(*samples), signal=lambda: 10 * (len(seen) == 2))
+    assert (stop.value.number, len(seen), model.training) == (10, 2, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

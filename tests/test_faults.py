@@ -1,41 +1,665 @@
-"""What goes wrong outside: bad commands, files, data and checkpoints, by the real scripts in processes of their own.
+"""What may go wrong: runs that something ends, disks that are full, and bad input of every kind.
 
-Each ends with exit code 2 and one line that names what is wrong; none leaves the folder of a run behind. What only
-looks wrong (Unicode, spaces, CRLF, an empty class, a class with one image) simply works.
+Runs that are stopped (signals, a kill at any moment, a lost launcher) and resumed equal one that nothing has disturbed,
+bit for bit. Bad input ends with exit code 2 and one line that names what is wrong, and leaves no run behind; what only
+looks wrong (Unicode, spaces, CRLF, an empty class, a class with one image) simply works. Real processes, real files.
+A process is found by the folder of its test, which stands in its command line.
 """
 
+import contextlib
+import ctypes
 import io
 import json
 import os
-import pickle
+import random
 import re
+import resource
 import shlex
 import shutil
-import struct
+import signal
 import subprocess
 import sys
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train_stage1
 from datasets.image_list import read_image_list, scan_image_list
 from datasets.source import DataError
-from models import build_model
-from tests.conftest import ROOT
-from tests.trees import PATTERNS
+from tests.bad_inputs import (
+    CHECKPOINTS,
+    COMMANDS,
+    DIGITS,
+    FILES,
+    FLAT_BOMB,
+    FOLDER,
+    IMAGE_LISTS,
+    IMAGENET,
+    IMAGES,
+    INA,
+    JPEG_BOMB,
+    TABLE,
+    annotations,
+    checkpoint,
+    folders,
+    hostile,
+    image,
+    list_with,
+    listed,
+    renamed,
+    write,
+)
+from tests.conftest import ARB, ROOT, assert_same_run, assert_same_tensors, content, failure
+from tests.test_several_processes import parent_of, processes_of, rank_of
 from utils.config import ConfigError, read_config
 
-DIGITS = "config/digits/digits_imb005.yaml"
-LISTS = {"imagenet": 1000, "ina2018": 8142, "places": 365}
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+SMALL = ["device", "cpu", "image_size", 16, "batch_size", 32, "lr", 0.05, "print_freq", 2, "checkpoint_every_steps", 2]
+STEPS = 15  # of an epoch
+LONG = 6  # epochs of the runs that are stopped many times
+KILLS = 20
+FULL = Path("/dev/full")  # every write fails with ENOSPC
+STOPPED = re.compile(r"^stopped by (\w+): epoch (\d+), (\d+) of 15 steps, is kept; go on with: (.*)$", re.M)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Here as in all processes that are started, or they could not be compared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def training(folder: Path, *overrides: object) -> list[object]:
+    return ["train_stage1.py", "--cfg", ARB, *SMALL, "save_dir", folder / "saved", *overrides]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+@contextlib.contextmanager
+def alive(folder: Path, *command: object) -> Iterator[SimpleNamespace]:
+    """Python with ``command`` in a session of its own: ``process``, and ``out`` and ``err`` that read what it said.
+
+    At the end of the block all that has ``folder`` in its command line is ended.
+    """
+    files = [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *map(str, command)]
+    with files[0].open("w") as out, files[1].open("w") as err:
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
+    try:
+        yield SimpleNamespace(process=process, out=files[0].read_text, err=files[1].read_text)
+    finally:
+        kill_all(folder)
+        process.wait(10)
+
+
+def kill_all(folder: Path) -> None:
+    for pid in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def until(condition: Callable[[], object], run: SimpleNamespace, seconds: float = 120) -> bool:
+    """Waits for ``condition``; False where the process ends first."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if run.process.poll() is not None:
+            return False
+        assert time.monotonic() < end, run.err()
+        time.sleep(0.001)
+    return True
+
+
+def assert_nothing_left(folder: Path, seconds: float = 0) -> None:
+    """Within ``seconds``. DataLoader's workers look for their parent every 5 seconds."""
+    end = time.monotonic() + seconds
+    while left := processes_of(folder):
+        assert time.monotonic() < end, f"still alive: {left}"
+        time.sleep(0.05)
+
+
+def completed(folder: Path, *command: object) -> SimpleNamespace:
+    """The same, run to its end: ``code``, ``out`` and ``err``."""
+    with alive(folder, *command) as run:
+        code = run.process.wait(timeout=240)
+        return SimpleNamespace(code=code, out=run.out(), err=run.err())
+
+
+def printed_command(said: str) -> list[str]:
+    """The command that one stopped run printed, in words for ``alive``."""
+    (stop,) = STOPPED.findall(said)
+    first, *words = shlex.split(stop[-1])
+    assert first in ("python", "torchrun")
+    return words if first == "python" else ["-m", "torch.distributed.run", *words]
+
+
+def has_handlers(pid: int) -> bool:
+    """Whether the process catches SIGTERM by now."""
+    with contextlib.suppress(OSError):
+        caught = re.search(r"^SigCgt:\s+(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M).group(1)
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run has left
+
+
+def only_run(folder: Path) -> Path:
+    """The folder of the one run; attempts that ended before their first checkpoint left others."""
+    (run,) = (path.parents[1] for path in (folder / "saved").glob("*/ckps/current.pth.tar"))
+    return run
+
+
+def log_of(run: Path) -> str:
+    (path,) = (run / "logs").iterdir()
+    return path.read_text()
+
+
+def repeated_lines(run: Path) -> list[str]:
+    """The lines that an epoch writes, without times; a finished run that is resumed says the last two again."""
+    lines = re.findall(r"^\S+ \S+ ((?:Epoch: \[|\* Acc@1|\* ECE).*)$", log_of(run), re.M)
+    lines = [re.sub(r"\tTime +[\d.]+", "", line) for line in lines]
+    return lines[:-2] if lines[-4:-2] == lines[-2:] else lines
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> [(step, value), ...] as TensorBoard shows it."""
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def assert_as_if_nothing_had_happened(run: Path, undisturbed: Path) -> None:
+    """Weights, momentum, rows, predictions, log, TensorBoard, the best checkpoint and the table."""
+    assert_same_run(undisturbed, run)
+    best, wanted = content(run, "model_best"), content(undisturbed, "model_best")
+    assert best["epoch"] == wanted["epoch"]
+    assert_same_tensors(best["state_dict_model"], wanted["state_dict_model"])
+    assert repeated_lines(run) == repeated_lines(undisturbed)
+    shown, wanted = curves(run), curves(undisturbed)
+    assert shown == wanted
+    epochs = list(range(len((undisturbed / "metrics.jsonl").read_text().splitlines())))
+    assert [step for step, _ in shown["top1/test"]] == epochs
+    tables = [json.loads((folder / "summary.json").read_text()) for folder in (run, undisturbed)]
+    assert tables[0] == tables[1]
+    assert not [path for path in run.rglob(".*") if path.suffix == ".part"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Callable[[int], Path]:
+    """Processes -> the folder of a run that nothing disturbs; tests do not write into it."""
+    kept = {}
+
+    def run(processes: int) -> Path:
+        if processes not in kept:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            launcher = TWO if processes == 2 else []
+            done = completed(folder, *launcher, *training(folder, "num_epochs", LONG))
+            assert done.code == 0, done.err
+            kept[processes] = only_run(folder)
+        return kept[processes]
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moments: by what the run has done, so that a life gets somewhere on a slow machine too, and then at random
+
+
+def newest(folder: Path) -> tuple[int, int] | None:
+    """Which checkpoint the newest is that lies there."""
+    kept = [path.stat() for path in (folder / "saved").glob("*/ckps/current.pth.tar")]
+    return max(((file.st_mtime_ns, file.st_ino) for file in kept), default=None)
+
+
+def sometime(chance: random.Random, folder: Path, run: SimpleNamespace, kind: str, start_up: float) -> bool:
+    """Sleeps until a random moment of that kind; False where the run ends first.
+
+    "start-up": within ``start_up`` seconds; "training": up to 0.4 seconds (steps, evaluation, writing) after one to
+    three checkpoints; "writing": while a checkpoint is written.
+    """
+    if kind == "start-up":
+        time.sleep(chance.uniform(0, start_up))
+        return run.process.poll() is None
+    for _ in range(chance.randint(1, 3)):
+        before = newest(folder)
+        if not until(lambda before=before: newest(folder) not in (None, before), run):
+            return False
+    if kind == "writing":
+        parts = (folder / "saved").glob
+        return until(lambda: any(parts("*/ckps/.current.pth.tar.part")), run)
+    time.sleep(chance.uniform(0, 0.4))
+    return run.process.poll() is None
+
+
+def ranks(folder: Path, launcher: int) -> dict[str, int]:
+    """Rank -> process."""
+    return {rank_of(pid): pid for pid in processes_of(folder) if parent_of(pid) == launcher}
+
+
+def kill(victim: str, folder: Path, run: SimpleNamespace) -> None:
+    """SIGKILL to "all", to the "launcher" alone or to one "rank"; the others have to end by themselves."""
+    if victim == "all":
+        run.process.kill()  # first, or it would say that its processes have ended
+        kill_all(folder)
+    elif victim == "launcher":
+        run.process.kill()
+    else:
+        os.kill(ranks(folder, run.process.pid)[victim], signal.SIGKILL)
+    run.process.wait(60)
+    assert_nothing_left(folder, 0 if victim == "all" else 60)
+
+
+def killed_life(
+    chance: random.Random, folder: Path, command: Sequence[object], kind: str, victim: str, start_up: float
+) -> SimpleNamespace:
+    """One life that ends with SIGKILL: whether its log had begun and whether a checkpoint was being written."""
+    with alive(folder, *command) as run:
+        assert sometime(chance, folder, run, kind, start_up), f"ended too soon: {run.out()} {run.err()}"
+        kill(victim, folder, run)
+        if victim in ("all", "launcher"):
+            assert run.process.returncode == -signal.SIGKILL  # it had not ended by itself
+        return SimpleNamespace(
+            began="Epoch: [" in run.out(),
+            went_on=re.search(r"going on after \d+ epochs and \d+ steps", run.out()) is not None,
+            writing=any((folder / "saved").glob("*/ckps/.*.part")),
+        )
+
+
+def killed_often(folder: Path, launcher: list[object], victims: Sequence[str], seed: int) -> Path:
+    """A run that is killed :data:`KILLS` times and then ends; returns its folder."""
+    chance, lives = random.Random(seed), []
+    command = [*launcher, *training(folder, "num_epochs", LONG, "resume", "auto")]
+    for number in range(KILLS):
+        kind = ("start-up", "training", "writing", "training", "training")[number % 5]
+        victim = "all" if kind == "start-up" else victims[number % len(victims)]
+        lives.append(killed_life(chance, folder, command, kind, victim, 8 if launcher else 4))
+    done = completed(folder, *command)
+    assert done.code == 0, done.err
+    assert len(lives) == KILLS
+    assert sum(life.began for life in lives) >= KILLS // 2
+    assert sum(life.went_on for life in lives) >= KILLS // 3
+    assert any(life.writing for life in lives)
+    assert_nothing_left(folder)
+    return only_run(folder)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twenty_times_equals_one_that_never_was(undisturbed, tmp_path):
+    run = killed_often(tmp_path, [], ["all"], seed=1)
+    assert_as_if_nothing_had_happened(run, undisturbed(1))
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_together_or_in_part_equal_two_that_never_were(undisturbed, tmp_path):
+    """All, only the launcher, only one rank: the others end by themselves within a minute."""
+    run = killed_often(tmp_path, TWO, ["all", "launcher", "0", "1"], seed=2)
+    assert_as_if_nothing_had_happened(run, undisturbed(2))
+
+
+@pytest.mark.slow
+def test_the_readers_of_a_killed_run_end_by_themselves(tmp_path):
+    with alive(tmp_path, *training(tmp_path, "num_epochs", LONG, "data_on_device", False, "workers", 2)) as run:
+        assert until(lambda: "Epoch: [0][ 2/15]" in run.out(), run)
+        assert len(processes_of(tmp_path)) == 3
+        run.process.kill()
+        run.process.wait(10)
+        assert_nothing_left(tmp_path, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["imports", "handlers"])
+def test_ranks_whose_launcher_is_killed_before_they_meet_end_within_a_minute(tmp_path, moment):
+    with alive(tmp_path, *TWO, *training(tmp_path, "num_epochs", LONG)) as run:
+        launcher = run.process.pid
+        assert until(lambda: {"0", "1"} <= ranks(tmp_path, launcher).keys(), run)
+        first = ranks(tmp_path, launcher)["0"]
+        assert until(lambda: moment == "imports" or has_handlers(first), run)
+        kill("launcher", tmp_path, run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals that ask a run to end
+
+
+def stop(folder: Path, run: SimpleNamespace, pid: int, number: int) -> None:
+    """Sends the signal and waits for the end: within 20 seconds, with a checkpoint, and nothing left."""
+    began = time.monotonic()
+    os.kill(pid, number)
+    run.process.wait(60)
+    assert time.monotonic() - began < 20
+    assert newest(folder) is not None
+    assert_nothing_left(folder, 1)
+
+
+def stopped_often(folder: Path, launcher: list[object], seed: int) -> Path:
+    """A run that gets five SIGTERMs, each life by the command that the one before printed; returns its folder.
+
+    With a launcher the signal goes to it or to one of its processes, in turn.
+    """
+    chance, within = random.Random(seed), 0
+    command = [*launcher, *training(folder, "num_epochs", LONG)]
+    for number in range(5):
+        with alive(folder, *command) as run:
+            assert sometime(chance, folder, run, ("training", "training", "writing")[number % 3], 0)
+            pid = ranks(folder, run.process.pid)[str(number % 4 // 2)] if launcher and number % 2 else run.process.pid
+            stop(folder, run, pid, signal.SIGTERM)
+            assert run.process.returncode == (1 if launcher else 143)
+            assert len(STOPPED.findall(run.err())) == 1
+            if not launcher:
+                assert STOPPED.fullmatch(run.err().strip())
+            if pid != run.process.pid:
+                assert re.search(r"exitcode\s*: 143\b", run.err())
+            command = printed_command(run.err())
+        kept = content(only_run(folder))
+        within += kept["step"] not in (0, STEPS)
+    assert within
+    done = completed(folder, *command)
+    assert done.code == 0, done.err
+    return only_run(folder)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_five_times_equals_one_that_never_was(undisturbed, tmp_path):
+    run = stopped_often(tmp_path, [], seed=3)
+    assert_as_if_nothing_had_happened(run, undisturbed(1))
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_stopped_five_times_equal_two_that_never_were(undisturbed, tmp_path):
+    run = stopped_often(tmp_path, TWO, seed=4)
+    assert_as_if_nothing_had_happened(run, undisturbed(2))
+
+
+def test_signals_to_the_whole_group_end_it_with_its_workers_and_the_printed_command_goes_on(two_epochs, tmp_path):
+    """As launchers and terminals send them, again and again until it has ended."""
+    streamed = training(tmp_path, "num_epochs", 2, "data_on_device", False, "workers", 2)
+    with alive(tmp_path, *streamed) as run:
+        assert until(lambda: "Epoch: [0][ 2/15]" in run.out(), run)
+        assert len(processes_of(tmp_path)) == 3
+        began = time.monotonic()
+        while run.process.poll() is None and time.monotonic() - began < 20:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.process.pid, signal.SIGTERM)
+            time.sleep(0.02)
+        assert run.process.wait(10) == 143
+        assert time.monotonic() - began < 20
+        assert_nothing_left(tmp_path, 1)
+        name, epoch, step, _ = STOPPED.fullmatch(run.err().strip()).groups()
+    kept = content(only_run(tmp_path))
+    assert (name, int(epoch), int(step)) == ("SIGTERM", kept["epoch"], kept["step"])
+    assert kept["step"] in range(3, STEPS)
+    train_stage1.main(printed_command(run.err())[1:])
+    assert_as_if_nothing_had_happened(only_run(tmp_path), two_epochs)
+
+
+def test_sigint_in_an_evaluation_keeps_the_epochs_steps(tmp_path):
+    """The evaluation has begun when its two workers are there beside the training's."""
+    overrides = ["num_epochs", 1, "data_on_device", False, "workers", 2, "image_size", 32]
+    with alive(tmp_path, *training(tmp_path, *overrides)) as run:
+        assert until(lambda: len(processes_of(tmp_path)) > 3, run)
+        stop(tmp_path, run, run.process.pid, signal.SIGINT)
+        assert run.process.returncode == 130
+        assert STOPPED.fullmatch(run.err().strip()).groups()[:3] == ("SIGINT", "0", str(STEPS))
+        assert "* Acc@1" not in run.out()
+    assert content(only_run(tmp_path))["step"] == STEPS
+
+
+def test_a_run_that_sigusr1_stopped_goes_on_with_more_threads_and_says_what_that_means(tmp_path):
+    with alive(tmp_path, *training(tmp_path, "num_epochs", 1)) as run:
+        assert until(lambda: "Epoch: [0][ 2/15]" in run.out(), run)
+        stop(tmp_path, run, run.process.pid, signal.SIGUSR1)
+        assert run.process.returncode == 138
+        assert STOPPED.fullmatch(run.err().strip()).group(1) == "SIGUSR1"
+    torch.set_num_threads(2)
+    try:
+        train_stage1.main(printed_command(run.err())[1:])
+    finally:
+        torch.set_num_threads(1)
+    assert re.search(r"CPU threads: 1 so far, 2 from here on; .* not, bit for bit", log_of(only_run(tmp_path)))
+
+
+@pytest.mark.parametrize(("number", "wait"), [(signal.SIGHUP, 0), (signal.SIGTERM, 0.3)])
+def test_a_signal_before_training_ends_a_run_in_one_line(tmp_path, number, wait):
+    """As soon as it is caught, and while data are read; before that, in the imports, it ends Python itself."""
+    with alive(tmp_path, *training(tmp_path, "num_epochs", LONG)) as run:
+        assert until(lambda: has_handlers(run.process.pid), run)
+        time.sleep(wait)
+        run.process.send_signal(number)
+        assert run.process.wait(20) == 128 + number
+        assert run.err() == f"stopped by {number.name}\n"
+        assert "Epoch" not in run.out()
+
+
+def test_two_processes_stop_together_and_one_goes_on(tmp_path):
+    """SIGUSR1, which torchrun has to be asked to hand on; then the number of processes is another one."""
+    launcher = [*TWO, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    with alive(tmp_path, *launcher, *training(tmp_path, "num_epochs", 1)) as run:
+        assert until(lambda: "Epoch: [0][ 2/15]" in run.out(), run)
+        stop(tmp_path, run, run.process.pid, signal.SIGUSR1)
+        assert run.process.returncode == 1
+        (stopped,) = STOPPED.findall(run.err())
+        assert stopped[0] == "SIGUSR1"
+        assert stopped[-1].startswith("torchrun --standalone --nproc_per_node 2 train_stage1.py ")
+    assert content(only_run(tmp_path))["step"] == int(stopped[2]) in range(3, STEPS)
+    train_stage1.main(printed_command(run.err())[4 + 2 :])
+    assert re.search(r"processes: 2 so far, 1 from here on; .* not, bit for bit", log_of(only_run(tmp_path)))
+    assert (only_run(tmp_path) / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_share_save_dir_are_refused_at_the_second_start(tmp_path):
+    """Only the first one finds a checkpoint: both end, instead of waiting for each other."""
+    wrapper = tmp_path / "node.py"
+    wrapper.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_stage1\nfrom utils.command_line import exit_code\n"
+        "words = [*sys.argv[1:], 'save_dir', f'{sys.argv[0]}.{os.environ[\"RANK\"]}']\n"
+        "sys.exit(exit_code(lambda: train_stage1.main(words)))\n"
+    )
+    words = [*TWO, wrapper, "--cfg", ARB, *SMALL, "num_epochs", 1, "resume", "auto"]
+    for start in range(2):
+        with alive(tmp_path, *words) as run:
+            code = run.process.wait(90)
+        assert (code == 0) == (start == 0)
+    assert "resume: auto is not the same file for every process; all nodes need one save_dir" in run.err()
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_with_two(tmp_path):
+    with alive(tmp_path, *training(tmp_path, "num_epochs", 1)) as run:
+        assert until(lambda: "Epoch: [0][ 2/15]" in run.out(), run)
+        stop(tmp_path, run, run.process.pid, signal.SIGTERM)
+    done = completed(tmp_path, *TWO, *printed_command(run.err()))
+    assert done.code == 0, done.err
+    assert re.search(r"processes: 1 so far, 2 from here on; .* not, bit for bit", log_of(only_run(tmp_path)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writes that fail
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory) -> Path:
+    """The folder of a finished run of one epoch, made in this process."""
+    os.chdir(ROOT)
+    folder = tmp_path_factory.mktemp("one")
+    train_stage1.main(list(map(str, training(folder, "num_epochs", 1)[1:])))
+    return only_run(folder)
+
+
+@pytest.fixture(scope="module")
+def two_epochs(one_epoch, tmp_path_factory) -> Path:
+    """The folder of a run of two epochs, made in this process; the second is better than the first."""
+    folder = tmp_path_factory.mktemp("two")
+    train_stage1.main(list(map(str, training(folder, "num_epochs", 2)[1:])))
+    run = only_run(folder)
+    assert content(run, "model_best")["epoch"] == 2
+    return run
+
+
+@pytest.fixture
+def half(one_epoch, tmp_path) -> Path:
+    """A copy of the run of one epoch, to be gone on with; what is only written once is not there yet."""
+    run = shutil.copytree(one_epoch, tmp_path / "saved" / one_epoch.name)
+    (run / "predictions" / "targets.npz").unlink()
+    return run
+
+
+def going_on(run: Path) -> list[str]:
+    return ["--cfg", str(run / "config.yaml"), "resume", str(run / "ckps" / "current.pth.tar"), "num_epochs", "2"]
+
+
+def no_space_beside(path: Path) -> Callable[[], None]:
+    """Whole files are written beside their place and then moved."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.symlink_to(FULL)
+    return lambda: beside.unlink(missing_ok=True)
+
+
+def instead(path: Path, make: Callable[[Path], None]) -> Callable[[], None]:
+    """Puts what ``make`` makes in the place of ``path``; returns what undoes it."""
+    aside = path.with_name(f"{path.name}.aside")
+    path.rename(aside)
+    make(path)
+
+    def undo() -> None:
+        path.unlink()
+        aside.rename(path)
+
+    return undo
+
+
+LOG = "logs/digits_imb005_arbloss_mixup.txt"
+ATOMIC = (
+    *("config.yaml", "metrics.jsonl", "predictions/1.npz", "predictions/targets.npz"),
+    *("ckps/current.pth.tar", "ckps/model_best.pth.tar", "summary.json"),
+)
+OBSTACLES = {name: lambda run, name=name: no_space_beside(run / name) for name in ATOMIC} | {
+    LOG: lambda run: instead(run / LOG, lambda path: path.symlink_to(FULL)),
+    "tensorboard": lambda run: instead(run / "tensorboard", lambda path: path.write_text("")),
+    "predictions": lambda run: instead(run / "predictions", lambda path: path.write_text("")),
+}
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="the disk that is full is /dev/full")
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_a_write_that_fails_is_said_in_one_line_and_the_run_goes_on_later(half, two_epochs, capsys, name):
+    undo = OBSTACLES[name](half)
+    failed = failure(capsys, train_stage1.main, *going_on(half))
+    assert failed.code == 2
+    (line,) = failed.lines
+    reason = "No space left on device" if name in ATOMIC or name == LOG else r"(File exists|Not a directory)"
+    last = re.escape(str(half / "ckps" / "current.pth.tar"))
+    assert re.fullmatch(
+        rf"error: {re.escape(str(half / name))}\S*: .*{reason}; the last good checkpoint is {last}", line
+    )
+    undo()
+    train_stage1.main(going_on(half))
+    assert_as_if_nothing_had_happened(half, two_epochs)
+
+
+def test_a_limit_on_the_size_of_files_is_said_in_one_line(half, two_epochs, capsys):
+    """The soft limit of this very process: a checkpoint is larger."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        failed = failure(capsys, train_stage1.main, *going_on(half))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failed.code == 2
+    (line,) = failed.lines
+    path = re.escape(str(half / "ckps" / "current.pth.tar"))
+    assert re.fullmatch(rf"error: {path}: .*File too large; the last good checkpoint is {path}", line)
+    train_stage1.main(going_on(half))
+    assert_as_if_nothing_had_happened(half, two_epochs)
+
+
+@contextlib.contextmanager
+def bound_by_permissions() -> Iterator[None]:
+    """Root without the right to pass over them (CAP_DAC_OVERRIDE), in this thread and in those that it starts."""
+    if os.geteuid():
+        yield
+        return
+    system, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    mine = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 bits
+    known = system.capget(header, mine) == 0
+    fewer = (ctypes.c_uint32 * 6)(mine[0] & ~(1 << 1), *mine[1:])
+    if not known or system.capset(header, fewer):
+        pytest.skip("root, and its rights cannot be given up")
+    try:
+        yield
+    finally:
+        assert system.capset(header, mine) == 0
+
+
+@pytest.mark.parametrize("name", ["", "ckps", "predictions", "tensorboard"])
+def test_a_folder_that_must_not_be_written_is_said_in_one_line(half, two_epochs, capsys, name):
+    (half / name).chmod(0o555)
+    with bound_by_permissions():
+        failed = failure(capsys, train_stage1.main, *going_on(half))
+    (half / name).chmod(0o755)
+    assert failed.code == 2
+    (line,) = failed.lines
+    last = re.escape(str(half / "ckps" / "current.pth.tar"))
+    where = re.escape(str(half / name))
+    assert re.fullmatch(rf"error: {where}\S*: .*Permission denied; the last good checkpoint is {last}", line)
+    train_stage1.main(going_on(half))
+    assert_as_if_nothing_had_happened(half, two_epochs)
+
+
+def test_a_run_whose_folder_is_deleted_says_so_in_one_line(tmp_path):
+    with alive(tmp_path, *training(tmp_path, "num_epochs", LONG)) as run:
+        assert until(lambda: "Epoch: [0][ 4/15]" in run.out(), run)
+        (folder,) = (tmp_path / "saved").iterdir()
+        shutil.rmtree(folder)
+        assert run.process.wait(60) == 2
+        (line,) = run.err().splitlines()
+    assert re.fullmatch(rf"error: {folder}\S*: .*No such file or directory; {folder} is gone, checkpoints too", line)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL.exists(), reason="the disk that is full is /dev/full")
+def test_a_full_disk_under_tensorboard_is_said_in_one_line_and_the_run_goes_on_later(two_epochs, tmp_path):
+    command = training(tmp_path, "num_epochs", 2, "resume", "auto")
+    with alive(tmp_path, *command) as run:
+        assert until(lambda: "Epoch: [0][ 4/15]" in run.out(), run)
+        (events,) = (tmp_path / "saved").glob("*/tensorboard/*")
+        undo = instead(events, lambda path: path.symlink_to(FULL))
+        assert run.process.wait(60) == 2
+        (line,) = run.err().splitlines()
+    where = re.escape(str(events.parent))
+    assert re.fullmatch(rf"error: {where}\S*: .*No space left on device; the last good checkpoint is \S+", line)
+    undo()
+    done = completed(tmp_path, *command)
+    assert done.code == 0, done.err
+    assert_as_if_nothing_had_happened(only_run(tmp_path), two_epochs)
+
+
+def test_a_run_whose_reader_has_gone_trains_to_its_end(tmp_path):
+    """``| head -1``."""
+    words = [sys.executable, *map(str, training(tmp_path, "num_epochs", 1))]
+    pipeline = f"{shlex.join(words)} | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", pipeline], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    run = only_run(tmp_path)
+    assert len(repeated_lines(run)) == 8 + 2
+    assert (run / "summary.json").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,525 +753,7 @@ def test_a_forked_script_shows_a_traceback_and_its_code(scripts, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def image(path: Path, width: int = 8, height: int = 8) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def png(width: int, height: int) -> bytes:
-    """A black image; it is not written whole where it would have more than a few rows."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = zlib.compress(bytes(min(height, 4) * (width + 1)))
-    header = struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def jpeg_that_claims(width: int, height: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
-    content = buffer.getvalue()
-    at = content.index(b"\xff\xc0") + 5
-    return content[:at] + struct.pack(">2H", height, width) + content[at + 4 :]
-
-
-BOMB, FLAT_BOMB, JPEG_BOMB = png(60_000, 60_000), png(30_000_000, 1), jpeg_that_claims(65_000, 65_000)
-
-
-def folders(root: Path, names: tuple[str, ...] = ("cat", "dog"), size: int = 8) -> Path:
-    """Class folders with two training images and one test image each."""
-    for name in names:
-        for place in ("train/{}/0.png", "train/{}/1.png", "test/{}/2.png"):
-            image(root / place.format(name), size, size)
-    return root
-
-
-def listed(root: Path, dataset: str = "imagenet") -> Path:
-    """A data set with lists: labels 0 and 1, two training images and one test image each."""
-    train, test = PATTERNS[dataset]
-    for name, pattern, numbers in zip(_list_names(dataset), (train, test), ((0, 1), (2,)), strict=True):
-        rows = [(pattern.format(c=label, i=10 * label + i), label) for label in (0, 1) for i in numbers]
-        for path, _ in rows:
-            image(root / path, 40, 30)
-        write(root / name, "".join(f"{path} {label}\n" for path, label in rows))
-    return root
-
-
-def _list_names(dataset: str) -> tuple[str, str]:
-    stem = {"imagenet": "ImageNet_LT", "ina2018": "iNaturalist18", "places": "Places_LT"}[dataset]
-    return f"{stem}_train.txt", f"{stem}_{'val' if dataset == 'ina2018' else 'test'}.txt"
-
-
-class Hostile:
-    """Unpickled, it would make a file called ``made``."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self):
-        return (open, (str(self.folder / "made"), "w"))
-
-
-def weights(**changes: object) -> dict:
-    """A checkpoint in the format of MiSLAS, of a ResNet-20 for ten classes."""
-    model = build_model("digits", "resnet20", 10)
-    states = {"state_dict_model": model.backbone.state_dict(), "state_dict_classifier": model.classifier.state_dict()}
-    return {"epoch": 1, "best_acc1": 50.0, **states, **changes}
-
-
-# What makes a file or a tree, given the test's empty folder; commands name it {tmp}.
-Prepare = Callable[[Path], object]
-
-
-def nothing(tmp: Path) -> None:
-    pass
-
-
-def yaml_file(content: str | bytes) -> Prepare:
-    return lambda tmp: write(tmp / "x.yaml", content)
-
-
-def tree_with(change: Callable[[Path], object]) -> Prepare:
-    return lambda tmp: change(folders(tmp / "data"))
-
-
-def tree_and(name: str, content: bytes) -> Prepare:
-    return tree_with(lambda data: write(data / name, content))
-
-
-def list_with(change: Callable[[str], str], dataset: str = "imagenet") -> Prepare:
-    """The training list as ``change`` makes it."""
-
-    def prepare(tmp: Path) -> None:
-        path = listed(tmp / "data", dataset) / _list_names(dataset)[0]
-        path.write_bytes(change(path.read_text()).encode("utf-8", "surrogateescape"))
-
-    return prepare
-
-
-def list_and(line: str) -> Prepare:
-    return list_with(lambda text: f"{text}{line}\n")
-
-
-def annotations(change: Callable[[dict], object]) -> Prepare:
-    """iNaturalist's official file instead of the training list."""
-
-    def prepare(tmp: Path) -> None:
-        root = listed(tmp / "data", "ina2018")
-        rows = [line.split() for line in (root / "iNaturalist18_train.txt").read_text().splitlines()]
-        (root / "iNaturalist18_train.txt").unlink()
-        content = {
-            "images": [{"id": i, "file_name": path} for i, (path, _) in enumerate(rows)],
-            "annotations": [{"image_id": i, "category_id": int(label)} for i, (_, label) in enumerate(rows)],
-        }
-        change(content)
-        write(root / "train2018.json", json.dumps(content))
-
-    return prepare
-
-
-def checkpoint(content: object, **how: object) -> Prepare:
-    """``content``: what is saved, or a function of the test's folder that gives it."""
-
-    def prepare(tmp: Path) -> None:
-        torch.save(content(tmp) if callable(content) else content, tmp / "x.pth.tar", **how)
-
-    return prepare
-
-
-def hostile(tmp: Path) -> dict:
-    return weights(state_dict_model=Hostile(tmp))
-
-
-def renamed(tmp: Path) -> None:
-    checkpoint(hostile)(tmp)
-    (tmp / "x.pth.tar").rename(tmp / "notes.txt")
-
-
-def zipped(tmp: Path) -> None:
-    with zipfile.ZipFile(tmp / "x.zip", "w") as file:
-        file.writestr("archive/data.pkl", pickle.dumps({"state_dict_model": Hostile(tmp)}, protocol=2))
-        file.writestr("archive/version", "3\n")
-
-
-def cut(tmp: Path) -> None:
-    torch.save(weights(), tmp / "whole")
-    write(tmp / "x.pth.tar", (tmp / "whole").read_bytes()[:100_000])
-
-
-def wrong_archive(tmp: Path) -> None:
-    write(tmp / "data/cifar-10-python.tar.gz", pickle.dumps(Hostile(tmp)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table: name -> (what prepares the files, the command's words, the line; "..." stands for anything)
-
-FOLDER = "--cfg config/folder/base.yaml data_path {tmp}/data image_size 8 backbone resnet20 batch_size 4 workers 0 "
-IMAGENET = "--cfg config/imagenet/imagenet_resnet50.yaml data_path {tmp}/data backbone resnet10 image_size 32 "
-IMAGENET += "batch_size 4 workers 0 "
-INA = IMAGENET.replace("imagenet/imagenet", "ina2018/ina2018")
-CIFAR = "--cfg config/cifar10/cifar10_imb01.yaml data_path {tmp}/data "
-TRAIN = f"--cfg {DIGITS} "
-YAML = "--cfg {tmp}/x.yaml"
-RESUME = f"--cfg {DIGITS} resume {{tmp}}/x.pth.tar"
-LIST = "{tmp}/data/ImageNet_LT_train.txt"
-LAYOUT = "train/<class>/*.{{png,jpg,jpeg}} and test/<class>/*.{{png,jpg,jpeg}}"
-
-COMMANDS = {
-    "no file": (nothing, "", "command line: the following arguments are required: --cfg (usage: ..."),
-    "no value for the file": (nothing, "--cfg", "command line: argument --cfg: expected one argument (usage: ..."),
-    "a file that is not there": (nothing, "--cfg {tmp}/x.yaml", "{tmp}/x.yaml: no such configuration file (..."),
-    "a folder": (nothing, "--cfg {tmp}", "{tmp}: no such configuration file (..."),
-    "an option without a value": (
-        nothing,
-        TRAIN + "lr",
-        "command line: overrides come in pairs, ...; 'lr' stands alone",
-    ),
-    "an unknown flag": (nothing, TRAIN + "--fast", "command line: unrecognized arguments: --fast (usage: ..."),
-    "an unknown key": (nothing, TRAIN + "lrr 1", "command line: unknown key 'lrr'; the nearest known one is 'lr'"),
-    "another type": (nothing, TRAIN + "lr fast", "command line: lr: 'fast' must be a number > 0"),
-    "not finite": (nothing, TRAIN + "lr nan", "command line: lr: 'nan' must be a number > 0"),
-    "out of range": (nothing, TRAIN + "imb_factor 2", "command line: imb_factor: 2 must lie in (0, 1]: ..."),
-    "half a list": (nothing, TRAIN + "lr_steps [1", "command line: lr_steps: cannot read the value '[1'"),
-    "a Python tag": (nothing, TRAIN + "lr !!python/name:os.system", "command line: lr: cannot read the value ..."),
-    "no batch": (nothing, TRAIN + "batch_size 0", "command line: batch_size: 0 must be a whole number >= 1"),
-    "images too large": (
-        nothing,
-        TRAIN + "image_size 100000",
-        "command line: image_size: 100000 must be a whole number >= 8 and <= 4096",
-    ),
-    "an unknown device": (
-        nothing,
-        TRAIN + "device tpu",
-        "command line: device: 'tpu' must be one of auto, cpu, cuda...",
-    ),
-    "no CUDA here": (nothing, TRAIN + "device cuda", "device: cuda, but this machine has no usable CUDA device; ..."),
-    "an unknown data set": (nothing, TRAIN + "dataset mnist", "dataset: 'mnist' is unknown; known are cifar10, ..."),
-    "an unknown backbone": (nothing, TRAIN + "backbone vgg", "backbone: 'vgg' is unknown; known are resnet20, ..."),
-    "other classes": (nothing, TRAIN + "num_classes 9", "num_classes: 9, but digits in ... has 10"),
-    "save_dir is a file": (
-        lambda tmp: write(tmp / "file", ""),
-        TRAIN + "save_dir {tmp}/file",
-        "save_dir: cannot make {tmp}/file/digits_imb005_...: Not a directory",
-    ),
-}
-
-FILES = {
-    "not YAML": (yaml_file("lr: [1"), YAML, "{tmp}/x.yaml: is not YAML: while parsing a flow sequence ..."),
-    "a list": (yaml_file("- lr\n"), YAML, "{tmp}/x.yaml: must hold a mapping of options (key: value), not list"),
-    "an empty file": (yaml_file(""), YAML, "{tmp}/x.yaml: must hold a mapping of options (key: value), not NoneType"),
-    "a key twice": (yaml_file("lr: 1\nlr: 2\n"), YAML, "{tmp}/x.yaml: is not YAML: key 'lr' is given twice ..."),
-    "a loop": (yaml_file("_BASE_: x.yaml"), YAML, "{tmp}/x.yaml: _BASE_ goes round in a loop: ..."),
-    "no base": (yaml_file("_BASE_: y.yaml"), YAML, "{tmp}/x.yaml: _BASE_ names {tmp}/y.yaml, which is no file"),
-    "code": (
-        yaml_file("lr: !!python/object/apply:os.mkdir [made]\n"),
-        YAML,
-        "{tmp}/x.yaml: is not YAML: could not determine a constructor for the tag '...:os.mkdir' ...",
-    ),
-    "bytes": (yaml_file(b"\x80\x02}q\x00\xff" * 9), YAML, "{tmp}/x.yaml: is not YAML: 'utf-8' codec can't decode ..."),
-    "depth": (yaml_file("lr: " + "[" * 3000), YAML, "{tmp}/x.yaml: is not YAML: maximum recursion depth exceeded..."),
-    "a number of thousands of digits": (
-        yaml_file("seed: 0x" + "f" * 5000),
-        YAML,
-        "{tmp}/x.yaml: seed: a number of thousands of digits must be a whole number >= 0 ...",
-    ),
-    "a name that no file can have": (
-        yaml_file('dataset: digits\nname: "\\ud800"\n'),
-        YAML,
-        "{tmp}/x.yaml: name: '\\ud800' must be usable as a folder's name",
-    ),
-    "a folder that cannot be": (
-        yaml_file('dataset: digits\nsave_dir: "a\\0b"\n'),
-        YAML,
-        "{tmp}/x.yaml: save_dir: 'a\\x00b' must be the path of a folder, in UTF-8",
-    ),
-    "links round in a circle": (
-        lambda tmp: ((tmp / "x.yaml").symlink_to("y.yaml"), (tmp / "y.yaml").symlink_to("x.yaml")),
-        YAML,
-        "{tmp}/x.yaml: no such configuration file (...",
-    ),
-    "aliases that stand for gigabytes": (
-        yaml_file(
-            "rank: &k0 [x, x, x, x, x, x, x, x, x]\n"
-            + "".join(
-                f"{key}: &k{i + 1} [{', '.join([f'*k{i}'] * 9)}]\n"
-                for i, key in enumerate(["gpu", "mode", "dist_url", "log_dir", "model_dir", "shift_bn", "lr_factor"])
-            )
-            + "lr: *k7\n"
-        ),
-        YAML,
-        "{tmp}/x.yaml: lr: [[[...], ... must be a number > 0",
-    ),
-    "aliases that multiply": (
-        yaml_file(
-            "a: &a [x, x]\n" + "".join(f"k{i}: &k{i} [*{'k' * (i > 0)}{i - 1 if i else 'a'}]\n" for i in range(9))
-        ),
-        YAML,
-        "{tmp}/x.yaml: unknown key 'a'; the nearest known one is ...",
-    ),
-}
-
-IMAGES = {
-    "no data": (
-        nothing,
-        FOLDER,
-        "data_path: {tmp}/data/train is no folder; expected are " + LAYOUT + " under {tmp}/data",
-    ),
-    "no test": (
-        tree_with(lambda data: shutil.rmtree(data / "test")),
-        FOLDER,
-        "data_path: {tmp}/data has neither test nor val; expected are " + LAYOUT,
-    ),
-    "no class folders": (
-        tree_with(lambda data: [shutil.rmtree(folder) for folder in (data / "train").iterdir()]),
-        FOLDER,
-        "data_path: {tmp}/data/train has no class folders; expected are " + LAYOUT,
-    ),
-    "only one class": (
-        lambda tmp: folders(tmp / "data", ("cat",)),
-        FOLDER,
-        "data_path: all 2 training images are of one class, 'cat'; there is nothing to learn with less than two",
-    ),
-    "a cut that leaves one class": (
-        tree_with(lambda data: None),
-        FOLDER + "imb_factor 0.1",
-        "data_path: all 2 training images are of one class, 'cat'; there is nothing to learn with less than two",
-    ),
-    "a class of the test alone": (
-        tree_with(lambda data: image(data / "test/emu/0.png")),
-        FOLDER,
-        "data_path: {tmp}/data/test/emu is a class that {tmp}/data/train does not have",
-    ),
-    "an image in no class": (
-        tree_with(lambda data: image(data / "train/0.png")),
-        FOLDER,
-        "{tmp}/data/train/0.png: lies in no class folder; expected are " + LAYOUT,
-    ),
-    "an image of another kind": (
-        tree_and("train/cat/x.webp", b""),
-        FOLDER,
-        "{tmp}/data/train/cat/x.webp: images must be png, jpg or jpeg; convert it or move it away",
-    ),
-    "a link round in a circle": (
-        tree_with(lambda data: (data / "train/cat/x").symlink_to(data / "train")),
-        FOLDER,
-        "{tmp}/data/train/cat/x: is a link to {tmp}/data/train, which it lies in; remove it",
-    ),
-    "an empty image": (
-        tree_and("train/cat/x.png", b""),
-        FOLDER,
-        "{tmp}/data/train/cat/x.png: is no readable image (none of JPEG, PNG, BMP, GIF, PPM, TIFF, WEBP)",
-    ),
-    "no image": (
-        tree_and("test/cat/x.jpg", b"<html>404</html>"),
-        FOLDER,
-        "{tmp}/data/test/cat/x.jpg: is no readable image (none of JPEG, PNG, BMP, GIF, PPM, TIFF, WEBP)",
-    ),
-    "a link to nothing": (
-        tree_with(lambda data: (data / "train/cat/x.png").symlink_to(data / "y.png")),
-        FOLDER,
-        "{tmp}/data/train/cat/x.png: no such image",
-    ),
-    "a bomb": (
-        tree_and("train/cat/x.png", BOMB),
-        FOLDER + "data_on_device True",
-        "{tmp}/data/train/cat/x.png: is no readable image (Image size (3600000000 pixels) exceeds limit of ...)",
-    ),
-    "a bomb in one row": (
-        tree_and("train/cat/x.png", FLAT_BOMB),
-        FOLDER,
-        "{tmp}/data/train/cat/x.png: is no readable image (30000000x1 pixels, too long and thin to be scaled)",
-    ),
-    "another size for CIFAR": (
-        lambda tmp: (folders(tmp / "data", tuple("abcdefghij"), 32), image(tmp / "data/train/c/9.png", 32, 31)),
-        CIFAR,
-        "{tmp}/data/train/c/9.png: is 32x31 pixels, this data set has 32x32; dataset: folder takes images of any size",
-    ),
-    "other classes for CIFAR": (
-        tree_with(lambda data: None),
-        CIFAR,
-        "data_path: {tmp}/data has 2 classes, cifar10 has 10",
-    ),
-    "a wrong archive": (
-        wrong_archive,
-        CIFAR,
-        "data_path: {tmp}/data holds no CIFAR10, and it could not be downloaded (...): put cifar-10-...",
-    ),
-    "more held out than there are": (
-        tree_with(lambda data: None),
-        FOLDER + "val_per_class 2",
-        "val_per_class: 2, but class 'cat' has only 2 training images; at most 1 can be held out",
-    ),
-}
-
-IMAGE_LISTS = {
-    "no list": (
-        tree_with(lambda data: None),
-        IMAGENET,
-        "train_txt: there is no {tmp}/data/ImageNet_LT_train.txt nor {tmp}/data/data_txt/ImageNet_LT_train.txt; ...",
-    ),
-    "an empty list": (list_with(lambda text: ""), IMAGENET, LIST + ": names no image"),
-    "a list in UTF-16": (
-        list_with(lambda text: text.encode("utf-16").decode("utf-8", "surrogateescape")),
-        IMAGENET,
-        LIST + ", line 1: ... is not 'relative/path label'",
-    ),
-    "no label": (list_and("a.jpg"), IMAGENET, LIST + ", line 5: 'a.jpg' is not 'relative/path label'"),
-    "a label in words": (list_and("a.jpg cat"), IMAGENET, LIST + ", line 5: 'a.jpg cat' is not 'relative/path label'"),
-    "a label too large": (
-        list_and("a.jpg 1000"),
-        IMAGENET,
-        LIST + ", line 5: label 1000 is not one of 0 .. 999 (1 such labels)",
-    ),
-    "a negative label": (
-        list_and("a.jpg -1"),
-        IMAGENET,
-        LIST + ", line 5: label -1 is not one of 0 .. 999 (1 such labels)",
-    ),
-    "a list for other classes": (
-        lambda tmp: (listed(tmp / "data"), write(tmp / "data/ina.txt", "a/1.jpg 0\na/2.jpg 8141\n")),
-        IMAGENET + "train_txt ina.txt",
-        "{tmp}/data/ina.txt, line 2: label 8141 is not one of 0 .. 999 (1 such labels)",
-    ),
-    "a line twice": (
-        list_with(lambda text: text + text.splitlines(keepends=True)[1]),
-        IMAGENET,
-        LIST
-        + ", line 5: 'train/n00000000/n00000000_1.JPEG' with label 0 is in line 2 already, with label 0 (1 such ...",
-    ),
-    "an image with two labels": (
-        list_and("train/n00000000/n00000000_1.JPEG 1"),
-        IMAGENET,
-        LIST
-        + ", line 5: 'train/n00000000/n00000000_1.JPEG' with label 1 is in line 2 already, with label 0 (1 such ...",
-    ),
-    "a path that leaves the folder": (
-        list_and("train/../../x.jpg 0"),
-        IMAGENET,
-        LIST + ", line 5: 'train/../../x.jpg' leaves data_path; paths are relative to it, without '..'",
-    ),
-    "an absolute path": (
-        list_and("/etc/passwd 0"),
-        IMAGENET,
-        LIST + ", line 5: '/etc/passwd' leaves data_path; paths are relative to it, without '..'",
-    ),
-    "only one label": (
-        list_with(lambda text: "".join(text.splitlines(keepends=True)[:2])),
-        IMAGENET,
-        "data_path: all 2 training images are of one class, ...; there is nothing to learn with less than two",
-    ),
-    "images that are elsewhere": (
-        list_with(lambda text: text.replace("train/", "images/")),
-        IMAGENET,
-        "data_path: {tmp}/data/images/n00000000/n00000000_0.JPEG does not exist, the first image that "
-        + LIST
-        + " names",
-    ),
-    "a class map of other classes": (
-        lambda tmp: (listed(tmp / "data"), write(tmp / "map.txt", "0 1 2")),
-        IMAGENET + "class_map {tmp}/map.txt",
-        "class_map: {tmp}/map.txt must hold each of 0 .. 999 once, one number per label; it holds 3 numbers",
-    ),
-    "annotations that leave the folder": (
-        annotations(lambda content: content["images"][0].update(file_name="../x.jpg")),
-        INA,
-        "{tmp}/data/train2018.json, line 1: '../x.jpg' leaves data_path; paths are relative to it, without '..'",
-    ),
-    "an image without annotation": (
-        annotations(lambda content: content["annotations"].pop()),
-        INA,
-        "{tmp}/data/train2018.json: is no file of annotations ...1 images have no annotation, such as ...",
-    ),
-    "annotations cut short": (
-        lambda tmp: (annotations(dict.clear)(tmp), write(tmp / "data/train2018.json", '{"images": [')),
-        INA,
-        "{tmp}/data/train2018.json: is no file of annotations in iNaturalist's format (JSONDecodeError(...",
-    ),
-}
-
-CHECKPOINTS = {
-    "no checkpoint": (nothing, RESUME, "{tmp}/x.pth.tar: no such checkpoint file"),
-    "an empty file as checkpoint": (
-        lambda tmp: write(tmp / "x.pth.tar", ""),
-        RESUME,
-        "{tmp}/x.pth.tar: is damaged or no checkpoint at all, or unsafe to load (EOFError)",
-    ),
-    "text as checkpoint": (
-        lambda tmp: write(tmp / "x.pth.tar", "lr: 0.1\n" * 99),
-        RESUME,
-        "{tmp}/x.pth.tar: is damaged or no checkpoint at all, or unsafe to load (...)",
-    ),
-    "half a checkpoint": (cut, RESUME, "{tmp}/x.pth.tar: is damaged or no checkpoint at all, or unsafe to load (...)"),
-    "a checkpoint with code": (checkpoint(hostile), RESUME, "{tmp}/x.pth.tar: refused, it is unsafe to load: ..."),
-    "an old pickle with code": (
-        checkpoint(hostile, _use_new_zipfile_serialization=False),
-        RESUME,
-        "{tmp}/x.pth.tar: refused, it is unsafe to load: ...",
-    ),
-    "code under another name": (
-        renamed,
-        TRAIN + "resume {tmp}/notes.txt",
-        "{tmp}/notes.txt: refused, it is unsafe to load: ...",
-    ),
-    "code in a zip file": (zipped, TRAIN + "resume {tmp}/x.zip", "{tmp}/x.zip: refused, it is unsafe to load: ..."),
-    "code as pretrained weights": (
-        checkpoint(hostile),
-        TRAIN + "backbone resnet18 pretrained {tmp}/x.pth.tar",
-        "pretrained: {tmp}/x.pth.tar: ...",
-    ),
-    "a whole model": (
-        checkpoint(lambda tmp: torch.nn.Linear(2, 2)),
-        RESUME,
-        "{tmp}/x.pth.tar: refused, it is unsafe to load: it holds objects other than tensors, containers and numbers",
-    ),
-    "no dict": (checkpoint([1, 2]), RESUME, "{tmp}/x.pth.tar: holds a list, not a checkpoint (a dict of state dicts)"),
-    "no weights": (
-        checkpoint({"epoch": 3}),
-        RESUME,
-        "{tmp}/x.pth.tar: has no state_dict_model, state_dict_classifier; it holds: epoch",
-    ),
-    "another architecture": (
-        checkpoint(lambda tmp: weights()),
-        RESUME + " backbone resnet32",
-        "{tmp}/x.pth.tar: is of another architecture: layer1.3.conv1.weight is absent in the file and 16x16x3x3 in ...",
-    ),
-    "another shape": (
-        checkpoint(
-            lambda tmp: weights(state_dict_classifier={"fc.weight": torch.ones(9, 64), "fc.bias": torch.ones(9)})
-        ),
-        RESUME,
-        "{tmp}/x.pth.tar: is of another architecture: fc.weight is 9x64 in the file and 10x64 in the model; ...",
-    ),
-    "pretrained weights without names": (
-        checkpoint({5: torch.ones(1)}),
-        TRAIN + "backbone resnet18 pretrained {tmp}/x.pth.tar",
-        "pretrained: {tmp}/x.pth.tar: is no readable weights file (TypeError)",
-    ),
-    "an epoch without end": (
-        checkpoint(lambda tmp: weights(epoch=float("inf"))),
-        RESUME,
-        "{tmp}/x.pth.tar: holds a value of the wrong kind (cannot convert float infinity to integer)",
-    ),
-    "numbers that are text": (
-        checkpoint(lambda tmp: weights(epoch="ten")),
-        RESUME,
-        "{tmp}/x.pth.tar: holds a value of the wrong kind (invalid literal for int() with base 10: 'ten')",
-    ),
-}
-
-TABLE = COMMANDS | FILES | IMAGES | IMAGE_LISTS | CHECKPOINTS
+# Bad input
 
 
 def assert_one_line(result: SimpleNamespace, expected: str, tmp: Path) -> None:

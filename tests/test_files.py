@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.files import atomic_file, write_text
+from utils.files import atomic_file, named, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,3 +80,14 @@ def test_a_process_killed_while_writing_leaves_the_old_file_and_the_next_write_c
 def test_text_is_written_as_it_is(tmp_path, old):
     write_text(tmp_path / "file", "Zeile 1\n中\r\n")
     assert content(tmp_path) == {"file": "Zeile 1\n中\r\n".encode()}
+
+
+def test_an_error_of_the_disk_gets_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError) as error, named(tmp_path / "x"):
+        raise OSError(28, "No space left")
+    assert (error.value.errno, error.value.strerror, error.value.filename) == (28, "No space left", str(tmp_path / "x"))
+    (tmp_path / ".y.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as error:
+        write_text(tmp_path / "y", "text")
+    assert error.value.filename == str(tmp_path / "y")
+    assert list(tmp_path.iterdir()) == []

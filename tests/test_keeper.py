@@ -90,6 +90,26 @@ def test_the_end_of_an_epoch_keeps_the_last_and_the_best(kept):
     assert not torch.equal(best["state_dict_classifier"]["fc.bias"], last["state_dict_classifier"]["fc.bias"])
 
 
+def test_the_best_is_written_before_the_last(kept):
+    """Who is killed in between trains the epoch again, and so writes both."""
+    (kept.folder / "ckps").mkdir()
+    (kept.folder / "ckps" / ".current.pth.tar.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        kept.keeper.end_epoch({"epoch": 0, "test": {"top1": 50.0, "ece": 5.0}})
+    assert names(kept.folder) == ["model_best.pth.tar"]
+    assert not kept.signals.saving
+
+
+def test_a_checkpoint_that_was_just_read_is_not_written_again(kept):
+    keeper = kept.keeper
+    keeper.state.epoch, keeper.state.step = 3, 2
+    again = Keeper(keeper.run, keeper.signals, keeper.state, FourSteps(), keeper.meter, 2, keeper.content)
+    again.between_steps(2, 0.0)
+    assert names(kept.folder) == []
+    again.between_steps(4, 0.0)
+    assert names(kept.folder) == ["current.pth.tar"]
+
+
 def test_held_out_images_choose_where_there_are_any(kept):
     kept.keeper.end_epoch({"epoch": 0, "test": {"top1": 50.0, "ece": 5.0}, "val": {"top1": 40.0}})
     kept.keeper.end_epoch({"epoch": 1, "test": {"top1": 20.0, "ece": 9.0}, "val": {"top1": 41.0}})

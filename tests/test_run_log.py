@@ -135,19 +135,40 @@ def test_a_size_that_does_not_fit_the_log_does_no_harm(tmp_path, size):
     assert b"note: \xff\n" in (tmp_path / "logs" / "x.txt").read_bytes()
 
 
-@pytest.mark.parametrize("error", [InputError("bad"), DivergenceError("bad"), OSError(28, "No space left", "file")])
+KILLED = RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (InputError("bad"), "bad"),
+        (DivergenceError("bad"), "bad"),
+        (OSError(28, "No space left", "FOLDER/x"), "FOLDER/x: cannot be written: No space left"),
+        (OSError(24, "Too many open files", "elsewhere"), r"[Errno 24] Too many open files: 'elsewhere'"),
+        (KILLED, "a process that reads images was killed; where memory ran out, fewer workers need less"),
+    ],
+)
 @pytest.mark.parametrize("there", [True, False])
-def test_errors_name_the_last_good_checkpoint(tmp_path, error, there):
+def test_errors_name_the_last_good_checkpoint(tmp_path, error, said, there):
     path = tmp_path / "ckps" / "current.pth.tar"
     if there:
         path.parent.mkdir()
         path.write_bytes(b"whole")
     last = f"the last good checkpoint is {path}" if there else "this run has no checkpoint yet"
-    said = "file: cannot be written: No space left" if isinstance(error, OSError) else "bad"
-    kind = InputError if isinstance(error, OSError) else type(error)
+    if isinstance(error, OSError):
+        error = OSError(error.errno, error.strerror, error.filename.replace("FOLDER", str(tmp_path)))
+    kind = InputError if isinstance(error, OSError | RuntimeError) else type(error)
     with pytest.raises(kind) as told, RunLog(tmp_path, "x"):
         raise error
-    assert str(told.value) == f"{said}; {last}"
+    assert str(told.value) == f"{said}; {last}".replace("FOLDER", str(tmp_path))
+
+
+def test_a_damaged_row_that_is_not_the_last_one_is_refused_and_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epo\n{"epoch": 2}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2: is no JSON; mend it, or remove it"):
+        RunLog(tmp_path, "x", 3)
+    assert '{"epoch": 2}' in (tmp_path / "metrics.jsonl").read_text()
+    assert logging.getLogger(f"run.{tmp_path.name}").handlers == []
 
 
 def test_a_run_whose_folder_is_gone_says_so(tmp_path):

@@ -327,9 +327,33 @@ def test_other_labels_or_lists_are_refused(finished, tmp_path, capsys):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fingerprint": torch.zeros(3)}, "was trained on other data"),
+        ({"class_counts": [1, 2]}, "was trained on other images"),
+        ({"step": 9, "sums": torch.zeros(1, 6, dtype=torch.float64)}, "lies at step 9 of an epoch that has 8 steps"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_refused(finished, tmp_path, capsys, change, said):
+    torch.save(content(finished) | change, tmp_path / "x.pth.tar")
+    arguments = ["resume", tmp_path / "x.pth.tar", "save_dir", tmp_path / "saved", "num_epochs", 3]
+    result = failure(capsys, train_stage1.main, "--cfg", ARB, *SHORT, *arguments)
+    assert (result.code, len(result.lines)) == (2, 1)
+    assert said in result.said
+
+
+def test_a_finished_run_keeps_its_settings(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / finished.name)
+    before = (folder / "config.yaml").read_bytes()
+    train(tmp_path, "num_epochs", 1, "batch_size", 32, "resume", folder / "ckps" / "current.pth.tar")
+    assert (folder / "config.yaml").read_bytes() == before
+
+
 def test_auto_starts_anew_where_there_is_nothing_and_eval_finds_the_run(tmp_path, capsys):
     folder = train(tmp_path, "num_epochs", 1, "resume", "auto")
     assert "no checkpoint of this configuration" in capsys.readouterr().out
+    assert load_config(folder / "config.yaml").resume == ""  # the file alone repeats the run
     train(tmp_path, "num_epochs", 1, "resume", "auto")
     assert f"{folder}/ckps/current.pth.tar: going on after 1 epochs" in capsys.readouterr().out
     arguments = ["--cfg", ARB, *SHORT, "save_dir", tmp_path, "resume", "auto"]

@@ -4,11 +4,13 @@ The keys are MiSLAS's (``epoch state_dict_model state_dict_classifier [state_dic
 its stage 2 reads our files, plus what going on exactly needs. Files hold tensors, plain containers and numbers only.
 """
 
+import math
 import os
 import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +95,10 @@ def save_checkpoint(
         "config": dict(config),
     }
     with atomic_file(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch ends a file after a write that failed
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _portable(state: dict) -> dict:
@@ -109,6 +114,8 @@ def _portable(state: dict) -> dict:
 def read_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint as a dict, on the CPU. Raises :class:`CheckpointError`; never runs code in it."""
     path = Path(path)
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path}: is a folder; a run's last checkpoint is ckps/current.pth.tar in it")
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
@@ -167,6 +174,10 @@ class Found(NamedTuple):
     path: str  # empty: there is no checkpoint
     content: dict | None
     notes: list[str]  # lines for the log
+
+    def checksum(self) -> int:
+        """Of the file; 0 where there is none."""
+        return zlib.crc32(Path(self.path).read_bytes()) if self.path else 0
 
 
 def newest_checkpoint(save_dir: str, config: Mapping) -> Found:
@@ -262,10 +273,7 @@ def restore(
     load_content(model, content, path)
     try:
         method.load_state_dict(content["state_dict_method"])
-        options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(content["optimizer"])
-        for group, own in zip(optimizer.param_groups, options, strict=True):
-            group.update(own)
+        _restore_momentum(content["optimizer"], optimizer)
         if content.get("scaler"):  # empty but for fp16
             scaler.load_state_dict(content["scaler"] | {"scale": float(content["scaler"]["scale"])})
         return _state(content)
@@ -273,21 +281,49 @@ def restore(
         raise CheckpointError(f"{path}: does not fit this configuration: {_brief(error)}") from None
 
 
+def _restore_momentum(stored: Mapping, optimizer: torch.optim.Optimizer) -> None:
+    """Each weight's momentum, in the weight's own shape and layout: a fused optimizer trusts both, addresses and all.
+
+    Raises ``ValueError`` for a state that is none of SGD's over these weights.
+    """
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if sum(len(group["params"]) for group in stored["param_groups"]) != len(weights):
+        raise ValueError(f"its optimizer has another number of weights than the {len(weights)} that learn here")
+    for index, weight in enumerate(weights):
+        state = stored["state"].get(index, {})
+        momentum = state.get("momentum_buffer")
+        if set(state) - {"momentum_buffer"}:
+            raise ValueError(f"its optimizer's state has {_some(state)}, and SGD's only momentum_buffer")
+        if momentum is None:
+            continue
+        if not (isinstance(momentum, torch.Tensor) and momentum.is_floating_point() and not momentum.is_sparse):
+            raise ValueError("a momentum is no tensor of numbers")
+        if momentum.shape != weight.shape:
+            raise ValueError(f"a momentum has shape {tuple(momentum.shape)}, its weight {tuple(weight.shape)}")
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight).copy_(momentum)
+
+
 def _state(content: Mapping) -> TrainState:
-    epoch, step, sums = int(content["epoch"]), int(content.get("step", 0)), content.get("sums")
-    if epoch < 0 or step < 0:
-        raise ValueError(f"its epoch {epoch} or step {step} is negative")
-    if step and not (isinstance(sums, torch.Tensor) and sums.shape[1:] == (len(SUMS),)):
-        raise ValueError(f"it lies within an epoch, at step {step}, and has no sums of that epoch's steps")
-    return TrainState(
-        epoch=epoch,
-        step=step,
+    sums, log_size = content.get("sums"), content.get("log_size")
+    state = TrainState(
+        epoch=int(content["epoch"]),
+        step=int(content.get("step", 0)),
         sums=sums,
         seconds=float(content.get("seconds", 0.0)),
-        log_size=content.get("log_size"),
+        log_size=log_size,
         best_acc1=float(content["best_acc1"]),
         its_ece=float(content["its_ece"]),
     )
+    if state.epoch < 0 or state.step < 0:
+        raise ValueError(f"its epoch {state.epoch} or step {state.step} is negative")
+    if not all(map(math.isfinite, (state.seconds, state.best_acc1, state.its_ece))):
+        raise ValueError("its time or its accuracy is not finite")
+    if log_size is not None and (type(log_size) is not int or log_size < 0):
+        raise ValueError("its log_size is no number of bytes")
+    whole = isinstance(sums, torch.Tensor) and sums.dtype == torch.float64 and sums.shape[1:] == (len(SUMS),)
+    if state.step and not (whole and len(sums)):
+        raise ValueError(f"it lies within an epoch, at step {state.step}, and has no sums of that epoch's steps")
+    return state
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -1,6 +1,7 @@
 """What the scripts share: their command line, and the exit code 2 with one line for bad input."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import NoReturn
 
 from utils import distributed
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
+from utils.signals import NAMES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,10 +45,16 @@ def exit_code(main: Callable[[], int | None]) -> int:
         return 1 if isinstance(error, LostProcessError) else 2
     except (Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        for name in NAMES:  # to end takes torch a while, in which a further signal would change the exit code
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
         if distributed.speaks():
-            _say(f"stopped by {signal.Signals(number).name}: {str(stop) or 'nothing had begun, nothing is lost'}")
+            _say(f"stopped by {signal.Signals(number).name}" + f": {stop}" * bool(str(stop)))
         return 128 + number
 
 
 def _say(line: str) -> None:
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    try:
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    except OSError:  # nobody listens any more; the exit code is still worth something
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -5,6 +5,7 @@ Rank and world size come from the launcher's environment (torch.distributed.laun
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 
 import torch
@@ -174,6 +175,8 @@ def _report(failed: bool) -> None:
     """Tells the others, by the launcher's store, and hears from them."""
     if not _launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
+    if not _store_answers():
+        raise LostProcessError(LOST)
     key = f"together {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         store, own_rank, size = next(dist.rendezvous("env://"))
@@ -183,6 +186,17 @@ def _report(failed: bool) -> None:
         lost = not failed
     if lost:
         raise LostProcessError(LOST)
+
+
+def _store_answers() -> bool:
+    """False where nobody listens at the launcher's store any more, for which torch would wait many minutes."""
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=30).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # torch may know another way
+        return True
+    return True
 
 
 def _launched() -> bool:

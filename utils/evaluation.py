@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ NPZ_LIMIT = 50_000  # per-sample predictions are kept for test sets of at most t
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Collection[tuple[Tensor, Tensor]],
     precision: str = "fp32",
     signal: Callable[[], int] = lambda: 0,
 ) -> Predictions:
@@ -30,20 +30,24 @@ def predict(
 
     ``batches`` are this process's share; the result holds all processes' samples, rank after rank. ``precision``: see
     :mod:`utils.precision`. A compiled model runs as it was written, so that a checkpoint gives the same numbers again.
-    ``signal``: the number of one that this process got, or 0; raises :class:`Interrupted` where any process got one.
+    ``signal``: the number of one that this process got, or 0; raises :class:`Interrupted` on all processes, after as
+    many batches, where one of them got one.
     """
     training = model.training
     model.eval()
     device = next(model.parameters(), torch.empty(0)).device
     parts = [_nothing(device)]
-    for images, targets in batches:
-        if signal():
+    stop = 0
+    for batch in _as_many_as_others(batches):
+        stop = distributed.greatest(signal())
+        if stop:
             break
-        with autocast(precision, device):
-            logits = model.forward(images)
-        parts.append(_predict_batch(logits, targets))
+        if batch is not None:
+            images, targets = batch
+            with autocast(precision, device):
+                logits = model.forward(images)
+            parts.append(_predict_batch(logits, targets))
     model.train(training)
-    stop = distributed.greatest(signal())
     if stop:
         raise Interrupted(stop)
     fields = (distributed.gather_rows(torch.cat(field)) for field in zip(*parts, strict=True))
@@ -53,6 +57,13 @@ def predict(
     if not predictions.nll.isfinite().all():
         raise DivergenceError("the model's logits are not finite on the images it was evaluated on; nothing was saved")
     return predictions
+
+
+def _as_many_as_others(batches: Collection[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor] | None]:
+    """The batches, and None in place of those that other processes have more, so that all can speak after each."""
+    most = distributed.greatest(len(batches))
+    yield from batches
+    yield from [None] * (most - len(batches))
 
 
 def _predict_batch(logits: Tensor, targets: Tensor) -> Predictions:

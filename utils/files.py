@@ -8,22 +8,30 @@ from typing import IO
 
 
 @contextlib.contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """An ``OSError`` leaves the block with ``path`` as its file name, whichever call it comes from."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """A handle whose content appears at ``path`` when the block ends well; before that the old file stays as it is.
 
-    An ``OSError`` names ``path``, whichever call it comes from.
+    An ``OSError`` names ``path``.
     """
     beside = path.with_name(f".{path.name}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with beside.open(mode, **text) as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(beside, path)
+        with named(path):
+            with beside.open(mode, **text) as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(beside, path)
         _flush_folder(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         with contextlib.suppress(OSError):  # what made the writing fail may make this fail too
             beside.unlink()

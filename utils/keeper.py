@@ -42,6 +42,7 @@ class Keeper:
         """
         self.run, self.signals, self.state, self.steps, self.meter = run, signals, state, steps, meter
         self.every, self.content = every, dict(content)
+        self._kept = (state.epoch, state.step)
 
     def signal(self) -> int:
         """The number of a signal that this process got, or 0."""
@@ -66,13 +67,14 @@ class Keeper:
         signal = distributed.greatest(self.signals.received)
         if signal:
             raise Interrupted(signal)
-        if self.every and done and done % self.every == 0:
+        due = self.every and done and done % self.every == 0
+        if due and self._kept != (self.state.epoch, done):
             self._save_within_epoch()
 
     def end_epoch(self, row: Mapping) -> None:
         """The last checkpoint, and the best one where this epoch is it; ``row``: of ``metrics.jsonl``."""
-        best = self._advance(row)
-        self._write("current", *["model_best"] * best)
+        # In this order: who is killed in between does the epoch again, and writes both.
+        self._write(*["model_best"] * self._advance(row), "current")
 
     def _advance(self, row: Mapping) -> bool:
         """Counts the epoch in; True where it is the best so far: on held-out images if there are any, else on test."""
@@ -94,9 +96,7 @@ class Keeper:
             try:
                 yield
             except Interrupted as stop:
-                self.signals.saving = True
                 self._save_within_epoch()
-                distributed.barrier()  # or the others' end would have the launcher end the one that writes
                 raise Interrupted(stop.number, self._reached()) from None
 
     def _reached(self) -> str:
@@ -112,14 +112,17 @@ class Keeper:
         self._write("current")
 
     def _write(self, *names: str) -> None:
+        """All wait for the one that writes: nobody's end may have the launcher end it."""
         self.state.log_size = self.run.size()
-        if not distributed.is_main():
-            return
-        before, self.signals.saving = self.signals.saving, True
-        for name in names:
-            self._path(name).parent.mkdir(exist_ok=True)
-            save_checkpoint(self._path(name), state=self.state, **self.content)
-        self.signals.saving = before
+        self.signals.saving = True
+        try:
+            for name in names if distributed.is_main() else ():
+                self._path(name).parent.mkdir(exist_ok=True)
+                save_checkpoint(self._path(name), state=self.state, **self.content)
+            distributed.barrier()
+        finally:
+            self.signals.saving = False
+        self._kept = (self.state.epoch, self.state.step)
 
     def _path(self, name: str) -> Path:
         return self.run.folder / "ckps" / f"{name}.pth.tar"

@@ -26,7 +26,7 @@ except ImportError:  # Windows has no such locks
 
 from utils import distributed
 from utils.errors import DivergenceError, InputError
-from utils.files import atomic_file, write_text
+from utils.files import atomic_file, named, write_text
 
 REPEATED = ("Epoch: [", "* Acc@1", "* ECE")  # how lines begin that an epoch writes again
 TIME = len("2026-01-31 23:59:59,999 ")
@@ -78,10 +78,8 @@ class _File(logging.FileHandler):
     """Lines in the log; one that cannot be written is an error, as for every other file."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, self.baseFilename) from None
-        raise error
+        with named(self.baseFilename):
+            raise
 
 
 class RunLog:
@@ -101,22 +99,31 @@ class RunLog:
         if not self.active:
             self.logger.addHandler(logging.NullHandler())
             return
-        with self._telling():
-            self._claim()
-            (folder / "logs").mkdir(exist_ok=True)
-            self._text = folder / "logs" / f"{name}.txt"
-            self._drop_repeated(log_size)
-            self.logger.setLevel(logging.INFO)
-            file = _File(self._text, encoding="utf-8")
-            file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-            for handler in (file, _Terminal()):
-                self.logger.addHandler(handler)
-            dropped = self._keep_before(start_epoch)
-            if dropped:
-                self.info(f"note: epochs from {start_epoch} on were trained before; their {dropped} rows are dropped")
-            threading.excepthook = self._in_thread
-            purge = start_epoch if (folder / "tensorboard").exists() else None
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
+        self.board = self._lock = None
+        try:
+            with self._telling():
+                self._open(name, start_epoch, log_size)
+        except BaseException:
+            self._close()
+            raise
+
+    def _open(self, name: str, start_epoch: int, log_size: int | None) -> None:
+        self._claim()
+        (self.folder / "logs").mkdir(exist_ok=True)
+        self._text = self.folder / "logs" / f"{name}.txt"
+        self._drop_repeated(log_size)
+        self.logger.setLevel(logging.INFO)
+        file = _File(self._text, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        for handler in (file, _Terminal()):
+            self.logger.addHandler(handler)
+        dropped = self._keep_before(start_epoch)
+        if dropped:
+            self.info(f"note: epochs from {start_epoch} on were trained before; their {dropped} rows are dropped")
+        threading.excepthook = self._in_thread
+        purge = start_epoch if (self.folder / "tensorboard").exists() else None
+        with named(self.folder / "tensorboard"):
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=purge)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -127,7 +134,7 @@ class RunLog:
                 with contextlib.suppress(OSError):  # the log may be what cannot be written
                     self.info(f"stopped: {str(error) or type(error).__name__}")
             with self._telling():
-                if isinstance(error, OSError | InputError | DivergenceError):
+                if isinstance(error, OSError | InputError | DivergenceError | RuntimeError):
                     raise error
         finally:
             self._close()
@@ -149,9 +156,10 @@ class RunLog:
             with contextlib.suppress(OSError):  # was said already where it matters
                 handler.close()
             self.logger.removeHandler(handler)
-        if self.active:
+        if self.active and self.board:
             with contextlib.suppress(OSError):
                 self.board.close()
+        if self.active and self._lock:
             self._lock.close()
         threading.excepthook = self._hook
 
@@ -161,10 +169,16 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            what = error.filename or self.folder
-            raise InputError(f"{what}: cannot be written: {error.strerror or error}; {self.last()}") from None
+            ours = error.filename and Path(error.filename).is_relative_to(self.folder)
+            what = f"{error.filename}: cannot be written: {error.strerror}" if ours else str(error)
+            raise InputError(f"{what}; {self.last()}") from None
         except (InputError, DivergenceError) as error:
             raise type(error)(f"{error}; {self.last()}") from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            said = "a process that reads images was killed; where memory ran out, fewer workers need less"
+            raise InputError(f"{said}; {self.last()}") from None
 
     def last(self) -> str:
         """In words: the last good checkpoint."""
@@ -183,13 +197,15 @@ class RunLog:
 
     def history(self) -> list[dict]:
         """The rows of ``metrics.jsonl``, one per epoch; a last line cut short by a crash is left out."""
-        rows = []
-        if self.active and self._metrics.exists():
-            for line in self._metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
+        if not (self.active and self._metrics.exists()):
+            return []
+        rows, lines = [], self._metrics.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(lines):
+                    raise InputError(f"{self._metrics}, line {number}: is no JSON; mend it, or remove it") from None
         return rows
 
     def write_epoch(self, row: Mapping) -> None:
@@ -200,9 +216,10 @@ class RunLog:
     def scalars(self, epoch: int, values: Mapping[str, float]) -> None:
         """TensorBoard scalars ``tag -> value`` at ``epoch``."""
         if self.active:
-            for tag, value in values.items():
-                self.board.add_scalar(tag, value, epoch)
-            self.board.flush()
+            with named(self.folder / "tensorboard"):
+                for tag, value in values.items():
+                    self.board.add_scalar(tag, value, epoch)
+                self.board.flush()
 
     def class_accuracies(self, epoch: int, percent: torch.Tensor, names: list[str]) -> None:
         """Top-1 per class in percent ``[C]``; NaN for a class without test images, which is left out."""
@@ -211,7 +228,8 @@ class RunLog:
             tags = {f"per_class/{i:02d} {name}": float(percent[i]) for i, name in enumerate(names) if tested[i]}
             self.scalars(epoch, tags)
         elif self.active:
-            self.board.add_histogram("per_class", percent[tested], epoch)
+            with named(self.folder / "tensorboard"):
+                self.board.add_histogram("per_class", percent[tested], epoch)
 
     @property
     def _metrics(self) -> Path:

@@ -1,6 +1,7 @@
 """Signals that ask a run to end. It ends between two steps, with a checkpoint, and with exit code 128 + signal."""
 
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 
 from utils.errors import Interrupted
 
-# What users, launchers and schedulers send; a closed terminal too, unless nohup had it ignored.
+# What users, launchers and schedulers send, also to a job that its shell has started with SIGINT ignored; and what a
+# closed terminal sends, unless nohup had it ignored.
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 GRACE = 25.0  # seconds from the first signal to the end, come what may: launchers kill after 30
 
@@ -98,9 +100,9 @@ class Signals:
 
 @contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
-    """For processes that are started inside the block: launchers signal whole process groups, terminals too.
+    """For processes that this thread starts inside the block: launchers signal whole process groups, terminals too.
 
-    The signals stay blocked in them for good; here they are delivered at the end of the block.
+    The signals stay blocked in them for good; this process gets its own all the same.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -117,9 +119,10 @@ def obey_the_parent(worker: int = 0) -> None:
     """In a child from within :func:`kept_from_children`: a SIGTERM ends it if it is the parent's own."""
     if not hasattr(signal, "sigwaitinfo"):
         return
+    parent = multiprocessing.parent_process()  # with forkserver it is not the process's own parent
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
             pass
         os._exit(0)
 
