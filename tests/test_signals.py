@@ -85,7 +85,10 @@ with Signals(grace=1.0) as signals, signals.noted():
     while True:
         ctypes.CDLL(None).pause()
 """
-    for saving, code, line in ((False, 128 + signal.SIGTERM, "did not end within 1 s and is lost\n"), (True, 7, "")):
+    for saving, code, line in (
+        (False, 128 + signal.SIGTERM, "did not end within 1 s; what no checkpoint holds is lost\n"),
+        (True, 7, ""),
+    ):
         process = started(body.replace("SAVING", str(saving)))
         heard(process, "ready")
         began = time.monotonic()

@@ -93,7 +93,9 @@ class Signals:
                 os.kill(os.getpid(), signal.SIGTERM)
             if first and not self.saving and time.monotonic() - since > self.grace:
                 name = signal.Signals(first).name
-                sys.stderr.write(f"stopped by {name}: the step did not end within {self.grace:g} s and is lost\n")
+                sys.stderr.write(
+                    f"stopped by {name}: did not end within {self.grace:g} s; what no checkpoint holds is lost\n"
+                )
                 sys.stderr.flush()
                 os._exit(128 + first)
 
