@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from utils import distributed
-from utils.errors import InputError
+from utils.errors import InputError, LostProcessError
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,6 +195,22 @@ def test_cuda_is_refused_where_there_is_none_and_auto_takes_the_cpu():
         pass
     with distributed.processes("auto") as device:
         assert device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("own_fault", [True, False])
+def test_a_launcher_that_is_gone_is_noticed_at_once_and_hides_no_error(monkeypatch, own_fault):
+    """Its store lived at a port where nobody listens now."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = str(door.getsockname()[1])
+    launched = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for key, value in {**launched, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(key, value)
+    began = time.monotonic()
+    with pytest.raises(InputError if own_fault else LostProcessError), distributed.together():
+        if own_fault:
+            raise InputError("mine")
+    assert time.monotonic() - began < 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -175,28 +175,26 @@ def _report(failed: bool) -> None:
     """Tells the others, by the launcher's store, and hears from them."""
     if not _launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
-    if not _store_answers():
-        raise LostProcessError(LOST)
     key = f"together {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
+        _check_store()
         store, own_rank, size = next(dist.rendezvous("env://"))
         store.set(f"{key} {own_rank}", "failed" if failed else "went well")
         lost = not failed and any(store.get(f"{key} {other}") == b"failed" for other in range(size))
-    except dist.DistError:  # the launcher that keeps the store has ended
+    except (dist.DistError, ConnectionRefusedError):  # the launcher that keeps the store has ended
         lost = not failed
     if lost:
         raise LostProcessError(LOST)
 
 
-def _store_answers() -> bool:
-    """False where nobody listens at the launcher's store any more, for which torch would wait many minutes."""
+def _check_store() -> None:
+    """Raises ``ConnectionRefusedError`` where nobody listens any more, for which torch would wait many minutes."""
     try:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=30).close()
     except ConnectionRefusedError:
-        return False
-    except OSError:  # torch may know another way
-        return True
-    return True
+        raise
+    except OSError:
+        return  # torch may know another way
 
 
 def _launched() -> bool:
