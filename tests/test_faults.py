@@ -96,12 +96,18 @@ def alive(folder: Path, *command: object) -> Iterator[SimpleNamespace]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *map(str, command)]
     with files[0].open("w") as out, files[1].open("w") as err:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
+        options = {"start_new_session": True, "preexec_fn": hear_hangups}
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=err, **options)
     try:
         yield SimpleNamespace(process=process, out=files[0].read_text, err=files[1].read_text)
     finally:
         kill_all(folder)
         process.wait(10)
+
+
+def hear_hangups() -> None:
+    """Whoever started the tests may have them ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def kill_all(folder: Path) -> None:

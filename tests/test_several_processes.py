@@ -501,7 +501,9 @@ def test_a_missing_image_ends_all_within_a_minute_with_its_name(tree, tmp_path):
         assert time.monotonic() - began < 60
         assert re.search(r"exitcode\s*: 2\b", run.err())
     (line,) = said(tmp_path, 1)  # and no traceback
-    assert re.fullmatch(rf"error \(rank 1\): {re.escape(str(missing))}: no such image", line)
+    assert re.fullmatch(
+        rf"error \(rank 1\): {re.escape(str(missing))}: no such image; this run has no checkpoint yet", line
+    )
     for line in said(tmp_path, 0):
         assert re.fullmatch(r"error \(rank 0\): another process of this run has ended; .*", line)
 
