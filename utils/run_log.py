@@ -141,15 +141,16 @@ class RunLog:
 
     def _claim(self) -> None:
         """Two processes never write one folder: the lock is gone with its process, however that ends."""
-        self._lock = (self.folder / ".lock").open("w")
+        lock = (self.folder / ".lock").open("w")
         try:
             if fcntl:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            self._lock.close()
+            lock.close()
             raise InputError(f"{self.folder}: another process is training this run; wait for it, or stop it") from None
         except OSError:
-            self._lock.close()  # a file system without locks
+            pass  # a file system without locks
+        self._lock = lock
 
     def _close(self) -> None:
         for handler in list(self.logger.handlers):
@@ -160,6 +161,8 @@ class RunLog:
             with contextlib.suppress(OSError):
                 self.board.close()
         if self.active and self._lock:
+            with contextlib.suppress(OSError):
+                (self.folder / ".lock").unlink()
             self._lock.close()
         threading.excepthook = self._hook
 
