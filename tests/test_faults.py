@@ -63,7 +63,7 @@ from utils.config import ConfigError, read_config
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 SMALL = ["device", "cpu", "image_size", 16, "batch_size", 32, "lr", 0.05, "print_freq", 2, "checkpoint_every_steps", 2]
 STEPS = 15  # of an epoch
-LONG = 6  # epochs of the runs that are stopped many times
+LONG = 30  # epochs of the runs that are stopped many times: more than all those lives get through on a fast machine
 KILLS = 20
 FULL = Path("/dev/full")  # every write fails with ENOSPC
 STOPPED = re.compile(r"^stopped by (\w+): epoch (\d+), (\d+) of 15 steps, is kept; go on with: (.*)$", re.M)
