@@ -1,5 +1,6 @@
 """Stage-1 training: python train_stage1.py --cfg config/<data set>/<experiment>.yaml [key value ...]"""
 
+import math
 import os
 import platform
 import sys
@@ -13,6 +14,7 @@ from typing import NamedTuple
 # costs a few percent at most; beside other work it saves a run from becoming tens of times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -21,8 +23,11 @@ from yacs.config import CfgNode
 
 from datasets import Data, build_data, find_spec
 from datasets.decoding import fast_decoder
-from datasets.loaders import EvalLoader, TrainLoader
+from datasets.loaders import Batch, EvalLoader, TrainLoader
 from methods import Method, build_method, check_names
+from methods.component_meter import ComponentMeter, chosen_rows
+from methods.mixup import StepDraws
+from methods.neural_collapse import measure
 from models import build_model, find_backbone
 from utils import distributed
 from utils.checkpoint import (
@@ -40,8 +45,9 @@ from utils.checkpoint import (
 )
 from utils.command_line import exit_code, parse
 from utils.config import dump_config, read_config
+from utils.epoch_arrays import EpochArrays
 from utils.errors import InputError
-from utils.evaluation import group_line, mislas_lines, predict, save_predictions
+from utils.evaluation import feature_batches, group_line, mislas_lines, predict, save_predictions
 from utils.files import write_text
 from utils.keeper import Keeper
 from utils.metrics import (
@@ -52,6 +58,7 @@ from utils.metrics import (
     group_sizes,
     half_accuracies,
     report,
+    shot_accuracy,
     shot_groups,
 )
 from utils.precision import float32_products, new_scaler
@@ -59,7 +66,7 @@ from utils.run_log import RunLog, count_lines, folder_of, new_folder, progress_l
 from utils.schedule import lr_at
 from utils.seed import seeded_weights
 from utils.signals import Signals
-from utils.step import RecordedStep, Step, compile_model
+from utils.step import RecordedStep, Step, WatchedStep, compile_model
 from utils.summary import summarise, summary_table, write_summary
 
 # What a run cannot change when it goes on: its data and its network.
@@ -80,21 +87,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
             loader = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **shares)
             test, held_out = data.test_loader(device, **shares), data.val_loader(device, **shares)
+            plain = data.plain_train_loader(device, **shares, pixels=loader.pixels)
             model = new_model(cfg, data, found.content).to(device)
             check_smallest_batch(model, loader, data.image_size)
             method = new_method(cfg, data).to(device)
             optimizer = new_optimizer(cfg, model, method)
             scaler = new_scaler(cfg.precision, device)
             parallel = new_parallel(cfg, model, device)  # may refuse: before a folder is made
+            components = new_component_meter(cfg, data, device)
             parts = {"model": model, "method": method, "optimizer": optimizer, "scaler": scaler}
             state, folder, settings, origin = start(cfg, found, data, len(loader), device, **parts)
             found = found._replace(content=None)  # its weights are in the model now
-            step = new_step(cfg, parallel, method, optimizer, scaler, device)
+            step = new_step(cfg, parallel, method, optimizer, scaler, device, components)
 
             with RunLog(folder, cfg.name, state.epoch, state.log_size) as run:
                 describe(run, cfg, data, groups, step, [*notes, *found.notes, *origin, *numbering.notes])
                 content = {**parts, **origins(data, settings, device)}
-                keeper = Keeper(run, signals, state, loader, step.meter, cfg.checkpoint_every_steps, content)
+                every = cfg.checkpoint_every_steps
+                keeper = Keeper(run, signals, state, loader, step.meter, every, content, components)
+                arrays = diagnostics_file(folder, components, data, state.epoch)
                 evaluated = (model, test, held_out, data.class_counts, groups, cfg.precision)
                 epochs = range(state.epoch, cfg.num_epochs)
                 if epochs:
@@ -103,11 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     for epoch in epochs:
                         row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
                         row |= train_epoch(step, loader, run, keeper, epoch, cfg.seed, cfg.print_freq)
-                        if (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.num_epochs:
+                        if due(epoch, cfg.eval_every, cfg.num_epochs):
                             evaluation = evaluate(*evaluated, keeper.signal)
                             row |= evaluation.entries
                             publish(run, epoch, evaluation, data)
+                        if due(epoch, cfg.nc_every, cfg.num_epochs):
+                            row["nc"] = collapse(model, plain, groups, cfg.precision, keeper.signal)
                         record(run, row, step.meter.clamp)
+                        record_components(run, epoch, components, arrays)
                         keeper.end_epoch(row)
                     if epochs:
                         finish(run, state, evaluation, groups)
@@ -242,11 +256,26 @@ def new_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     device: torch.device,
-) -> Step | RecordedStep:
-    """A step is recorded where it is one pass of one process on CUDA."""
-    step = Step(parallel, method, optimizer, scaler, device, cfg.precision, cfg.compile, cfg.max_grad_norm)
-    alone = distributed.world_size() * cfg.accumulate == 1
-    return RecordedStep(step) if cfg.cuda_graph and alone and device.type == "cuda" else step
+    components: ComponentMeter | None = None,
+) -> Step | RecordedStep | WatchedStep:
+    """A step is recorded where it is one pass of one process on CUDA, and watched where ``components`` are measured."""
+    options = (cfg.precision, cfg.compile, cfg.max_grad_norm, components is not None)
+    step = Step(parallel, method, optimizer, scaler, device, *options)
+    if cfg.cuda_graph and device.type == "cuda" and distributed.world_size() * cfg.accumulate == 1:
+        step = RecordedStep(step)
+    if components is None:
+        return step
+
+    def watch(logits: Tensor, features: Tensor, batch: Batch, draws: StepDraws) -> None:
+        components.update(method.components(logits, features, batch.targets, draws, batch.step_targets))
+
+    return WatchedStep(step, watch, cfg.diagnostics)
+
+
+def new_component_meter(cfg: CfgNode, data: Data, device: torch.device) -> ComponentMeter | None:
+    """None where ``diagnostics`` is off."""
+    rows = chosen_rows(data.class_counts, cfg.diagnostics_rows)
+    return ComponentMeter(data.num_classes, rows, cfg.num_epochs - 1, device) if cfg.diagnostics else None
 
 
 def start(
@@ -331,6 +360,7 @@ def origins(data: Data, settings: Mapping, device: torch.device) -> dict:
         "config": settings,
         "class_counts": data.class_counts,
         "class_map": data.class_map,
+        "class_names": data.class_names,
         "fingerprint": data.fingerprint,
         "environment": environment(device),
         "selected_on": "held-out training images" if settings["val_per_class"] else "test set",
@@ -351,8 +381,13 @@ def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
 # One epoch
 
 
+def due(epoch: int, every: int, num_epochs: int) -> bool:
+    """After every ``every`` epochs and after the last one; 0: never."""
+    return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == num_epochs)
+
+
 def train_epoch(
-    step: Step | RecordedStep,
+    step: Step | RecordedStep | WatchedStep,
     loader: TrainLoader,
     run: RunLog,
     keeper: Keeper,
@@ -364,11 +399,9 @@ def train_epoch(
 
     Accuracies in percent, see :meth:`TrainMeter.counts` for the counts.
     """
-    first, began = keeper.state.step, time.perf_counter() - keeper.state.seconds
+    began = time.perf_counter() - keeper.state.seconds
     step.start_epoch(epoch)
-    meter, passes = step.meter, loader.accumulate
-    if first:
-        meter.go_on(keeper.state.sums, first)
+    first, meter, passes = keeper.start_epoch(), step.meter, loader.accumulate
     keeper.between_steps(first, time.perf_counter() - began)
     draws = step.method.draws(loader.batch_sizes, seed, epoch, passes, loader.device)[first * passes :]
     batches = tqdm(loader.epoch(epoch, first), f"epoch {epoch}", len(draws), leave=False, disable=not show_progress())
@@ -418,10 +451,52 @@ def evaluate(
     return Evaluation(entries, predictions)
 
 
+def collapse(
+    model: nn.Module, plain: EvalLoader, groups: dict, precision: str, signal: Callable[[], int]
+) -> dict[str, float]:
+    """Neural collapse on the training images without augmentation, see :func:`measure`; NC1 by group beside it.
+
+    Features are kept in the host's memory: a second pass of all images through the network would cost more.
+    """
+    distributed.broadcast_buffers(model)
+    batches = [(h.cpu(), y.cpu()) for h, _, y in feature_batches(model, plain, precision, signal)]
+    classifier = model.classifier.fc
+    measured = measure(lambda: batches, classifier.weight, classifier.bias)
+    per_class = measured.pop("nc1_per_class")
+    headline = next(iter(groups.values()))
+    by_group = shot_accuracy(per_class, ~per_class.isnan(), headline)  # means, of whatever it is given
+    measured |= {f"nc1_{name}": value for name, value in by_group.items()}
+    return {key: value for key, value in measured.items() if math.isfinite(value)}
+
+
 def announce(run: RunLog, evaluation: Evaluation) -> None:
     """MiSLAS's two lines, in the log."""
     for line in mislas_lines(evaluation.entries["test"]):
         run.info(line)
+
+
+def diagnostics_file(
+    folder: Path, components: ComponentMeter | None, data: Data, first_epoch: int
+) -> EpochArrays | None:
+    """``diagnostics.npz``, which rank 0 writes; None where there are no components."""
+    if components is None or not distributed.is_main():
+        return None
+    fixed = {"class_counts": data.class_counts.numpy(), "rows": np.array(components.chosen)}
+    return EpochArrays(folder / "diagnostics.npz", fixed, first_epoch, last=["table"])
+
+
+def record_components(run: RunLog, epoch: int, components: ComponentMeter | None, arrays: EpochArrays | None) -> None:
+    """The epoch's row of ``diagnostics.npz``, and the chosen rows' attraction and repulsion as TensorBoard scalars."""
+    if components is None:
+        return
+    means = components.averages()
+    if arrays is None:
+        return
+    arrays.add(epoch, means)
+    for row in components.chosen:
+        attraction = float(means["diagonal"][row])
+        repulsion = float(means["row_sums"][row]) - attraction
+        run.scalars(epoch, {f"row {row}/attraction": attraction, f"row {row}/repulsion": repulsion})
 
 
 def publish(run: RunLog, epoch: int, evaluation: Evaluation, data: Data) -> None:
@@ -440,6 +515,7 @@ def record(run: RunLog, row: Mapping, clamp: float | None) -> None:
         run.info(line)
     run.write_epoch(row)
     scalars = {"loss/train": row["train"]["loss"], "top1/train": row["train"]["top1"], "lr": row["lr"]}
+    scalars |= {f"collapse/{key}": value for key, value in row.get("nc", {}).items()}
     for split in ("test", "val"):
         shown = {key: row[split][key] for key in ("top1", *GROUPS, "ece", "nll") if key in row.get(split, {})}
         scalars |= {f"{key}/{split}": value for key, value in shown.items()}

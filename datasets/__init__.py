@@ -76,6 +76,15 @@ class Data:
         pixels, targets = self._pixels(self.train, device), self.train.targets
         return TrainLoader(pixels, targets, batch_size, seed, device, rank, world_size, accumulate)
 
+    def plain_train_loader(
+        self, device: torch.device, rank: int = 0, world_size: int = 1, pixels: Pixels | None = None
+    ) -> EvalLoader:
+        """The training images without augmentation, in order.
+
+        ``pixels``: those of a train loader, whose memory and workers this one then shares.
+        """
+        return self._eval_loader(self.train, device, rank, world_size, pixels)
+
     def test_loader(self, device: torch.device, rank: int = 0, world_size: int = 1) -> EvalLoader:
         """See :class:`EvalLoader`."""
         return self._eval_loader(self.test, device, rank, world_size)
@@ -84,9 +93,11 @@ class Data:
         """None where nothing is held out."""
         return self.val and self._eval_loader(self.val, device, rank, world_size)
 
-    def _eval_loader(self, part: Images, device: torch.device, rank: int, world_size: int) -> EvalLoader:
+    def _eval_loader(
+        self, part: Images, device: torch.device, rank: int, world_size: int, pixels: Pixels | None = None
+    ) -> EvalLoader:
         batch_size = STREAMED_EVAL_BATCH if self.spec.lists else EVAL_BATCH
-        return EvalLoader(self._pixels(part, device), part.targets, batch_size, device, rank, world_size)
+        return EvalLoader(pixels or self._pixels(part, device), part.targets, batch_size, device, rank, world_size)
 
     def _pixels(self, part: Images, device: torch.device) -> Pixels:
         mean, std = self.spec.mean, self.spec.std

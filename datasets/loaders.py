@@ -27,6 +27,7 @@ class Batch(NamedTuple):
     weight: float  # B * W / G: what this mean counts in the step's average over processes
     ends_step: bool  # the step's last pass
     full: bool  # the global batch has the size that all but an epoch's last one have
+    number: int  # of the step in its epoch, from 0
 
     @property
     def images(self) -> Tensor:
@@ -42,6 +43,7 @@ class Pass(NamedTuple):
     weight: float
     ends_step: bool
     full: bool
+    number: int
 
 
 class Pixels(Protocol):
@@ -79,7 +81,7 @@ def plan_passes(size: int, batch_size: int, rank: int, world_size: int, accumula
             part = part if weight else slice(0, 1)
             positions = slice(start + part.start, start + part.stop)
             full = whole.stop - whole.start == batch_size
-            passes.append(Pass(positions, whole, weight, number == accumulate - 1, full))
+            passes.append(Pass(positions, whole, weight, number == accumulate - 1, full, start // batch_size))
     return passes
 
 

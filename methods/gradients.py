@@ -1,14 +1,61 @@
 """Attraction and repulsion: what each class's samples put on the gradient of each classifier row.
 
-Legend: B samples, C classes, D features. With logits z = W h, the gradient of the summed loss with respect to row i is
-sum_s (p_si - [y_s = i]) h_s, where p is the softmax (cross-entropy) or the prior-adjusted softmax (ARB-Loss, eq. 9-16).
-The share of class j is the sum over its samples: attraction where j = i, repulsion where j != i.
+Legend: B samples, C classes, D features; R = T B pairs of a sample and one of its T labels (under mixup a sample has
+two). With logits z = W h, the gradient of the summed loss with respect to row i is sum_s q_si h_s, where the residual
+q_s is the derivative of sample s's loss in its logits: p - onehot(y) for cross-entropy, with the prior-adjusted p for
+ARB-Loss (Xie et al. 2023, eq. 9-16). The share of class j is the sum over its samples: attraction where j = i,
+repulsion where j != i.
+
+Everything comes from the Gram matrix of the batch's features, so that no [C, D] gradient per class is ever formed, and
+without a question to the device.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from methods.losses import arb_log_probabilities, log_probabilities
+
+
+class Components(NamedTuple):
+    """Attraction and repulsion in one batch, float64; a class has as many rows ``r`` as it has pairs, all alike."""
+
+    labels: Tensor  # int64 [R]
+    first: Tensor  # bool [R], the class's first row: a sum over these counts every class once
+    norms: Tensor  # [R, C], entry (r, i): norm of what the samples of class labels[r] put on row i
+    attraction_mass: Tensor  # [C], sum of -q over the class's own samples: of 1 - p for cross-entropy
+    repulsion_mass: Tensor  # [C], sum of q over all other samples: of p
+    repulsion_cosine: Tensor  # [C], mean cosine between the repulsion of two classes on row i; NaN below two
+
+
+@torch.no_grad()
+def components(residuals: Tensor, features: Tensor, labels: Tensor, shares: Tensor) -> Components:
+    """See :class:`Components`.
+
+    Args:
+        residuals: [T, B, C], the derivative of every sample's loss in its logits, once for each of its T labels.
+        features: [B, D], the classifier's input.
+        labels: int64 [T, B].
+        shares: [T], what each label counts in the loss: lam and 1 - lam under mixup.
+    """
+    labels, columns = labels.flatten(), labels.reshape(-1, 1)
+    q = (residuals.double() * shares.double()[:, None, None]).flatten(0, 1)  # [R, C]
+    h = features.double()
+    gram = (h @ h.T).repeat(len(shares), len(shares))  # [R, R]
+    same = columns == labels
+    squares = same.double() @ (q * ((gram * same) @ q))
+    norms = squares.clamp_(min=0).sqrt_()
+    first = ~same.tril(-1).any(dim=1)
+    own = q.gather(1, columns).squeeze(1)
+    attraction = torch.zeros_like(q[0]).index_add_(0, labels, -own)
+    apart = q.scatter(1, columns, 0)
+    repelled = norms.scatter(1, columns, 0)
+    unit = torch.where(repelled > 0, apart / repelled, 0)  # sums to the unit vectors of the classes' repulsion
+    count = ((repelled > 0) & first[:, None]).sum(dim=0)
+    pairs = count * (count - 1)
+    cosine = torch.where(pairs > 0, (((gram @ unit) * unit).sum(dim=0) - count) / pairs, torch.nan)
+    return Components(labels, first, norms, attraction, apart.sum(dim=0), cosine)
 
 
 @torch.no_grad()
@@ -32,8 +79,7 @@ def component_norms(
         mixed: (targets_b [B], lam) for the loss that mixup trains, lam * loss(targets) + (1 - lam) * loss(targets_b):
             class j's share is then lam times its sum over targets = j plus (1 - lam) times its sum over targets_b = j.
 
-    Components sum over the batch. Each norm comes from the Gram matrix of the features of one class, so that no
-    [C, D] gradient per class is ever formed.
+    Components sum over the batch.
     """
     if absent_rows not in ("zero", "true"):
         raise ValueError(f"absent_rows: {absent_rows!r} is unknown; known are zero, true")
@@ -41,20 +87,15 @@ def component_norms(
         probs = log_probabilities(logits).exp()
     else:
         probs = arb_log_probabilities(logits, class_counts, clamp=None).exp()
-    features = features.to(probs.dtype)
-    targets_b, lam = mixed if mixed is not None else (targets, 1.0)
-    present = torch.unique(torch.cat([targets, targets_b]))
-    norms = probs.new_zeros(logits.shape[1], logits.shape[1])
-    for label in present.tolist():
-        weights = lam * (targets == label) + (1 - lam) * (targets_b == label)  # [B]
-        members = weights.nonzero().squeeze(1)
-        shares = probs[members]  # a copy, [n, C]
-        shares[:, label] -= 1
-        shares *= weights[members, None].to(probs.dtype)
-        gram = features[members] @ features[members].T  # [n, n]
-        norms[:, label] = ((gram @ shares) * shares).sum(dim=0).clamp(min=0).sqrt()
+    partners, lam = mixed if mixed is not None else (targets, 1.0)
+    labels = targets[None] if mixed is None else torch.stack([targets, partners])
+    lam = torch.as_tensor(lam, dtype=torch.float64, device=logits.device)
+    ones = torch.ones((), dtype=probs.dtype, device=probs.device)
+    residuals = torch.stack([probs.scatter_add(1, y[:, None], -ones.expand(len(y), 1)) for y in labels])
+    parts = components(residuals, features, labels, torch.stack([lam, 1 - lam])[: len(labels)])
+    table = probs.new_zeros(logits.shape[1], logits.shape[1])  # [j, i]: a class's entries lie side by side
+    table[parts.labels] = parts.norms.to(probs.dtype)
     if absent_rows == "zero":
-        absent = torch.ones(len(norms), dtype=torch.bool, device=norms.device)
-        absent[present] = False
-        norms[absent] = 0
-    return norms
+        present = torch.zeros(len(table), dtype=torch.bool, device=table.device).index_fill_(0, parts.labels, True)
+        table *= present
+    return table.T

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from methods import losses, mixup
+from methods.gradients import Components, components
 from methods.mixup import StepDraws
 from utils.errors import InputError
 
@@ -141,11 +142,36 @@ class Method(nn.Module):
             mixed, *pair = mixup.mix(images, targets, draws.lam, draws.partner)
             labels = torch.stack(pair)
         logits, features = model(mixed, with_features=True)
-        terms = self.criterion(logits, step_counts(self.counts, targets, self.class_counts, step_targets))
-        loss, *partners = terms(labels).mean(dim=1)
+        loss, *partners = self._losses(logits, targets, labels, step_targets).mean(dim=1)
         if partners:
             loss = draws.lam * loss + (1 - draws.lam) * partners[0]
         return MethodOutput(loss, logits, features)
+
+    def components(
+        self,
+        logits: Tensor,
+        features: Tensor,
+        targets: Tensor,
+        draws: StepDraws,
+        step_targets: Tensor | None = None,
+    ) -> Components:
+        """Attraction and repulsion in a pass of which ``logits [B, C]`` and ``features [B, D]`` came out.
+
+        Of the very loss that is trained, whichever it is, clamp and mixup included: the residuals are its derivatives.
+        """
+        labels, shares = targets[None], torch.ones(1, device=logits.device)
+        if self.mixup_alpha > 0:
+            labels, shares = torch.stack([targets, targets[draws.partner]]), torch.stack([draws.lam, 1 - draws.lam])
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            sums = self._losses(logits, targets, labels, step_targets).sum(dim=1)
+            residuals = [torch.autograd.grad(total, logits, retain_graph=True)[0] for total in sums]
+        return components(torch.stack(residuals), features, labels, shares)
+
+    def _losses(self, logits: Tensor, targets: Tensor, labels: Tensor, step_targets: Tensor | None) -> Tensor:
+        """The loss of every sample for each of its labels, [T, B]; batch counts are those of ``targets``."""
+        counts = step_counts(self.counts, targets, self.class_counts, step_targets)
+        return self.criterion(logits, counts)(labels)
 
 
 def check_names(loss: str, counts: str) -> None:

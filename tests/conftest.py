@@ -93,7 +93,7 @@ def assert_same_tensors(a, b):
 
 
 def assert_same_run(first, second):
-    """Weights, optimizer, metrics and predictions, bit for bit."""
+    """Weights, optimizer, metrics, predictions and diagnostics, bit for bit."""
     a, b = content(first), content(second)
     for key in ("state_dict_model", "state_dict_classifier", "state_dict_method"):
         assert_same_tensors(a[key], b[key])
@@ -105,6 +105,9 @@ def assert_same_run(first, second):
     assert history(first) == history(second)
     files = sorted(path.name for path in (first / "predictions").iterdir())
     assert files == sorted(path.name for path in (second / "predictions").iterdir())
-    for name in files:
-        one, other = (np.load(folder / "predictions" / name) for folder in (first, second))
-        assert all(np.array_equal(one[key], other[key]) for key in one.files)
+    diagnostics = [path.name for path in first.glob("*.npz")]
+    assert diagnostics == [path.name for path in second.glob("*.npz")]
+    for name in [*(f"predictions/{name}" for name in files), *diagnostics]:
+        one, other = (np.load(folder / name) for folder in (first, second))
+        assert one.files == other.files
+        assert all(np.array_equal(one[key], other[key], equal_nan=one[key].dtype.kind == "f") for key in one.files)

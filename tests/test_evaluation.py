@@ -11,8 +11,11 @@ from torch import nn
 from utils.errors import DivergenceError, InputError, Interrupted
 from utils.evaluation import (
     NPZ_LIMIT,
+    calibration_line,
     class_table,
     details,
+    feature_batches,
+    gather_outputs,
     group_line,
     mislas_lines,
     percent,
@@ -135,6 +138,78 @@ def test_a_signal_ends_the_evaluation_after_the_batch_and_leaves_the_mode(sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+class TinyFeatures(TinyModel):
+    """The same, in the manner of the project's models."""
+
+    def forward(self, images, with_features=False):
+        features = self.drop(self.norm(images.flatten(1)))
+        return (self.fc(features), features) if with_features else self.fc(features)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_features_and_logits_come_batch_by_batch_in_eval_mode(samples, training):
+    model, (images, targets) = TinyFeatures().train(training), samples
+    with torch.no_grad():
+        expected = TinyFeatures().eval()(images, with_features=True)
+    found = list(feature_batches(model, batches(images, targets)))
+    assert [len(part[0]) for part in found] == [10, 10, 3]
+    features, logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    torch.testing.assert_close((logits, features), expected)
+    assert torch.equal(labels, targets)
+    assert torch.equal(logits.argmax(1), predict(model, batches(images, targets)).classes)
+    assert not logits.requires_grad
+    assert model.training is training
+    assert model.drop.training is training
+
+
+def test_the_mode_is_restored_and_gradients_return_where_somebody_stops_early_or_fails(samples):
+    model = TinyFeatures().train()
+    stopped = feature_batches(model, batches(*samples))
+    next(stopped)
+    assert not model.training
+    assert torch.is_grad_enabled()
+    stopped.close()
+    assert model.training
+    with pytest.raises(RuntimeError):
+        list(feature_batches(model, [(torch.zeros(2, 7), torch.zeros(2))]))
+    assert model.training
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("fp32", torch.float64), ("bf16", torch.float32)])
+def test_half_precision_is_raised_and_float64_stays(samples, precision, kept):
+    class Halved(TinyFeatures):
+        def forward(self, images, with_features):
+            logits, features = super().forward(images, with_features)
+            return (logits.bfloat16(), features.bfloat16()) if precision == "bf16" else (logits, features)
+
+    model = Halved().double() if precision == "fp32" else Halved()
+    batch = (samples[0].double() if precision == "fp32" else samples[0], samples[1])
+    ((features, logits, _),) = feature_batches(model, [batch], precision)
+    assert features.dtype == logits.dtype == kept
+
+
+def test_outputs_are_whole_and_their_logits_may_be_left_behind(samples):
+    model = TinyFeatures()
+    whole = gather_outputs(model, batches(*samples))
+    features, logits, _ = next(feature_batches(model, [samples]))
+    torch.testing.assert_close((whole.features, whole.logits), (features, logits))
+    assert torch.equal(whole.targets, samples[1])
+    without = gather_outputs(model, batches(*samples), with_logits=False)
+    assert torch.equal(without.features, whole.features)
+    assert without.logits is None
+
+
+def test_features_that_are_not_finite_are_an_error(samples):
+    images = samples[0].clone()
+    images[7] = torch.inf
+    with pytest.raises(DivergenceError, match="features or logits are not finite"):
+        gather_outputs(TinyFeatures(), batches(images, samples[1]), with_logits=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # On paper
 
 
@@ -163,6 +238,18 @@ def test_the_table_is_aligned_under_its_head():
         "last epoch    85.25    95.00    86.00    74.00     3.21",
         "best         100.00        -        -        -        -",
     ]
+
+
+def test_a_table_without_calibration_has_no_column_for_it():
+    text = table({"x": {"top1": 50.0, "few": 25.0}})
+    assert text.splitlines() == ["     top-1     many   medium      few", "x    50.00        -        -    25.00"]
+
+
+def test_calibration_per_group_in_words():
+    errors = {"index": {"many": 4.1, "medium": 7.254}, "count": {"few": 0.0}}
+    assert calibration_line(errors) == (
+        "ECE by index: many 4.10, medium 7.25, few -; ECE by count: many -, medium -, few 0.00"
+    )
 
 
 def test_macro_accuracy_is_shown_where_it_differs():

@@ -1,12 +1,29 @@
-"""Component norms against autograd, class by class."""
+"""Components against autograd, class by class, and against loops over samples; their time and memory."""
+
+import statistics
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from methods.gradients import component_norms
+from datasets.loaders import Batch
+from methods import build_method
+from methods.component_meter import ComponentMeter
+from methods.gradients import component_norms, components
 from methods.losses import arb_loss
+from methods.mixup import StepDraws
+from models import build_model
+from models.classifier import LinearClassifier
+from models.model import Model
+from tests.conftest import ROOT
+from utils.precision import new_scaler
+from utils.step import Step
 
 CLASSES, FEATURES, BATCH = 6, 5, 14
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -19,9 +36,9 @@ def batch():
     return weight, features, targets, partners
 
 
-def by_autograd(weight, features, counts, parts) -> torch.Tensor:
-    """``parts``: (share of the loss, targets) pairs; entry (i, j) by one backward pass per class j."""
-    table = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
+def vectors_by_autograd(weight, features, counts, parts) -> torch.Tensor:
+    """``parts``: (share of the loss, targets) pairs; entry [i, j] is class j's part of row i's gradient, [C, C, D]."""
+    columns = []
     for label in range(CLASSES):
         weight = weight.detach().requires_grad_()
         logits = features @ weight.T
@@ -29,9 +46,8 @@ def by_autograd(weight, features, counts, parts) -> torch.Tensor:
             share * (arb_loss(logits, targets, counts, "none", clamp=None) * (targets == label)).sum()
             for share, targets in parts
         )
-        (gradient,) = torch.autograd.grad(total, weight)
-        table[:, label] = gradient.norm(dim=1)
-    return table
+        columns.append(torch.autograd.grad(total, weight)[0])
+    return torch.stack(columns, dim=1)
 
 
 @pytest.mark.parametrize("counts", [None, [4, 5, 3, 2, 0, 0], [500, 200, 70, 30, 10, 3]], ids=["ce", "batch", "global"])
@@ -39,15 +55,36 @@ def test_true_rows_equal_autograd(batch, counts):
     weight, features, targets, _ = batch
     n = None if counts is None else torch.tensor(counts)
     table = component_norms(features @ weight.T, features, targets, n, absent_rows="true")
-    expected = by_autograd(weight, features, torch.ones(CLASSES) if n is None else n, [(1.0, targets)])
-    torch.testing.assert_close(table, expected)
+    expected = vectors_by_autograd(weight, features, torch.ones(CLASSES) if n is None else n, [(1.0, targets)])
+    torch.testing.assert_close(table, expected.norm(dim=2))
 
 
-def test_under_mixup_components_are_those_of_the_mixed_loss(batch):
+@pytest.mark.parametrize("lam", [0.3, torch.tensor(0.3, dtype=torch.float64)])
+def test_under_mixup_components_are_those_of_the_mixed_loss(batch, lam):
     weight, features, targets, partners = batch
     n = torch.tensor([500, 200, 70, 30, 10, 3])
-    table = component_norms(features @ weight.T, features, targets, n, "true", mixed=(partners, 0.3))
-    torch.testing.assert_close(table, by_autograd(weight, features, n, [(0.3, targets), (0.7, partners)]))
+    table = component_norms(features @ weight.T, features, targets, n, "true", mixed=(partners, lam))
+    expected = vectors_by_autograd(weight, features, n, [(0.3, targets), (0.7, partners)])
+    torch.testing.assert_close(table, expected.norm(dim=2))
+
+
+def test_under_mixup_the_columns_add_up_to_the_step_s_gradient(batch):
+    """The gradient that the method itself leaves on the classifier; the loss is a mean, components are sums."""
+    weight, features, targets, _ = batch
+    classifier = LinearClassifier(FEATURES, CLASSES).double()
+    classifier.fc.weight.data = weight.clone()
+    classifier.fc.bias.data.zero_()
+    method = build_method("arb", "global", torch.tensor([500, 200, 70, 30, 10, 3]), mixup_alpha=1.0, clamp=None)
+    draws = StepDraws(torch.tensor(0.3, dtype=torch.float64), torch.randperm(BATCH))
+    output = method(Model(torch.nn.Identity(), classifier), features, targets, draws)
+    output.loss.backward()
+    mixed = 0.3 * features + 0.7 * features[draws.partner]
+    parts = [(0.3, targets), (0.7, targets[draws.partner])]
+    vectors = vectors_by_autograd(weight, mixed, method.class_counts, parts)
+    torch.testing.assert_close(vectors.sum(dim=1), classifier.fc.weight.grad * BATCH, rtol=1e-5, atol=1e-6)
+    arguments = (output.logits, output.features, targets, method.class_counts, "true")
+    table = component_norms(*arguments, mixed=(targets[draws.partner], 0.3))
+    torch.testing.assert_close(table, vectors.norm(dim=2), rtol=1e-5, atol=1e-6)
 
 
 def test_zero_rows_leave_out_classes_absent_from_the_batch(batch):
@@ -68,3 +105,117 @@ def test_an_unknown_rule_for_absent_rows_is_refused(batch):
     weight, features, targets, _ = batch
     with pytest.raises(ValueError, match="known are zero, true"):
         component_norms(features @ weight.T, features, targets, absent_rows="skip")
+
+
+@pytest.fixture
+def by_loops(batch):
+    """Components of a mixed batch, and the same by loops over classes and samples."""
+    weight, features, targets, partners = batch
+    probs = F.softmax(features @ weight.T, dim=1)
+    labels, shares = torch.stack([targets, partners]), torch.tensor([0.3, 0.7])
+    residuals = torch.stack([probs - F.one_hot(y, CLASSES) for y in labels])
+    vectors = torch.zeros(CLASSES, CLASSES, FEATURES, dtype=torch.float64)  # [i, j]
+    attraction, repulsion = torch.zeros(2, CLASSES, dtype=torch.float64)
+    for y, share in zip(labels, shares.double(), strict=True):
+        for s in range(BATCH):
+            for i in range(CLASSES):
+                q = probs[s, i] - (y[s] == i).double()
+                vectors[i, y[s]] += share * q * features[s]
+                if y[s] == i:
+                    attraction[i] += share * (1 - probs[s, i])
+                else:
+                    repulsion[i] += share * probs[s, i]
+    return components(residuals, features, labels, shares), vectors, attraction, repulsion
+
+
+def test_masses(by_loops):
+    parts, _, attraction, repulsion = by_loops
+    torch.testing.assert_close(parts.attraction_mass, attraction)
+    torch.testing.assert_close(parts.repulsion_mass, repulsion)
+
+
+def test_every_class_has_one_first_row(by_loops, batch):
+    parts, vectors, *_ = by_loops
+    assert sorted(parts.labels[parts.first].tolist()) == sorted(set(torch.cat(batch[2:]).tolist()))
+    torch.testing.assert_close(parts.norms, vectors.norm(dim=2).T[parts.labels])
+
+
+def test_the_cosine_is_the_mean_over_pairs_of_repelling_classes(by_loops):
+    parts, vectors, *_ = by_loops
+    for i in range(CLASSES):
+        repelling = [j for j in range(CLASSES) if j != i and vectors[i, j].norm() > 0]
+        pairs = [
+            F.cosine_similarity(vectors[i, j], vectors[i, k], dim=0) for j in repelling for k in repelling if j < k
+        ]
+        assert float(parts.repulsion_cosine[i]) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-9)
+
+
+def test_the_cosine_of_less_than_two_components_is_not_defined():
+    """Two classes: on each row only the other one repels."""
+    residuals = torch.tensor([[[-0.4, 0.4], [0.3, -0.3]]])
+    parts = components(residuals, torch.eye(2), torch.tensor([[0, 1]]), torch.ones(1))
+    assert parts.repulsion_cosine.isnan().all()
+
+
+def test_parallel_repulsion_has_cosine_one_and_opposite_repulsion_minus_one():
+    residuals = torch.tensor([[[0.5, -0.5, 0.0], [0.2, 0.0, -0.2]]])
+    for second, cosine in ((2.0, 1.0), (-2.0, -1.0)):
+        features = torch.tensor([[1.0, 1.0], [second, second]])
+        parts = components(residuals, features, torch.tensor([[1, 2]]), torch.ones(1))
+        assert float(parts.repulsion_cosine[0]) == pytest.approx(cosine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+LARGE = """
+import resource, sys, time
+import torch
+from methods.gradients import component_norms
+torch.manual_seed(0)
+features = torch.rand(128, 2048)
+logits = features @ torch.randn(8142, 2048).T / 45
+targets, partner = torch.randint(0, 8142, (128,)), torch.randperm(128)
+mixed = (targets[partner], 0.3) if sys.argv[1] == "mixed" else None
+component_norms(logits[:8, :50], features[:8], targets[:8] % 50)  # what the first call loads
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+began = time.process_time()
+table = component_norms(logits, features, targets, torch.arange(8142) + 1, "true", mixed)
+seconds = time.process_time() - began
+table.sum()  # written in full
+used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(seconds, used - table.numel() * table.element_size())
+"""
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "plain"])
+def test_8142_classes_take_less_than_two_seconds_and_a_gibibyte(mixing):
+    """Processor time of all threads, which a busy machine does not change; memory as the system sees it."""
+    done = subprocess.run([sys.executable, "-c", LARGE, mixing], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, beyond_output = map(float, done.stdout.split())
+    assert seconds < 2
+    assert beyond_output < 2**30
+
+
+def test_at_100_classes_they_cost_less_than_5_percent_of_a_step():
+    """Of the very step that is trained, watched in every step; medians of turns taken in one run."""
+    torch.manual_seed(0)
+    model = build_model("cifar100", "resnet32", 100)
+    method = build_method("arb", "batch", torch.arange(100, 0, -1), mixup_alpha=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+    step = Step(model, method, optimizer, new_scaler("fp32", CPU), CPU, keep_outputs=True)
+    images, targets = torch.randn(128, 3, 32, 32), torch.randint(0, 100, (128,))
+    draws = StepDraws(torch.tensor(0.3), torch.randperm(128))
+    batch = Batch((images,), lambda held: held, targets, targets, targets, 1.0, True, True, 0)
+    meter = ComponentMeter(100, [0, 50, 99], 0, CPU)
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        step(batch, draws)
+        between = time.perf_counter()
+        meter.update(method.components(*step.outputs[128], targets, draws, targets))
+        times.append((between - began, time.perf_counter() - between))
+    steps, watched = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    assert watched < 0.05 * steps

@@ -18,6 +18,7 @@ from utils.metrics import (
     check_weights,
     class_accuracy,
     cross_fitted,
+    group_calibration,
     group_sizes,
     groups_by_count,
     groups_by_index,
@@ -180,6 +181,24 @@ def test_certainty_that_is_right_costs_nothing_and_certainty_that_is_wrong_every
     assert (result["ece"], result["mce"]) == (error, error)
 
 
+@PROPERTY
+@given(samples=SAMPLES)
+def test_calibration_of_a_group_is_that_of_the_samples_with_its_labels(samples):
+    steps, classes, targets = zip(*samples, strict=True)
+    predictions = predictions_of(classes, targets, [step / 1024 for step in steps])
+    groups = {"index": groups_by_index([[0, 1], [1, 3], [4, 5]], 5), "count": groups_by_index([[0, 4]] * 3, 5)}
+    result = group_calibration(predictions, groups)
+    expected = {}
+    for name, labels in (("many", [0]), ("medium", [1, 2]), ("few", [4])):
+        rows = zip(predictions.confidences.tolist(), classes, targets, strict=True)
+        members = [row for row in rows if row[2] in labels]
+        if members:
+            expected[name] = pytest.approx(100 * calibration_by_loops(*zip(*members, strict=True), 15)[0], abs=1e-9)
+    assert result["index"] == expected
+    whole = 100 * calibration_error(predictions.confidences, predictions.classes, predictions.targets)["ece"]
+    assert result["count"] == dict.fromkeys(("many", "medium", "few"), whole)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 
@@ -223,6 +242,10 @@ def test_a_report_of_an_uneven_test_set_worked_by_hand():
         "nll": 1.25,
         "ece": pytest.approx(500 / 12),
         "mce": pytest.approx(500 / 12),
+        "ece_groups": {
+            "index": {"many": pytest.approx(30.0), "medium": 100.0},
+            "count": {"many": 25.0, "medium": 50.0, "few": 100.0},
+        },
         "samples": 12,
         "shots": {"index": {"many": 62.5, "medium": 0.0}, "count": {"many": 75.0, "medium": 50.0, "few": 0.0}},
         "group_sizes": {

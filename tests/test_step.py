@@ -17,7 +17,7 @@ from utils.config import load_config
 from utils.errors import InputError
 from utils.precision import autocast, float32_products, new_scaler
 from utils.seed import seeded_weights
-from utils.step import RecordedStep, Step, compile_model
+from utils.step import RecordedStep, Step, WatchedStep, compile_model
 
 CPU = torch.device("cpu")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -40,11 +40,11 @@ def new_parts(data, precision="fp32", device=CPU, counts="batch", mixup=1.0, see
     return model, method, optimizer, new_scaler(precision, torch.device(device))
 
 
-def new_step(data, precision="fp32", device=CPU, compiled=False, **options) -> Step:
+def new_step(data, precision="fp32", device=CPU, compiled=False, keep_outputs=False, **options) -> Step:
     model, *parts = new_parts(data, precision, device, **options)
     if compiled:
         compile_model(model, torch.device(device))
-    return Step(model, *parts, torch.device(device), precision, compiled)
+    return Step(model, *parts, torch.device(device), precision, compiled, keep_outputs=keep_outputs)
 
 
 def batches_and_draws(data, step, epoch, accumulate=1, device=CPU, batch_size=32):
@@ -65,7 +65,7 @@ def run(data, step, epochs=1, steps=None, device=CPU, **options):
 
 def state(step):
     model = {key: value.cpu() for key, value in step.model.state_dict().items()}
-    optimizer = (step.step if isinstance(step, RecordedStep) else step).optimizer
+    optimizer = (step if isinstance(step, Step) else step.step).optimizer
     momentum = [optimizer.state[p]["momentum_buffer"].cpu() for p in step.model.parameters()]
     return model | {f"momentum {n}": value for n, value in enumerate(momentum)}
 
@@ -447,3 +447,50 @@ def test_a_recorded_step_that_diverges_is_found(digits):
         step.model.classifier.fc.bias[0] = torch.nan
     run(digits, step, steps=2)
     assert step.meter.first_bad_step() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Watched
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_watched_step_shows_each_pass_s_own_output(digits, device, recording):
+    """Also where the recording has gone on in between, and in an epoch's smaller batch; against an eager twin."""
+    seen = []
+
+    def watch(logits, features, batch, draw):
+        seen.append((batch.number, logits.clone(), features.clone()))
+
+    make = recorded if recording else new_step
+    watched = WatchedStep(make(digits, device=device, keep_outputs=True), watch, every=1)
+    twin = new_step(digits, device=device)
+    for step in (watched, twin):
+        step.start_epoch(0)
+    expected = []
+    for (batch, draw), (same, same_draw) in zip(
+        batches_and_draws(digits, watched, 0, device=device),
+        batches_and_draws(digits, twin, 0, device=device),
+        strict=True,
+    ):
+        model = copy.deepcopy(twin.model).train()
+        expected.append(twin.method(model, same.images, same.targets, same_draw, same.step_targets))
+        watched(batch, draw)
+        twin(same, same_draw)
+    assert [number for number, *_ in seen] == list(range(15))
+    for (_, logits, features), output in zip(seen, expected, strict=True):
+        torch.testing.assert_close(logits, output.logits.detach(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(features, output.features.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_every_so_many_steps_are_watched_with_all_their_passes(digits):
+    numbers = []
+    step = WatchedStep(new_step(digits, keep_outputs=True), lambda *seen: numbers.append(seen[2].number), every=4)
+    run(digits, step, accumulate=2, epochs=2)
+    assert numbers == [0, 0, 4, 4, 8, 8, 12, 12] * 2
+
+
+def test_watching_changes_nothing(digits):
+    steps = [new_step(digits), WatchedStep(new_step(digits, keep_outputs=True), lambda *seen: None, every=1)]
+    one, other = (state(run(digits, step, steps=3)) for step in steps)
+    assert all(torch.equal(one[name], other[name]) for name in one)

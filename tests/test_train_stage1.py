@@ -254,7 +254,10 @@ def log_of(folder):
     return [line for line in lines if line.startswith(("Epoch: [", "* "))]
 
 
-@pytest.mark.parametrize("options", [[], ["accumulate", 2], ["precision", "fp16", "max_grad_norm", 1.0]])
+OPTIONS = [[], ["accumulate", 2, "diagnostics", 2, "nc_every", 1], ["precision", "fp16", "max_grad_norm", 1.0]]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_a_run_stopped_within_an_epoch_goes_on_inside_it(tmp_path, options, monkeypatch, capsys):
     options = ["num_epochs", 2, "print_freq", 3, *options]
     whole, start = train(tmp_path / "whole", *options), ["--cfg", ARB, *SHORT, *options, "save_dir", tmp_path / "parts"]

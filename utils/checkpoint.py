@@ -11,7 +11,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,8 @@ PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dic
 # Options that say nothing about what is trained.
 INCIDENTAL = (
     *("name", "save_dir", "resume", "device", "workers", "print_freq", "checkpoint_every_steps"),
-    *("data_path", "data_on_device", "decoder", "class_map", "cuda_graph"),
+    *("data_path", "data_on_device", "decoder", "class_map", "cuda_graph", "decompose"),
+    *("diagnostics", "diagnostics_rows", "nc_every"),
 )
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel / DistributedDataParallel and of torch.compile
 
@@ -50,6 +51,7 @@ class TrainState:
     log_size: int | None = None  # bytes in the log; None: not known
     best_acc1: float = -1.0  # percent, on the images that choose (``selected_on``)
     its_ece: float = 0.0  # percent, on the test set, of that model
+    components: torch.Tensor | None = None  # sums of diagnostics of those steps, see ComponentMeter.rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,18 +69,21 @@ def save_checkpoint(
     selected_on: str,
     class_counts: torch.Tensor | None = None,
     class_map: torch.Tensor | None = None,
+    class_names: Sequence[str] = (),
     fingerprint: str = "",
     environment: Mapping | None = None,
 ) -> None:
     """Writes everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper.
 
     ``class_counts``: int64 [C], training images per class; ``class_map``: int64 [C], label in the lists -> class, for
-    data sets that come as lists; ``fingerprint`` of the data; ``environment``: see :func:`environment`.
+    data sets that come as lists; ``class_names`` [C]; ``fingerprint`` of the data; ``environment``: see
+    :func:`environment`.
     """
     content = {
         "epoch": state.epoch,
         "step": state.step,
         "sums": state.sums,
+        "components": state.components,
         "seconds": state.seconds,
         "log_size": state.log_size,
         "best_acc1": torch.tensor([state.best_acc1], dtype=torch.float64),  # exact, or a tie would become a new best
@@ -89,6 +94,7 @@ def save_checkpoint(
         "scaler": scaler.state_dict(),
         "class_counts": class_counts,
         "class_map": class_map,
+        "class_names": list(class_names),
         "fingerprint": fingerprint,
         "environment": dict(environment or {}),
         "selected_on": selected_on,
@@ -304,7 +310,7 @@ def _restore_momentum(stored: Mapping, optimizer: torch.optim.Optimizer) -> None
 
 
 def _state(content: Mapping) -> TrainState:
-    sums, log_size = content.get("sums"), content.get("log_size")
+    sums, components, log_size = content.get("sums"), content.get("components"), content.get("log_size")
     state = TrainState(
         epoch=int(content["epoch"]),
         step=int(content.get("step", 0)),
@@ -313,6 +319,7 @@ def _state(content: Mapping) -> TrainState:
         log_size=log_size,
         best_acc1=float(content["best_acc1"]),
         its_ece=float(content["its_ece"]),
+        components=components,
     )
     if state.epoch < 0 or state.step < 0:
         raise ValueError(f"its epoch {state.epoch} or step {state.step} is negative")
@@ -320,10 +327,17 @@ def _state(content: Mapping) -> TrainState:
         raise ValueError("its time or its accuracy is not finite")
     if log_size is not None and (type(log_size) is not int or log_size < 0):
         raise ValueError("its log_size is no number of bytes")
-    whole = isinstance(sums, torch.Tensor) and sums.dtype == torch.float64 and sums.shape[1:] == (len(SUMS),)
-    if state.step and not (whole and len(sums)):
+    if state.step and not (_is_sums(sums) and sums.shape[1:] == (len(SUMS),)):
         raise ValueError(f"it lies within an epoch, at step {state.step}, and has no sums of that epoch's steps")
+    if components is not None and not _is_sums(components):
+        raise ValueError("its components are no sums of an epoch's diagnostics")
     return state
+
+
+def _is_sums(value: object) -> bool:
+    """Whether ``value`` is a row of sums for every process."""
+    table = isinstance(value, torch.Tensor) and value.dtype == torch.float64 and value.dim() == 2
+    return table and len(value) > 0
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -177,6 +177,15 @@ OPTIONS: dict[str, Option] = {
     "resume": Option(
         "", text, "checkpoint to go on from (ours), or to take weights from (any other); auto: this run's newest"
     ),
+    # what is measured inside the network
+    "diagnostics": Option(
+        0, whole(0), "attraction and repulsion in every so many-th step (methods/gradients.py); 0: off"
+    ),
+    "diagnostics_rows": Option(
+        None, optional(several(whole(0))), "classifier rows kept in full; null: the rarest, median, most frequent class"
+    ),
+    "nc_every": Option(0, whole(0), "epochs from one measurement of neural collapse to the next; 0: none"),
+    "decompose": Option(False, flag, "eval.py also compares the classifier with others on the same features"),
     # data
     "dataset": Option("cifar10", text, "cifar10, cifar100, imagenet, ina2018, places, digits or folder"),
     "data_path": Option("./data", text, "where the data set lies"),

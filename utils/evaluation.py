@@ -1,9 +1,11 @@
 """Running a model over a test set, and writing what came out."""
 
 import csv
+import itertools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from utils import distributed
 from utils.errors import DivergenceError, InputError, Interrupted
 from utils.files import atomic_file, write_text
 from utils.metrics import GROUPS, Predictions, class_accuracy
-from utils.precision import autocast
+from utils.precision import HALF, autocast
 
 NPZ_LIMIT = 50_000  # per-sample predictions are kept for test sets of at most this many images
 
@@ -37,19 +39,13 @@ def predict(
     model.eval()
     device = next(model.parameters(), torch.empty(0)).device
     parts = [_nothing(device)]
-    stop = 0
-    for batch in _as_many_as_others(batches):
-        stop = distributed.greatest(signal())
-        if stop:
-            break
-        if batch is not None:
-            images, targets = batch
+    try:
+        for images, targets in _until_signal(batches, signal):
             with autocast(precision, device):
                 logits = model.forward(images)
-            parts.append(_predict_batch(logits, targets))
-    model.train(training)
-    if stop:
-        raise Interrupted(stop)
+            parts.append(predict_batch(logits, targets))
+    finally:
+        model.train(training)
     fields = (distributed.gather_rows(torch.cat(field)) for field in zip(*parts, strict=True))
     predictions = Predictions(*(field.cpu() for field in fields))
     if not len(predictions.targets):
@@ -59,14 +55,90 @@ def predict(
     return predictions
 
 
-def _as_many_as_others(batches: Collection[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor] | None]:
-    """The batches, and None in place of those that other processes have more, so that all can speak after each."""
-    most = distributed.greatest(len(batches))
-    yield from batches
-    yield from [None] * (most - len(batches))
+@torch.no_grad()
+def feature_batches(
+    model: nn.Module,
+    batches: Collection[tuple[Tensor, Tensor]],
+    precision: str = "fp32",
+    signal: Callable[[], int] = lambda: 0,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(features [B, D], raw logits [B, C], targets [B]) batch by batch, in eval mode, on the model's device.
+
+    ``model(images, with_features=True)`` gives (logits, features), see :class:`models.model.Model`. Numbers in half
+    precision are raised to float32. A compiled model runs as it was written. The mode is restored when the batches have
+    ended, or when the generator is closed. ``signal``: see :func:`predict`.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters(), torch.empty(0)).device
+    try:
+        for images, targets in _until_signal(batches, signal):
+            with autocast(precision, device):
+                logits, features = model.forward(images, with_features=True)
+            yield _at_least_float32(features), _at_least_float32(logits), targets
+    finally:
+        model.train(training)
 
 
-def _predict_batch(logits: Tensor, targets: Tensor) -> Predictions:
+class Outputs(NamedTuple):
+    """What a model makes of N images, in the data set's order; all on the CPU."""
+
+    features: Tensor  # [N, D] float32
+    targets: Tensor  # [N] int64
+    logits: Tensor | None = None  # [N, C] float32; None: not kept
+
+
+def gather_outputs(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32", with_logits: bool = True
+) -> Outputs:
+    """:func:`feature_batches` as a whole. ``batches`` are this process's share, the result has those of all processes.
+
+    Without ``with_logits`` the memory is that of the features. Raises :class:`DivergenceError` where a feature or logit
+    is not finite.
+    """
+    features, targets, logits = [], [torch.empty(0, dtype=torch.int64)], []
+    for features_batch, logits_batch, targets_batch in feature_batches(model, batches, precision):
+        features.append(features_batch.cpu())
+        targets.append(targets_batch.cpu())
+        if with_logits:
+            logits.append(logits_batch.cpu())
+    outputs = Outputs(
+        _everyones_rows(features),
+        distributed.gather_rows(torch.cat(targets)),
+        _everyones_rows(logits) if with_logits else None,
+    )
+    if not all(tensor.isfinite().all() for tensor in outputs if tensor is not None):
+        raise DivergenceError(
+            "the model's features or logits are not finite on some images; there is nothing to compare"
+        )
+    return outputs
+
+
+def _everyones_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all processes' ``parts`` ([B, K] each, on the CPU), of which some process may have none."""
+    width = distributed.greatest(parts[0].shape[1] if parts else 0)
+    return distributed.gather_rows(torch.cat([torch.empty(0, width), *parts]))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF.values() else tensor
+
+
+def _until_signal(
+    batches: Collection[tuple[Tensor, Tensor]], signal: Callable[[], int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; all processes speak before each, also those that have fewer, and stop alike."""
+    more = distributed.greatest(len(batches)) - len(batches)
+    for batch in itertools.chain(batches, [None] * more):
+        stop = distributed.greatest(signal())
+        if stop:
+            raise Interrupted(stop)
+        if batch is not None:
+            yield batch
+
+
+def predict_batch(logits: Tensor, targets: Tensor) -> Predictions:
+    """Predictions from ``logits`` [B, C] of any precision, on their device."""
     log_probs = F.log_softmax(logits.float(), dim=1)  # [B, C]
     top = log_probs.topk(min(5, logits.shape[1]), dim=1)
     return Predictions(
@@ -94,10 +166,11 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Label -> metrics as a small table: top-1, many / medium / few, ECE, all in percent."""
-    columns = ("top1", *GROUPS, "ece")
+    """Label -> metrics as a small table: top-1, many / medium / few, and ECE where a row has it; all in percent."""
+    columns = {"top1": "top-1", **{group: group for group in GROUPS}}
+    columns |= {"ece": "ECE"} if any("ece" in metrics for metrics in rows.values()) else {}
     width = max(len(label) for label in rows)
-    lines = [" " * width + "".join(f"{c:>9}" for c in ("top-1", *GROUPS, "ECE"))]
+    lines = [" " * width + "".join(f"{head:>9}" for head in columns.values())]
     for label, metrics in rows.items():
         lines.append(f"{label:<{width}}" + "".join(f"{percent(metrics.get(c)):>9}" for c in columns))
     return "\n".join(lines)
@@ -133,6 +206,14 @@ def group_line(sizes: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(
         f"classes by {rule}: " + ", ".join(f"{name} {size}" for name, size in by_name.items())
         for rule, by_name in sizes.items()
+    )
+
+
+def calibration_line(errors: Mapping[str, Mapping[str, float]]) -> str:
+    """ECE in percent per group, by every rule: "ECE by index: many 4.10, medium 7.25, few -"."""
+    return "; ".join(
+        f"ECE by {rule}: " + ", ".join(f"{name} {percent(by_name.get(name))}" for name in GROUPS)
+        for rule, by_name in errors.items()
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from utils import distributed
 from utils.checkpoint import TrainState, save_checkpoint
 from utils.errors import DivergenceError, Interrupted
@@ -24,6 +26,19 @@ class Steps(Protocol):
         """Positions in the training set of a step's images."""
 
 
+class Sums(Protocol):
+    """What is summed up in an epoch beside the meter's."""
+
+    def start_epoch(self, epoch: int) -> None:
+        """From zero."""
+
+    def rows(self) -> Tensor:
+        """Those of every process."""
+
+    def go_on(self, rows: Tensor | None) -> None:
+        """From the rows of an interrupted epoch."""
+
+
 class Keeper:
     """Writes checkpoints of numbers that are finite; every process calls every method, rank 0 writes."""
 
@@ -36,17 +51,29 @@ class Keeper:
         meter: TrainMeter,
         every: int,
         content: Mapping,
+        components: Sums | None = None,
     ):
         """``every``: steps from one checkpoint within an epoch to the next, 0: none; ``content``: what else
-        :func:`save_checkpoint` takes.
+        :func:`save_checkpoint` takes; ``components``: of the diagnostics, None where there are none.
         """
         self.run, self.signals, self.state, self.steps, self.meter = run, signals, state, steps, meter
-        self.every, self.content = every, dict(content)
+        self.every, self.content, self.components = every, dict(content), components
         self._kept = (state.epoch, state.step)
 
     def signal(self) -> int:
         """The number of a signal that this process got, or 0."""
         return self.signals.received
+
+    def start_epoch(self) -> int:
+        """The step at which the epoch goes on, with the sums of all steps before it; 0: it begins."""
+        state = self.state
+        if self.components:
+            self.components.start_epoch(state.epoch)
+        if state.step:
+            self.meter.go_on(state.sums, state.step)
+            if self.components:
+                self.components.go_on(state.components)
+        return state.step
 
     def check(self) -> None:
         """Raises :class:`DivergenceError` on every process where one of them met a number that is not finite."""
@@ -79,7 +106,8 @@ class Keeper:
     def _advance(self, row: Mapping) -> bool:
         """Counts the epoch in; True where it is the best so far: on held-out images if there are any, else on test."""
         state = self.state
-        state.epoch, state.step, state.sums, state.seconds = row["epoch"] + 1, 0, None, 0.0
+        state.epoch, state.step, state.seconds = row["epoch"] + 1, 0, 0.0
+        state.sums = state.components = None
         chooser = row.get("val", row.get("test"))
         if chooser is None or chooser["top1"] <= state.best_acc1:
             return False
@@ -109,6 +137,7 @@ class Keeper:
         self.check()
         check_weights(self.content["model"], self.state.epoch)
         self.state.sums = self.meter.rows()
+        self.state.components = self.components and self.components.rows()
         self._write("current")
 
     def _write(self, *names: str) -> None:

@@ -37,15 +37,18 @@ class Step:
         precision: str = "fp32",
         compiled: bool = False,
         max_grad_norm: float | None = None,
+        keep_outputs: bool = False,
     ):
         """``model`` may be a parallel wrapper; ``compiled``: whether :func:`compile_model` was applied to what is in
         it. Weights, optimizer and scaler are loaded already: a recording starts from them. ``max_grad_norm``: longer
-        gradients (2-norm over all that learns) are scaled down to it.
+        gradients (2-norm over all that learns) are scaled down to it. ``keep_outputs``: for :class:`WatchedStep`.
         """
         self.model, self.method, self.optimizer, self.scaler = model, method, optimizer, scaler
         self.device, self.precision, self.compiled = device, precision, compiled
         self.max_grad_norm = max_grad_norm
         self.meter = TrainMeter(device, getattr(method, "clamp", None))
+        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # logits, features of the last batch of every size
+        self.keep_outputs = keep_outputs
         if scaler.is_enabled():
             optimizer.register_step_post_hook(self._count_skipped)
         _make_momentum(optimizer)
@@ -62,6 +65,8 @@ class Step:
                 output = self.method(self.model, batch.images, batch.targets, draw, batch.step_targets)
             self.scaler.scale(output.loss * batch.weight).backward()
         self.meter.update(output.loss, output.logits, batch.targets, batch.weight, batch.ends_step)
+        if self.keep_outputs:
+            self._keep(output.logits.detach(), output.features.detach())
         if batch.ends_step:
             self._optimize()
 
@@ -73,6 +78,13 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+
+    def _keep(self, logits: Tensor, features: Tensor) -> None:
+        """In place: a recorded step goes on writing where it wrote first."""
+        if len(logits) not in self.outputs:
+            self.outputs[len(logits)] = (torch.empty_like(logits), torch.empty_like(features))
+        for held, value in zip(self.outputs[len(logits)], (logits, features), strict=True):
+            held.copy_(value)
 
     def _count_skipped(self, optimizer: torch.optim.Optimizer, *arguments: object) -> None:
         """The scaler leaves with a fused optimizer whether gradients overflowed: a number on the device."""
@@ -142,6 +154,25 @@ class RecordedStep:
         if scaling:
             self.step.scaler.load_state_dict(scaling)
         return replay
+
+
+class WatchedStep:
+    """A step of whose passes some are looked at, once they are done: outside of what is recorded."""
+
+    def __init__(self, step: Step | RecordedStep, watch: Callable[..., None], every: int):
+        """``watch(logits [B, C], features [B, D], batch, draw)`` after every pass of each ``every``-th step."""
+        self.step, self.watch, self.every = step, watch, every
+        self.model, self.method, self.meter, self.device = step.model, step.method, step.meter, step.device
+        self.outputs = (step.step if isinstance(step, RecordedStep) else step).outputs
+
+    def start_epoch(self, epoch: int) -> bool:
+        """As :meth:`Step.start_epoch`."""
+        return self.step.start_epoch(epoch)
+
+    def __call__(self, batch: NamedTuple, draw: NamedTuple) -> None:
+        self.step(batch, draw)
+        if batch.number % self.every == 0 and batch.weight > 0:
+            self.watch(*self.outputs[len(batch.targets)], batch, draw)
 
 
 def record_cuda_graph(run: Callable[[], None]) -> Callable[[], None]:

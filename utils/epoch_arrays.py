@@ -1,0 +1,56 @@
+"""Arrays that grow by a row per epoch, in one npz file that is always whole."""
+
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import InputError
+from utils.files import atomic_file, named
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file. Raises :class:`InputError` for one that is damaged."""
+    try:
+        with named(path), np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        raise InputError(f"{path}: is damaged; move it away") from None
+
+
+class EpochArrays:
+    """``epochs`` int64 [E] and arrays with E rows; beside them arrays that do not grow."""
+
+    def __init__(self, path: Path, fixed: Mapping[str, np.ndarray], first_epoch: int, last: Collection[str] = ()):
+        """Goes on with the file, if there is one: its rows from ``first_epoch`` on are dropped.
+
+        ``fixed``: arrays that say what the rows are of; ``last``: names of arrays that are kept of the last epoch
+        alone. Raises :class:`InputError` where the file is damaged, or of other ``fixed`` arrays.
+        """
+        self.path, self.fixed, self.last = path, dict(fixed), tuple(last)
+        self.rows: dict[str, np.ndarray] = {}
+        if not path.exists():
+            return
+        stored = read_arrays(path)
+        for name, value in self.fixed.items():
+            if not np.array_equal(stored.get(name, ()), value):
+                raise InputError(f"{path}: was begun with other {name}; go on with those, or move the file away")
+        self.rows = {name: array for name, array in stored.items() if name not in (*self.fixed, *self.last)}
+        epochs = self.rows.get("epochs", np.zeros(0))
+        if any(array.shape[:1] != epochs.shape for array in self.rows.values()):
+            raise InputError(f"{path}: is damaged, its arrays are not of one length; move it away")
+        if (epochs >= first_epoch).any():
+            self.rows = {name: array[epochs < first_epoch] for name, array in self.rows.items()}
+            self._write({})
+
+    def add(self, epoch: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """What one epoch gave: a row of each, and what is kept of the last epoch alone."""
+        row = {"epochs": np.int64(epoch), **{name: a for name, a in arrays.items() if name not in self.last}}
+        grown = {name: np.asarray(value)[None] for name, value in row.items()}
+        self.rows = {n: np.concatenate([self.rows[n], a]) for n, a in grown.items()} if self.rows else grown
+        self._write({name: arrays[name] for name in self.last if name in arrays})
+
+    def _write(self, last: Mapping[str, np.ndarray]) -> None:
+        with atomic_file(self.path) as file:
+            np.savez(file, **self.rows, **self.fixed, **last)
