@@ -4,15 +4,29 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from datasets import Data
+from datasets.loaders import EvalLoader
 from train_stage1 import FIXED, check, class_groups, class_map, find_checkpoint, load_data, new_model
-from utils import distributed
+from utils import distributed, plots
 from utils.checkpoint import CheckpointError, changed_options, load_content
 from utils.command_line import exit_code, parse
 from utils.config import read_config
-from utils.evaluation import class_table, details, group_line, mislas_lines, predict, table, write_report
-from utils.metrics import report
+from utils.decompose import decompose, decomposition_text, write_decomposition
+from utils.evaluation import (
+    calibration_line,
+    class_table,
+    details,
+    gather_outputs,
+    group_line,
+    mislas_lines,
+    predict,
+    table,
+    write_report,
+)
+from utils.metrics import Predictions, class_accuracy, report
 from utils.precision import float32_products
 from utils.run_log import folder_of, new_folder
 
@@ -39,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = report_folder(path, cfg.save_dir, cfg.name)
         if distributed.is_main():
             write_report(folder, metrics, predictions, data.class_counts, data.class_names)
+            write_figures(folder, predictions, data, model, next(iter(groups.values())))
             print(f"{path}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
             print(
                 *(f"note: {note}" for note in [*notes, *origin, *numbering.notes, *differences(content, cfg)]),
@@ -46,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             print(f"\n{class_table(predictions, data.class_counts, data.class_names)}")
             print(f"\n{table(by_rule(metrics))}")
-            print(f"\n{group_line(metrics['group_sizes'])}\n{details(metrics)}\n")
+            print(f"\n{group_line(metrics['group_sizes'])}\n{calibration_line(metrics['ece_groups'])}")
+            print(f"{details(metrics)}\n")
+        if cfg.decompose:
+            compare_classifiers(cfg, data, model, test, groups, folder)
+        if distributed.is_main():
             print(*mislas_lines(metrics), sep="\n")
 
 
@@ -54,6 +73,38 @@ def by_rule(metrics: dict) -> dict[str, dict]:
     """One row per rule for the groups; top-1 and ECE are the same in each."""
     whole = {key: metrics[key] for key in ("top1", "ece")}
     return {f"groups by {rule}": {**whole, **shots} for rule, shots in metrics["shots"].items()}
+
+
+def write_figures(
+    folder: Path, predictions: Predictions, data: Data, model: nn.Module, groups: Mapping[str, Tensor]
+) -> None:
+    """Pictures of the report as PNG files, the same as on the page of :mod:`utils.compare`; ``groups``: masks [C]."""
+    classes, confidences, targets = predictions.classes, predictions.confidences, predictions.targets
+    counts, names = data.class_counts, data.class_names
+    accuracy = 100 * class_accuracy(classes, targets, data.num_classes)[0]
+    weight = model.classifier.fc.weight.detach().cpu()
+    figures = {
+        "class_accuracy": plots.class_accuracy_figure({folder.name: (counts, accuracy)}),
+        "confusion": plots.confusion_figure(classes, targets, counts, names, groups, folder.name),
+        "reliability": plots.reliability_figure(confidences, classes, targets, folder.name),
+        "similarity": plots.similarity_figure({folder.name: (weight, counts)}),
+    }
+    for name, figure in figures.items():
+        plots.save_png(figure, folder / f"{name}.png")
+
+
+def compare_classifiers(
+    cfg: CfgNode, data: Data, model: nn.Module, test: EvalLoader, groups: Mapping[str, Mapping], folder: Path
+) -> None:
+    """Representation or classifier? See :mod:`utils.decompose`; groups by the headline rule."""
+    train = data.plain_train_loader(test.targets.device, distributed.rank(), distributed.world_size())
+    fitted = gather_outputs(model, train, cfg.precision, with_logits=False)
+    scored = gather_outputs(model, test, cfg.precision)
+    if distributed.is_main():
+        decomposition = decompose(fitted, scored, data.class_counts, next(iter(groups.values())))
+        write_decomposition(folder, decomposition)
+        plots.save_png(plots.tau_figure({folder.name: decomposition.tau}), folder / "tau.png")
+        print(f"{decomposition_text(decomposition)}\n")
 
 
 def differences(content: Mapping, cfg: CfgNode) -> list[str]:

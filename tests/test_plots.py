@@ -1,0 +1,369 @@
+"""The figures: what is drawn is what was given; nothing is cut off, and legends lie off the curves, at any size."""
+
+import importlib.util
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from utils import plots
+from utils.metrics import calibration_error, groups_by_count
+
+LONG = "digits_imb005_arbloss_mixup_20261121163420"  # as long as folders' names are
+
+
+def counts_of(classes):
+    return np.round(1000 * 0.005 ** (np.arange(classes) / max(classes - 1, 1))).astype(int)
+
+
+def predictions_of(classes):
+    """(classes, confidences, targets) [N], three of four right, three images of each class."""
+    draw = np.random.default_rng(0)
+    targets = np.repeat(np.arange(classes), 3)
+    right = draw.random(len(targets)) < 0.75
+    return np.where(right, targets, draw.integers(0, classes, len(targets))), draw.random(len(targets)), targets
+
+
+def simplex(classes):
+    return np.eye(classes) - 1 / classes
+
+
+def components_of(classes, epochs=40, row=-1):
+    draw, counts = np.random.default_rng(0), counts_of(classes)
+    norms = draw.random((epochs, classes)) + 0.1
+    groups = {name: mask.numpy() for name, mask in groups_by_count(torch.from_numpy(counts)).items()}
+    return plots.Components(
+        np.arange(epochs), norms, row % classes, counts, [f"species {i}" for i in range(classes)], groups
+    )
+
+
+def tau_curve():
+    values = np.linspace(-1, 2, 31)
+    return {"values": values, "top1": 50 - values**2, "many": 60 - values, "few": 20 + values, "best": [0.5, 1.0]}
+
+
+def collapse_of(epochs):
+    keys = ("nc1", "nc2_equinorm", "nc2_equinorm_weights", "nc2_equiangle", "nc2_equiangle_weights", "nc3", "nc4")
+    keys += ("simplex_means", "simplex_weights", "seli_means", "seli_weights")
+    return {"epochs": np.arange(epochs)} | {key: np.linspace(1, 0.1 * n, epochs) for n, key in enumerate(keys, start=1)}
+
+
+def curves_of(epochs):
+    falling = np.linspace(2, 1, epochs)
+    rate = np.where(np.arange(epochs) < 30, 0.1, 0.01)
+    every = {"epochs": np.arange(epochs), "loss": falling, "train_top1": 100 - 10 * falling, "lr": rate}
+    return every | {"test_epochs": np.arange(1, epochs, 2), "test_top1": 90 - 10 * falling[1::2]}
+
+
+def named_figures(classes):
+    """One of each kind, of two runs with long names where runs share a figure."""
+    counts = counts_of(classes)
+    guessed, confidences, targets = predictions_of(classes)
+    names = [f"a species {i} with a long name" for i in range(classes)]
+    weight = np.random.default_rng(0).normal(size=(classes, 16))
+    weight -= weight.mean(axis=0)
+    groups = components_of(classes).groups
+
+    def both(data):
+        return {LONG: data, f"{LONG}_2": data}
+
+    return {
+        "accuracy": lambda: plots.class_accuracy_figure(both((counts, np.linspace(0, 100, classes)))),
+        "confusion": lambda: plots.confusion_figure(guessed, targets, counts, names, groups, LONG),
+        "reliability": lambda: plots.reliability_figure(confidences, guessed, targets, LONG),
+        "similarity": lambda: plots.similarity_figure(both((weight, counts))),
+        "components": lambda: plots.components_figure(both(components_of(classes)), 3.4),
+    }
+
+
+def plain_figures(runs):
+    """Those that know of no classes, of so many runs."""
+    labels = [f"{LONG}_{n}" for n in range(runs)]
+    return {
+        "collapse": lambda: plots.collapse_figure({label: collapse_of(20) for label in labels}),
+        "learning": lambda: plots.learning_figure({label: curves_of(40) for label in labels}),
+        "tau": lambda: plots.tau_figure({label: tau_curve() for label in labels}),
+        "similarity": lambda: plots.similarity_figure({label: (simplex(10), counts_of(10)) for label in labels}),
+    }
+
+
+def check_layout(figure):
+    """Everything lies within the figure, axes lie beside one another, and legends beside axes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    width, height = figure.bbox.size
+    boxes = [axis.get_tightbbox(renderer) for axis in figure.axes if axis.axison]
+    legends = [legend.get_window_extent(renderer) for legend in figure.legends]
+    for box in [*boxes, *legends]:
+        assert box.x0 > -2 and box.y0 > -2 and box.x1 < width + 2 and box.y1 < height + 2, (box, width, height)
+    for number, box in enumerate([*boxes, *legends]):
+        for other in [*boxes, *legends][:number]:
+            across = min(box.x1, other.x1) - max(box.x0, other.x0)
+            along = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert min(across, along) < 3, (box, other)
+    smallest = min(text.get_fontsize() for axis in figure.axes for text in axis.get_xticklabels())
+    assert smallest >= plots.SMALL
+
+
+@pytest.mark.parametrize("name", ["accuracy", "confusion", "reliability", "similarity", "components"])
+@pytest.mark.parametrize("classes", [10, 8142])
+def test_nothing_is_cut_off_with_few_classes_and_with_many(name, classes):
+    check_layout(named_figures(classes)[name]())
+
+
+@pytest.mark.parametrize("classes", [2, 20, 100])
+def test_confusion_matrices_fit_at_sizes_between(classes):
+    check_layout(named_figures(classes)["confusion"]())
+
+
+@pytest.mark.parametrize(("name", "runs"), [("collapse", 3), ("learning", 3), ("tau", 1), ("similarity", 4)])
+def test_nothing_is_cut_off_with_one_run_and_with_several(name, runs):
+    check_layout(plain_figures(runs)[name]())
+
+
+def test_the_layout_check_sees_what_is_cut_off():
+    figure = plots.learning_figure({LONG: curves_of(40)})
+    figure.set_layout_engine("none")
+    figure.axes[0].set_position([-0.2, 0.2, 0.4, 0.6])
+    with pytest.raises(AssertionError):
+        check_layout(figure)
+
+
+def test_pyplot_is_never_loaded(monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    spec = importlib.util.spec_from_file_location("fresh_plots", plots.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fresh_plots", fresh)
+    spec.loader.exec_module(fresh)
+    fresh.png(fresh.similarity_figure({"run": (simplex(3), [3, 2, 1])}))
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_png_file_has_the_figures_size_and_appears_at_once(tmp_path):
+    figure = plots.tau_figure({"run": tau_curve()})
+    plots.save_png(figure, tmp_path / "tau.png")
+    with Image.open(tmp_path / "tau.png") as image:
+        assert image.size == tuple(int(plots.DPI * inches) for inches in figure.get_size_inches())
+        assert len(image.convert("RGB").getcolors(10**6)) > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["tau.png"]
+
+
+@pytest.mark.parametrize("name", ["$x_1$ and $\\frac", "_hidden", "two\nlines 名前 <b>&", "a" * 200])
+def test_names_are_drawn_as_they_are(name):
+    names = [name, "b", "c"]
+    figure = plots.confusion_figure([0, 1, 2], [0, 1, 2], [3, 2, 1], names, title=name)
+    labels = plots.components_figure({name: components_of(3, 4)._replace(names=names)}).legends[0].get_texts()
+    assert len(labels) == 3
+    assert Image.open(io.BytesIO(plots.png(figure))).size[0] > 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drawn
+
+
+def test_accuracy_is_drawn_over_counts_without_untested_classes():
+    figure = plots.class_accuracy_figure({"one": ([10, 100, 0, 5], [50.0, np.nan, 20.0, 80.0])})
+    (line,) = figure.axes[0].get_lines()
+    assert line.get_xdata().tolist() == [0.5, 5, 10]  # a class without training images stands left of all
+    assert line.get_ydata().tolist() == [20.0, 80.0, 50.0]
+    assert figure.axes[0].get_xscale() == "log"
+    plots.png(figure)
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert "10" in ticks and "0" in ticks and not any("10^" in tick for tick in ticks)
+
+
+@pytest.mark.parametrize(("classes", "lines"), [(30, 1), (31, 2), (1000, 2), (1001, 1)])
+def test_many_classes_are_drawn_as_means_over_similar_counts(classes, lines):
+    counts, accuracy = counts_of(classes), np.linspace(100, 0, classes)
+    figure = plots.class_accuracy_figure({"run": (counts, accuracy)})
+    drawn = figure.axes[0].get_lines()
+    assert len(drawn) == lines
+    assert len(figure.axes[0].collections) == (classes > 1000)  # the band
+    if classes > 30:
+        x, y = drawn[-1].get_data()
+        assert len(x) <= 14 and (np.diff(x) > 0).all() and (np.diff(y) > 0).all()
+        lowest = accuracy[counts < counts.min() * (counts.max() / counts.min()) ** (1 / 14)]
+        assert y[0] == pytest.approx(lowest.mean())
+
+
+def test_confusion_by_hand():
+    # Class 1 is the most frequent, then 2, then 0; class 0 has no test image.
+    cells = plots.confusion_cells([1, 1, 2, 0, 2], [1, 1, 1, 1, 2], [5, 50, 20])
+    assert cells[:2].tolist() == [[50, 25, 25], [0, 100, 0]]
+    assert np.isnan(cells[2]).all()
+
+
+def test_small_confusion_matrices_have_names_and_numbers_and_borders():
+    groups = {"many": [False, True, False], "medium": [False, False, True], "few": [True, False, False]}
+    figure = plots.confusion_figure([1, 1, 2, 0, 2], [1, 1, 1, 1, 2], [5, 50, 20], ["a", "b", "c"], groups)
+    axis = figure.axes[0]
+    plots.png(figure)
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["b (50)", "c (20)", "a (5)"]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["b", "c", "a"]
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == ["50", "25", "25", "100", "many", "medium", "few"]
+    assert sorted({line.get_xdata()[0] for line in axis.get_lines()}) == [0, 1, 2]  # the horizontal ones begin at 0
+
+
+def test_groups_that_do_not_follow_the_counts_have_no_borders():
+    groups = {"many": [True, False, True], "medium": [False, True, False], "few": [False] * 3}
+    figure = plots.confusion_figure([0, 1, 2], [0, 1, 2], [50, 20, 5], ["a", "b", "c"], groups)
+    assert not figure.axes[0].get_lines()
+
+
+@pytest.mark.parametrize(("classes", "cells"), [(200, 200), (201, 100), (8142, 100)])
+def test_large_confusion_matrices_are_binned_by_rank(classes, cells):
+    counts = counts_of(classes)[::-1]  # the last class is the most frequent
+    guessed, _, targets = predictions_of(classes)
+    found = plots.confusion_cells(guessed, targets, counts)
+    assert found.shape == (cells, cells)
+    assert found.sum(axis=1) == pytest.approx(100)
+    group = (classes - 1 - np.arange(classes)) * cells // classes  # ties are in the order of the index
+    if len(set(counts)) == classes:
+        rows = group[targets] == 7
+        assert found[7, 3] == pytest.approx(100 * (group[guessed[rows]] == 3).mean())
+    rank = np.empty(classes, int)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(classes)
+    inside = rank[targets] * cells // classes == 7
+    assert found[7, 7] == pytest.approx(100 * (rank[guessed[inside]] * cells // classes == 7).mean())
+
+
+def test_reliability_draws_the_bins_of_the_calibration_error():
+    guessed, confidences, targets = predictions_of(100)
+    expected = calibration_error(*map(torch.from_numpy, (confidences, guessed, targets)))
+    figure = plots.reliability_figure(confidences, guessed, targets, "run")
+    top, bottom = figure.axes
+    assert f"ECE {100 * expected['ece']:.2f} %" in top.get_title()
+    bars, gaps = top.containers
+    assert [bar.get_height() for bar in bars] == pytest.approx(expected["bin_accuracy"].tolist())
+    assert [bar.get_x() for bar in bars] == pytest.approx([n / 15 for n in range(15)])
+    ends = [{gap.get_y(), gap.get_y() + gap.get_height()} for gap in gaps]
+    for end, accuracy, confidence in zip(ends, expected["bin_accuracy"], expected["bin_confidence"], strict=True):
+        assert sorted(end) == pytest.approx(sorted([float(accuracy), float(confidence)]))
+    assert sum(bar.get_height() for bar in bottom.containers[0]) == pytest.approx(100)
+
+
+def naive_similarity(weight):
+    dots = weight @ weight.T
+    np.fill_diagonal(dots, 0)
+    return dots / dots.sum(axis=1, keepdims=True)
+
+
+def test_a_simplex_is_the_ideal_everywhere():
+    found = plots.row_similarity(simplex(7), counts_of(7))
+    assert found.undefined == 0
+    assert np.isnan(np.diag(found.cells)).all()
+    assert found.cells[~np.eye(7, dtype=bool)] == pytest.approx(1)
+
+
+def test_similarity_is_the_papers_formula_sorted_by_frequency():
+    weight = np.random.default_rng(1).normal(size=(6, 4))
+    weight -= weight.mean(axis=0)
+    counts = np.array([5, 9, 1, 7, 3, 2])
+    order = np.argsort(-counts)
+    expected = 5 * naive_similarity(weight)[order][:, order]
+    off = ~np.eye(6, dtype=bool)
+    assert plots.row_similarity(weight, counts).cells[off] == pytest.approx(expected[off])
+
+
+def test_rows_whose_dot_products_are_not_negative_are_left_out():
+    weight = simplex(6)
+    weight[0] = 0.5 * weight[1]  # one product of row 0 is positive now, and larger than the others together
+    sums = weight @ weight.sum(axis=0) - (weight**2).sum(axis=1)
+    wrong = sums > -plots.LEAST * (weight**2).sum(axis=1)
+    assert wrong.tolist() == [True, False, False, False, False, False]
+    found = plots.row_similarity(weight, np.arange(6, 0, -1))
+    assert found.undefined == 1
+    assert np.isnan(found.cells).all(axis=1).tolist() == wrong.tolist()
+    figure = plots.similarity_figure({"run": (weight, np.arange(6, 0, -1))})
+    assert "undefined rows (grey): 1" in figure.axes[0].get_title()
+
+
+def test_with_many_classes_a_cell_is_the_mean_over_its_pairs():
+    weight = np.random.default_rng(1).normal(size=(500, 8))
+    weight -= weight.mean(axis=0)
+    cells = plots.row_similarity(weight, np.arange(500, 0, -1)).cells
+    each = 499 * naive_similarity(weight)
+    assert cells.shape == (100, 100)
+    assert cells[2, 30] == pytest.approx(each[10:15, 150:155].mean())
+    block = each[10:15, 10:15][~np.eye(5, dtype=bool)]
+    assert cells[2, 2] == pytest.approx(block.mean())
+
+
+def test_similarities_of_several_runs_share_a_scale_around_the_ideal():
+    wild = simplex(10) * np.linspace(1, 4, 10)[:, None]
+    wild -= wild.mean(axis=0)
+    figure = plots.similarity_figure({"tame": (simplex(10), counts_of(10)), "wild": (wild, counts_of(10))})
+    first, second = (axis.images[0] for axis in figure.axes[:2])
+    assert first.get_clim() == second.get_clim()
+    assert sum(first.get_clim()) == pytest.approx(2)
+
+
+def test_components_have_a_curve_for_every_class():
+    data = components_of(10, 12)
+    figure = plots.components_figure({"ce": data, "arb": data._replace(norms=2 * data.norms)})
+    left, right = figure.axes
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[1] >= 2 * data.norms.max()
+    drawn = {line.get_label(): line for line in left.get_lines()}
+    own = drawn.pop("attraction species 9 (5)")
+    assert own.get_linestyle() == "--" and own.get_color() == "black"
+    assert own.get_ydata() == pytest.approx(data.norms[:, 9])
+    assert len(drawn) == 9
+    assert drawn["repulsion by species 0 (1,000)"].get_ydata() == pytest.approx(data.norms[:, 0])
+    assert len({str(line.get_color()) for line in drawn.values()}) == 9
+
+
+def test_components_of_many_classes_are_medians_of_groups():
+    data = components_of(100, 12)
+    figure = plots.components_figure({"run": data})
+    (axis,) = figure.axes
+    drawn = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
+    assert axis.get_yscale() == "log"
+    few = np.flatnonzero(data.groups["few"])
+    few = few[few != data.row]
+    label = f"repulsion by a few class (median of {len(few)}, middle half)"
+    assert drawn[label] == pytest.approx(np.median(data.norms[:, few], axis=1))
+    assert drawn["attraction"] == pytest.approx(data.norms[:, 99])
+    assert len(axis.collections) == 3
+
+
+@pytest.mark.parametrize(("epochs", "window"), [(1, 1), (12, 1), (40, 3), (200, 11), (400, 21)])
+def test_the_window_of_smoothing_is_odd_and_a_twentieth(epochs, window):
+    assert plots.smoothing_window(epochs) == window
+
+
+def test_smoothing_is_a_centred_mean():
+    values = np.array([[1.0], [2.0], [6.0], [4.0]])
+    assert plots.smoothed(values, 3).ravel().tolist() == [1.5, 3, 4, 5]
+    assert plots.smoothed(values, 1).tolist() == values.tolist()
+
+
+def test_collapse_has_a_curve_for_every_metric_and_run():
+    values = collapse_of(5)
+    figure = plots.collapse_figure({"one": values, "two": values})
+    assert [len(axis.get_lines()) for axis in figure.axes] == [2, 4, 4, 2, 2, 4, 4, 0]
+    assert figure.axes[0].get_yscale() == "log"
+    assert figure.axes[4].get_lines()[0].get_ydata() == pytest.approx(100 * values["nc4"])
+    assert figure.axes[6].get_lines()[1].get_linestyle() == "--"
+
+
+def test_learning_curves_mark_where_the_rate_falls():
+    figure = plots.learning_figure({"run": curves_of(40)})
+    left, right = figure.axes
+    assert [line.get_xdata()[0] for line in left.get_lines() if line.get_linestyle() == ":"] == [30]
+    test = right.get_lines()[1]
+    assert test.get_xdata().tolist() == curves_of(40)["test_epochs"].tolist()
+    assert test.get_ydata() == pytest.approx(curves_of(40)["test_top1"])
+
+
+def test_tau_is_drawn_for_the_groups_there_are():
+    figure = plots.tau_figure({"run": tau_curve()})
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert labels == ["all", "many", "few", "cross-fitted tau", "cross-fitted tau"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all", "many", "few", "cross-fitted tau"]
