@@ -527,7 +527,12 @@ def record(run: RunLog, row: Mapping, clamp: float | None) -> None:
 
 
 def describe(
-    run: RunLog, cfg: CfgNode, data: Data, groups: dict, step: Step | RecordedStep, notes: Sequence[str]
+    run: RunLog,
+    cfg: CfgNode,
+    data: Data,
+    groups: dict,
+    step: Step | RecordedStep | WatchedStep,
+    notes: Sequence[str],
 ) -> None:
     """The first lines of a run: what is trained, on what, with which software."""
     run.info(
@@ -549,6 +554,10 @@ def describe(
         f"torchvision {torchvision.__version__}, Python {platform.python_version()}"
     )
     run.info(computing_in_words(cfg, step))
+    if cfg.diagnostics:
+        run.info(
+            f"diagnostics: every {cfg.diagnostics} steps, rows {chosen_rows(counts, cfg.diagnostics_rows)} in full"
+        )
     if distributed.world_size() * cfg.accumulate > 1:
         run.info(parts_in_words(cfg))
     for note in notes:
@@ -556,7 +565,7 @@ def describe(
     run.info(f"folder: {run.folder}")
 
 
-def computing_in_words(cfg: CfgNode, step: Step | RecordedStep) -> str:
+def computing_in_words(cfg: CfgNode, step: Step | RecordedStep | WatchedStep) -> str:
     """Precision, and what is done to be fast."""
     numbers = {
         "fp32": "strict float32",
@@ -564,7 +573,8 @@ def computing_in_words(cfg: CfgNode, step: Step | RecordedStep) -> str:
         "bf16": "bfloat16, weights and loss in float32",
         "fp16": "float16, weights and loss in float32, the loss scaled",
     }[cfg.precision]
-    ways = ["compiled"] * cfg.compile + ["the step recorded as a CUDA graph"] * isinstance(step, RecordedStep)
+    recorded = isinstance(step.step if isinstance(step, WatchedStep) else step, RecordedStep)
+    ways = ["compiled"] * cfg.compile + ["the step recorded as a CUDA graph"] * recorded
     return f"computing: {'; '.join([numbers, *ways])}"
 
 

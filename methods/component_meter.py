@@ -46,10 +46,13 @@ class ComponentMeter:
 
     def start_epoch(self, epoch: int) -> None:
         """Before an epoch."""
+        self._reset(epoch == self.last_epoch and self.num_classes <= TABLE_CLASSES)
+
+    def _reset(self, with_table: bool) -> None:
         c = self.num_classes
         per_class = ("diagonal", "row_sums", "column_sums", "attraction_mass", "repulsion_mass", "cosines", "defined")
         shapes = {"batches": (), **dict.fromkeys(per_class, (c,)), "row_norms": (c, len(self.chosen))}
-        if epoch == self.last_epoch and c <= TABLE_CLASSES:
+        if with_table:
             shapes["table"] = (c, c)
         sizes = [int(np.prod(shape)) for shape in shapes.values()]
         self.flat = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
@@ -74,15 +77,27 @@ class ComponentMeter:
             sums["table"].index_add_(0, labels, norms)
 
     def rows(self) -> Tensor:
-        """The sums of every process, float64 [W, ...] on the CPU: what :meth:`go_on` needs."""
-        return distributed.gather_rows(self.flat[None]).cpu()
+        """The sums of every process, float64 [W, ...] on the CPU, after the chosen rows: what :meth:`go_on` needs."""
+        return distributed.gather_rows(torch.cat([self._rows, self.flat])[None]).cpu()
 
-    def go_on(self, rows: Tensor | None) -> None:
-        """From the :meth:`rows` of an interrupted epoch; those of other options are of no use."""
-        if rows is None or rows.shape[1:] != self.flat.shape:
-            return
+    def go_on(self, rows: Tensor | None) -> bool:
+        """From the :meth:`rows` of an interrupted epoch; False: they are of other rows, and nothing is changed.
+
+        The table, which comes last, is summed on where both have one: the last epoch may have become another.
+        """
+        count = len(self.chosen)
+        table = self.num_classes**2 * ("table" in self.sums)
+        whole = len(self.flat) - table
+        if rows is None or rows.shape[1] - count not in (whole, whole + self.num_classes**2):
+            return False
+        if not torch.equal(rows[:, :count], self._rows.cpu().to(rows.dtype).expand(len(rows), -1)):
+            return False
         mine, others = distributed.rank(), distributed.world_size() != len(rows)
-        self.flat.copy_(rows.sum(dim=0) * (mine == 0) if others else rows[mine])
+        row = (rows.sum(dim=0) * (mine == 0) if others else rows[mine])[count:]
+        if table and len(row) == whole:
+            self._reset(with_table=False)
+        self.flat.copy_(row[: len(self.flat)])
+        return True
 
     def averages(self) -> dict[str, np.ndarray]:
         """Means over the batches of all processes: float32, each [C] but ``row_norms`` [K, C] and ``table`` [C, C].

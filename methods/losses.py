@@ -127,7 +127,8 @@ def focal_arb_terms(
 def weighted_arb_terms(logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0) -> Terms:
     """``-omega_y log p``, omega_y = (sum of counts / number of classes present) / n_y (a variant in the released code).
 
-    Corrects the prior twice: the adjusted probabilities do it already, the weights do it again.
+    Corrects the prior twice: the adjusted probabilities do it already, the weights do it again (with batch counts in
+    part, see EXACT.md).
     """
     counts = class_counts.to(torch.promote_types(logits.dtype, torch.float32))
     omega = torch.where(counts > 0, counts.sum() / (counts > 0).sum() / counts, 0.0)

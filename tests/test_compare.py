@@ -86,6 +86,23 @@ def edit_checkpoint(folder, change):
     torch.save(stored, folder / "ckps" / "current.pth.tar")
 
 
+def edit_last_row(folder, **changes):
+    *rows, last = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    write_rows(folder, [*rows, last | changes])
+
+
+def edit_arrays(folder, **changes):
+    stored = dict(np.load(folder / "diagnostics.npz"))
+    np.savez(folder / "diagnostics.npz", **(stored | changes))
+
+
+def edit_decomposition(folder, change):
+    path = next(folder.glob("eval/*/decomposition.json"))
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
 class Page(HTMLParser):
     """Tables as rows of cells, pictures, headings, and the text of paragraphs by class."""
 
@@ -208,7 +225,7 @@ def test_calibration_per_group(both, arb, plain):
 def test_balance_metrics_are_those_of_the_classifier(both, arb):
     (row,) = (row for row in Page(both).rows("balance") if row[0] == "digits_imb005_arbloss_mixup")
     found = balance_metrics(content(arb)["state_dict_classifier"]["fc.weight"])
-    assert row[1:] == [f"{found[key]:.4f}" for key in ("b_a", "b_d", "b_d_relative", "b_l", "b_l_relative")]
+    assert row[1:] == [f"{found[key]:.4f}" for key in compare.BALANCE]
 
 
 def test_the_decomposition_is_shown_where_there_is_one(both, arb):
@@ -310,6 +327,7 @@ def numbers(attraction, repulsion, ratio, frequent):
         ),
         (numbers(1, 1.5, 5, 0.6), numbers(1, 4, 20, 0.6), ["this agrees in part (1 of 3) with"]),
         (numbers(0, 1, np.inf, 0.6), numbers(1, 1, 20, 0.6), ["against infinitely many times it", "agrees with"]),
+        (numbers(1, 4, 1, np.nan), numbers(1, 2, 1, np.nan), ["; this agrees with", "are closer"]),  # two classes
     ],
 )
 def test_claims_on_components_follow_the_numbers(before, after, words):
@@ -323,12 +341,36 @@ def test_the_sentence_on_similarity_follows_the_numbers(arb, plain):
     ce, other = runs
     small, large = ({key: value for key in compare.BALANCE} for value in (0.1, 0.2))
     agrees = compare.similarity_sentence(runs, {ce: large, other: small})
-    assert f"under arb-loss ({other}) 5 of 5 balance metrics are smaller" in agrees.lower()
+    assert f"under arb-loss ({other}) 3 of the 3 balance metrics that no scale changes" in agrees.lower()
     assert "agrees with the paper" in agrees and "the two differ in mixup too" in agrees
     contrary = compare.similarity_sentence(runs, {ce: small, other: large})
-    assert "0 of 5" in contrary and "does not agree with the paper" in contrary
+    assert "0 of the 3" in contrary and "does not agree with the paper" in contrary
     partly = compare.similarity_sentence(runs, {ce: large, other: {**large, "b_a": 0.1, "b_d": 0.1}})
-    assert "agrees in part (2 of 5) with the paper" in partly
+    assert "agrees in part (1 of 3) with the paper" in partly
+    equal = compare.similarity_sentence(runs, {ce: large, other: large})
+    assert f"balance metrics of {other} and {ce} are equal" in equal and "the paper" not in equal
+
+
+def test_the_sentence_on_similarity_compares_no_picture_with_rows_left_out(arb, plain):
+    runs = compare.read_runs([plain, arb])
+    balance = {label: balance_metrics(run.weight) for label, run in runs.items()}
+    simplex = torch.eye(10, 64) - torch.cat([torch.full((10, 10), 0.1), torch.zeros(10, 54)], dim=1)
+    for run in runs.values():
+        run.weight.copy_(simplex)
+    runs["digits_imb005"].weight[3] *= 1.5
+    assert "in the picture the cells of digits_imb005_arbloss_mixup lie closer" in compare.similarity_sentence(
+        runs, balance
+    )
+    runs["digits_imb005"].weight[0] = 0.5 * simplex[1]
+    assert "lie closer together" not in compare.similarity_sentence(runs, balance)
+
+
+def test_variants_of_the_loss_are_not_held_against_the_paper(arb, plain, tmp_path):
+    other = shutil.copytree(arb, tmp_path / "weighted")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("loss: arb\n", "loss: weighted_arb\n"))
+    assert compare.compared(compare.read_runs([plain, arb]))
+    assert not compare.compared(compare.read_runs([plain, other]))
 
 
 def test_the_sentence_on_similarity_names_rows_without_one(arb, plain):
@@ -342,7 +384,7 @@ def test_the_sentence_on_similarity_names_rows_without_one(arb, plain):
     assert "rows of digits_imb005," not in said
     weight[0] = 0.5 * weight[1]
     said = compare.similarity_sentence(runs, balance)
-    assert "M is not defined for 1 of the 10 rows of digits_imb005, whose dot products are not clearly" in said
+    assert "M is not drawn for 1 of the 10 rows of digits_imb005, whose dot products are not clearly" in said
 
 
 def test_numbers_on_a_row_are_means_over_the_last_quarter():
@@ -357,10 +399,11 @@ def test_numbers_on_a_row_are_means_over_the_last_quarter():
         "class_counts": np.array([50, 40, 1, 60, 20]),
         "attraction_mass": masses,
         "repulsion_mass": 2 * masses,
+        "repulsion_cosine": masses / 4,
     }
     found = compare.row_numbers(diagnostics, 2)
     # By frequency: class 3 (mean 3), 0 (5), 1 (1), 4 (4).
-    assert found == compare.RowNumbers(9, 13, 5, pytest.approx(8 / 13), 1.5, 3)
+    assert found == compare.RowNumbers(9, 13, 5, pytest.approx(8 / 13), 1.5, 3, 0.375)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,6 +432,23 @@ def test_numbers_on_a_row_are_means_over_the_last_quarter():
         (lambda run: edit_checkpoint(run, lambda stored: stored.update(class_counts=None)), "current.pth.tar: is"),
         (lambda run: edit_checkpoint(run, lambda stored: stored.update(class_names=["a"])), "class_names"),
         (lambda run: next(run.glob("eval/*/decomposition.json")).write_text('{"tau": {}}'), "decomposition.json: is"),
+        (lambda run: edit_decomposition(run, lambda found: found["tau"].pop("best")), "decomposition.json: is"),
+        (lambda run: edit_decomposition(run, lambda found: found["tau"].update(best=0.5)), "decomposition.json: is"),
+        (
+            lambda run: edit_decomposition(run, lambda found: found["rows"].update(x={"top1": "9"})),
+            "decomposition.json: is",
+        ),
+        (lambda run: edit_last_row(run, nc={"nc1": "small"}), "metrics.jsonl, line 2: is no row of an epoch"),
+        (lambda run: edit_last_row(run, epoch="../../x"), "metrics.jsonl, line 2: is no row of an epoch"),
+        (lambda run: edit_last_row(run, test=[1]), "metrics.jsonl, line 2: is no row of an epoch"),
+        (lambda run: edit_last_row(run, test={"top1": 5.0, "ece_groups": [1]}), "metrics.jsonl, line 2: is no row"),
+        (lambda run: edit_arrays(run, rows=np.array([[9, 5, 0]])), "diagnostics.npz: is damaged"),
+        (lambda run: edit_arrays(run, rows=np.array([9.5, 5, 0])), "diagnostics.npz: is damaged"),
+        (lambda run: edit_arrays(run, rows=np.array([9, 9, 0])), "diagnostics.npz: is damaged"),
+        (lambda run: edit_arrays(run, repulsion_mass=np.full((2, 10), "x")), "diagnostics.npz: is damaged"),
+        (lambda run: edit_arrays(run, epochs=np.array([print] * 2, dtype=object)), "diagnostics.npz: is damaged"),
+        (lambda run: edit_checkpoint(run, lambda stored: stored.update(fingerprint=torch.ones(1))), "fingerprint"),
+        (lambda run: edit_checkpoint(run, lambda stored: stored.update(class_counts=torch.ones(10))), "class_counts"),
     ],
 )
 def test_damaged_runs_are_one_line(damage, expected, arb, tmp_path, capsys):
@@ -463,7 +523,7 @@ def browse(page: Path, scratch: Path) -> tuple[list[str], list[int]]:
     copy.write_text(page.read_text(encoding="utf-8") + probe, encoding="utf-8")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
     options += [f"--user-data-dir={scratch / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
-    done = subprocess.run([CHROMIUM, *options, copy.as_uri()], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([CHROMIUM, *options, copy.as_uri()], capture_output=True, text=True, timeout=600)
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     found = re.findall(r"PICTURES (\d+) (\d+) END", done.stdout)
     assert found, done.stderr

@@ -90,17 +90,33 @@ def test_an_interrupted_epoch_goes_on_to_the_last_bit(meter):
     first, second = (ComponentMeter(CLASSES, [4, 1], 0, CPU) for _ in range(2))
     for batch in batches[:2]:
         first.update(parts_of(*batch))
-    second.go_on(first.rows())
+    assert second.go_on(first.rows())
     second.update(parts_of(*batches[2]))
     for name, array in meter.averages().items():
         assert np.array_equal(array, second.averages()[name]), name
 
 
-def test_sums_of_other_options_are_of_no_use(meter):
-    other = ComponentMeter(CLASSES, [4], 0, CPU)
-    other.go_on(meter.rows())
-    other.go_on(None)
+@pytest.mark.parametrize("rows", [[4], [4, 2], []])
+def test_sums_of_other_rows_are_of_no_use(meter, rows):
+    other = ComponentMeter(CLASSES, rows, 0, CPU)
+    assert not other.go_on(meter.rows())
+    assert not other.go_on(None)
     assert other.averages()["batches"] == 0
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_epoch_that_is_or_is_not_the_last_one_any_more_goes_on_without_the_table(meter, before):
+    first, second = (ComponentMeter(CLASSES, [4, 1], epoch, CPU) for epoch in ((0, 1) if before else (1, 0)))
+    batches = list(some_batches())
+    for part in (first, second):
+        part.start_epoch(0)
+    for batch in batches[:2]:
+        first.update(parts_of(*batch))
+    assert second.go_on(first.rows())
+    second.update(parts_of(*batches[2]))
+    found, expected = second.averages(), meter.averages()
+    assert found.keys() == expected.keys() - {"table"}
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
 
 
 def test_the_sums_of_two_processes_go_on_in_one(meter):

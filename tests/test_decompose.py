@@ -229,7 +229,7 @@ def test_one_test_image_per_class_cannot_be_probed():
 def test_the_text_and_the_file(noisy, tmp_path):
     result = decompose(*noisy, COUNTS, GROUPS)._replace(notes=["something is odd"])
     write_decomposition(tmp_path, result)
-    assert json.loads((tmp_path / "decomposition.json").read_text()) == {"tau": result.tau, "rows": result.rows}
+    assert json.loads((tmp_path / "decomposition.json").read_text()) == result._asdict()
     lines = decomposition_text(result).splitlines()
     assert lines[1].split() == ["top-1", "many", "medium", "few"]
     assert lines[2].split() == ["model", *(f"{result.rows[MODEL][key]:.2f}" for key in PERFECT)]

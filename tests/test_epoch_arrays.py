@@ -78,6 +78,15 @@ def test_arrays_of_unequal_length_are_damage(path):
         EpochArrays(path, FIXED, 3)
 
 
+def test_arrays_of_another_version_are_refused(path):
+    arrays = EpochArrays(path, FIXED, 3, ["table"])
+    with pytest.raises(InputError, match=r"x\.npz: has other arrays than this version writes"):
+        arrays.add(3, {"a": np.zeros(2), "n": np.int64(3), "new": np.zeros(2)})
+    with pytest.raises(InputError, match=r"x\.npz: has other arrays than this version writes"):
+        arrays.add(3, {"a": np.zeros(3), "n": np.int64(3)})
+    assert read_arrays(path)["epochs"].tolist() == [0, 1, 2]
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match=r"gone.*x\.npz"):
         add(EpochArrays(tmp_path / "gone" / "x.npz", FIXED, 0), 0)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.neighbors import NearestCentroid
 
 import eval as eval_script
@@ -45,6 +46,9 @@ def test_it_ends_with_the_training_logs_last_lines(run, capsys):
 def test_the_report_lies_in_the_runs_folder(run, capsys):
     evaluate("resume", run / "ckps" / "model_best.pth.tar")
     folder = run / "eval" / "model_best"
+    pictures = {path.stem: Image.open(path) for path in folder.glob("*.png")}
+    assert set(pictures) == {"class_accuracy", "confusion", "reliability", "similarity"}
+    assert all(len(picture.convert("RGB").getcolors(10**6)) > 5 for picture in pictures.values())
     metrics = json.loads((folder / "metrics.json").read_text())
     rows = list(csv.DictReader((folder / "per_class.csv").open()))
     said = capsys.readouterr().out
@@ -119,7 +123,7 @@ def decomposed(finished, tmp_path_factory):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=True,
     )
     report = folder / "eval" / "current"
@@ -182,7 +186,7 @@ def test_two_processes_write_the_same_file(decomposed):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "eval.py"]
     options = ["--cfg", ARB, "resume", decomposed.folder / "ckps" / "model_best.pth.tar", *CUT, "decompose", True]
     shutil.copy(decomposed.folder / "ckps" / "current.pth.tar", decomposed.folder / "ckps" / "model_best.pth.tar")
-    done = subprocess.run([*map(str, command + options)], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*map(str, command + options)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (decomposed.folder / "eval" / "model_best" / "decomposition.json").read_text() == decomposed.text
     assert done.stdout.count("nearest class mean") == 1

@@ -187,7 +187,7 @@ def test_calibration_of_a_group_is_that_of_the_samples_with_its_labels(samples):
     steps, classes, targets = zip(*samples, strict=True)
     predictions = predictions_of(classes, targets, [step / 1024 for step in steps])
     groups = {"index": groups_by_index([[0, 1], [1, 3], [4, 5]], 5), "count": groups_by_index([[0, 4]] * 3, 5)}
-    result = group_calibration(predictions, groups)
+    result = group_calibration(predictions.confidences, predictions.classes, predictions.targets, groups)
     expected = {}
     for name, labels in (("many", [0]), ("medium", [1, 2]), ("few", [4])):
         rows = zip(predictions.confidences.tolist(), classes, targets, strict=True)

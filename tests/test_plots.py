@@ -281,7 +281,7 @@ def test_rows_whose_dot_products_are_not_negative_are_left_out():
     assert found.undefined == 1
     assert np.isnan(found.cells).all(axis=1).tolist() == wrong.tolist()
     figure = plots.similarity_figure({"run": (weight, np.arange(6, 0, -1))})
-    assert "undefined rows (grey): 1" in figure.axes[0].get_title()
+    assert "rows not drawn (grey): 1" in figure.axes[0].get_title()
 
 
 def test_with_many_classes_a_cell_is_the_mean_over_its_pairs():

@@ -34,10 +34,11 @@ from utils import plots
 from utils.checkpoint import changed_options, read_checkpoint
 from utils.command_line import exit_code
 from utils.config import read_config
+from utils.epoch_arrays import read_arrays
 from utils.errors import InputError
 from utils.evaluation import NPZ_LIMIT, group_line
 from utils.files import write_text
-from utils.metrics import GROUPS, calibration_error, class_accuracy, group_sizes, shot_groups
+from utils.metrics import GROUPS, class_accuracy, group_calibration, group_sizes, shot_groups
 from utils.summary import summarise
 
 # Runs that differ in one of these were not trained and tested on the same images.
@@ -45,12 +46,15 @@ DATA = ("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subse
 # What belongs to a loss, or says nothing about training: no reason beside the loss for a difference.
 OF_THE_LOSS = {"loss", "class_counts", "logit_clamp", "shots", "eval_every"}
 BALANCE = {
-    "b_a": "B_A (angles)",
-    "b_d": "B_D (dot products)",
-    "b_d_relative": "B_D / mean ||w||²",
-    "b_l": "B_L (lengths)",
-    "b_l_relative": "B_L / mean ||w||",
+    "b_a": "B_A\n(angles)",
+    "b_d": "B_D\n(dot products)",
+    "b_d_relative": "B_D\n/ mean ||w||²",
+    "b_l": "B_L\n(lengths)",
+    "b_l_relative": "B_L\n/ mean ||w||",
+    "b_a_as_printed": "B_A\nas printed",
+    "b_d_as_printed": "B_D\nas printed",
 }
+JUDGED = ("b_a", "b_d_relative", "b_l_relative")  # the others follow the scale of the rows, or say the same again
 LISTED = 5  # worst and best classes
 QUARTER = 4  # sentences on components are about the last quarter of the epochs
 STYLE = """
@@ -211,10 +215,29 @@ def _rows(path: Path) -> list[dict]:
             if number == len(lines):
                 break
             row = None
-        if not (isinstance(row, dict) and {"epoch", "lr", "train"} <= row.keys()):
+        if not _is_row(row):
             raise InputError(f"{path}, line {number}: is no row of an epoch; mend it, or remove it")
         rows.append(row)
     return rows
+
+
+def _is_row(row: object) -> bool:
+    """Whether ``row`` has the shape of an epoch, with numbers where the page wants some."""
+    if not (isinstance(row, dict) and {"epoch", "lr", "train"} <= row.keys() and _numbers_only(row)):
+        return False
+    parts = [row.get(key, {}) for key in ("train", "test", "nc")]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    by_rule = [table for key in ("ece_groups", "shots") for table in [parts[1].get(key, {})]]
+    by_rule += [part for table in by_rule if isinstance(table, dict) for part in table.values()]
+    return type(row["epoch"]) is int and row["lr"] is not None and all(isinstance(part, dict) for part in by_rule)
+
+
+def _numbers_only(value: object) -> bool:
+    """Whether all that containers hold are numbers, or None in place of one."""
+    if isinstance(value, dict | list):
+        return all(map(_numbers_only, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, int | float)
 
 
 def _checkpoint(path: Path) -> dict:
@@ -225,27 +248,28 @@ def _checkpoint(path: Path) -> dict:
         counts, weight = kept["class_counts"], kept["state_dict_classifier"]["fc.weight"]
         if weight.ndim != 2 or counts.shape != (len(weight),):
             raise ValueError(f"class_counts {tuple(counts.shape)} do not go with a classifier {tuple(weight.shape)}")
+        if counts.dtype != torch.int64 or (counts < 0).any() or not weight.isfinite().all():
+            raise ValueError("its class_counts are no numbers of images, or its classifier is not finite")
+        if not isinstance(kept.get("fingerprint", ""), str):
+            raise ValueError("its fingerprint is no text")
         if len(kept.get("class_names") or counts) != len(counts):
             raise ValueError("it has another number of class_names than of classes")
     return kept
-
-
-def _arrays(path: Path) -> dict[str, NDArray]:
-    with np.load(path) as file:
-        return dict(file)
 
 
 def _predictions(folder: Path, epoch: int, classes: int) -> dict[str, NDArray] | None:
     files = (folder / f"{epoch}.npz", folder / "targets.npz")
     if not all(file.is_file() for file in files):
         return None
-    with _reading(files[0]):
-        found = {key: _arrays(files[0])[key] for key in ("classes", "confidences")}
     with _reading(files[1]):
-        found["targets"] = _arrays(files[1])["targets"].astype(np.int64)
+        targets = read_arrays(files[1])["targets"]
     with _reading(files[0]):
-        found["classes"] = found["classes"].astype(np.int64)
-        if len({len(values) for values in found.values()}) > 1:
+        stored = read_arrays(files[0])
+        found = {"classes": stored["classes"], "targets": targets, "confidences": stored["confidences"]}
+        found = {key: values.astype(float if key == "confidences" else np.int64) for key, values in found.items()}
+        if not ((found["confidences"] >= 0) & (found["confidences"] <= 1)).all():
+            raise ValueError("confidences that are not in 0 to 1")
+        if len({values.shape for values in found.values()}) > 1 or targets.ndim != 1:
             raise ValueError("there are more or fewer predictions than targets")
         for key in ("classes", "targets"):
             if found[key].min() < 0 or found[key].max() >= classes:
@@ -257,10 +281,20 @@ def _diagnostics(path: Path, classes: int) -> dict[str, NDArray] | None:
     if not path.is_file():
         return None
     with _reading(path, "; without this file the page leaves out the components"):
-        found = _arrays(path)
+        found = read_arrays(path)
+        for key in ("epochs", "rows", "class_counts"):
+            found[key] = found[key].astype(np.int64, casting="safe")
+        for key in ("row_norms", "attraction_mass", "repulsion_mass", "repulsion_cosine"):
+            found[key] = found[key].astype(float)
+        if (
+            found["epochs"].ndim != 1
+            or found["rows"].ndim != 1
+            or len(set(found["rows"].tolist())) < len(found["rows"])
+        ):
+            raise ValueError("its epochs or its rows are no lists, or a row is there twice")
         epochs, rows = len(found["epochs"]), len(found["rows"])
         shapes = {"row_norms": (epochs, rows, classes), "class_counts": (classes,)}
-        shapes |= dict.fromkeys(("attraction_mass", "repulsion_mass"), (epochs, classes))
+        shapes |= dict.fromkeys(("attraction_mass", "repulsion_mass", "repulsion_cosine"), (epochs, classes))
         for key, shape in shapes.items():
             if found[key].shape != shape:
                 raise ValueError(f"{key} has the shape {found[key].shape} instead of {shape}")
@@ -276,6 +310,8 @@ def _decomposition(path: Path) -> dict:
         lengths = {len(tau[key]) for key in ("values", "top1", *GROUPS) if tau.get(key) is not None}
         if len(lengths) != 1 or not all(isinstance(row, dict) for row in found["rows"].values()):
             raise ValueError("its lists differ in length, or its rows are none")
+        if len(tau["best"]) != 2 or not _numbers_only([tau, found["rows"]]):
+            raise ValueError("its values are no numbers, or there are not two best taus")
     return found
 
 
@@ -442,7 +478,7 @@ def confusion(runs: Runs) -> str:
         figure = plots.confusion_figure(
             found["classes"], found["targets"], run.class_counts, run.class_names, run.groups[rule], title=label
         )
-        caption = f"Rows: true classes, most frequent first. Borders: many, medium and few by {rule}."
+        caption = f"Rows: true classes, most frequent first. Where there are borders: many, medium, few by {rule}."
         classes = len(run.class_counts)
         if classes > plots.CELLS:
             caption += (
@@ -487,18 +523,8 @@ def _ece_groups(run: Run) -> dict[str, dict[str, float]]:
     recorded = run.evaluated[-1]["test"].get("ece_groups")
     if recorded is not None or run.predictions is None:
         return recorded or {}
-    confidences, classes, targets = (
-        torch.from_numpy(run.predictions[key]) for key in ("confidences", "classes", "targets")
-    )
-    found: dict[str, dict[str, float]] = {}
-    for rule, masks in run.groups.items():
-        found[rule] = {}
-        for group, mask in masks.items():
-            chosen = mask[targets]
-            if chosen.any():
-                error = calibration_error(confidences[chosen], classes[chosen], targets[chosen])
-                found[rule][group] = 100 * error["ece"]
-    return found
+    arrays = (torch.from_numpy(run.predictions[key]) for key in ("confidences", "classes", "targets"))
+    return group_calibration(*arrays, run.groups)
 
 
 def _no_predictions(label: str) -> str:
@@ -515,7 +541,7 @@ def similarity(runs: Runs) -> str:
     caption = (
         "M_ij = w_i·w_j / sum over k ≠ i of w_i·w_k, times C - 1, so that the ideal is 1 everywhere off the diagonal; "
         "one colour scale for all runs. The definition means negative dot products: a row whose sum is positive or "
-        f"nearer to 0 than {plots.LEAST:g} ||w_i||² has no similarity and is grey."
+        f"nearer to 0 than {plots.LEAST:g} ||w_i||² is grey, as its signs are turned round or its size says nothing."
     )
     if max(len(run.class_counts) for run in runs.values()) > plots.CELLS:
         caption += (
@@ -532,24 +558,30 @@ def similarity(runs: Runs) -> str:
 
 def similarity_sentence(runs: Runs, balance: Mapping[str, Mapping[str, float]]) -> str:
     """What Fig. 4 shows, from the numbers: whose balance metrics are smaller, and how far M is from its ideal."""
-    spread, ranges, pairs, words = {}, [], compared(runs), []
+    spread, whole, ranges, pairs, words = {}, set(), [], compared(runs), []
     for label, run in runs.items():
         found = plots.row_similarity(run.weight, run.class_counts)
         cells = found.cells[~np.isnan(found.cells)]
         if len(cells):
             low, high = np.percentile(cells, [5, 95])
             spread[label] = high - low
+            if not found.undefined:
+                whole.add(label)
             ranges.append(f"90 % of the cells of {label} lie between {low:.2f} and {high:.2f} times the ideal")
         if found.undefined:
             rows = f"{found.undefined:,} of the {len(run.class_counts):,} rows of {label}"
-            ranges.append(f"M is not defined for {rows}, whose dot products are not clearly negative in sum")
+            ranges.append(f"M is not drawn for {rows}, whose dot products are not clearly negative in sum")
     for plain, arb in pairs:
-        smaller = sum(balance[arb][key] < balance[plain][key] for key in BALANCE)
-        words.append(
-            f"under ARB-Loss ({arb}) {smaller} of {len(BALANCE)} balance metrics are smaller than under cross-entropy "
-            f"({plain}), which {agreement(smaller, len(BALANCE))} the paper, by which ARB-Loss balances the rows"
-        )
-        if plain in spread and arb in spread:
+        smaller = sum(balance[arb][key] < balance[plain][key] for key in JUDGED)
+        if all(balance[arb][key] == balance[plain][key] for key in JUDGED):
+            words.append(f"the balance metrics of {arb} and {plain} are equal")
+        else:
+            words.append(
+                f"under ARB-Loss ({arb}) {smaller} of the {len(JUDGED)} balance metrics that no scale changes (B_A and "
+                f"the relative B_D and B_L) are smaller than under cross-entropy ({plain}), which "
+                f"{agreement(smaller, len(JUDGED))} the paper, by which ARB-Loss balances the rows"
+            )
+        if {plain, arb} <= whole and not math.isclose(spread[arb], spread[plain], rel_tol=1e-3):
             nearer = arb if spread[arb] < spread[plain] else plain
             words.append(f"in the picture the cells of {nearer} lie closer together")
         words += confounded(runs, plain, arb)
@@ -568,7 +600,7 @@ def compared(runs: Runs) -> list[tuple[str, str]]:
             for other, plain in runs.items()
             if plain.cfg.loss == "ce" and not differences({label: run, other: plain})
         }
-        if run.cfg.loss.endswith("arb") and others:
+        if run.cfg.loss == "arb" and others:
             found.append((min(others, key=lambda other: len(beside_the_loss(run, others[other]))), label))
     return found
 
@@ -606,6 +638,7 @@ class RowNumbers(NamedTuple):
     frequent: float  # share of the more frequent half of the other classes in it; a class in the middle is left out
     attraction_mass: float
     repulsion_mass: float
+    cosine: float = math.nan  # mean between the repulsion of two classes
 
 
 def row_numbers(diagnostics: Mapping[str, NDArray], row: int) -> RowNumbers:
@@ -624,6 +657,7 @@ def row_numbers(diagnostics: Mapping[str, NDArray], row: int) -> RowNumbers:
         float(frequent / (frequent + rare)) if frequent + rare > 0 else math.nan,
         float(diagnostics["attraction_mass"][late, row].mean()),
         float(diagnostics["repulsion_mass"][late, row].mean()),
+        float(diagnostics["repulsion_cosine"][late, row].mean()),
     )
 
 
@@ -631,7 +665,7 @@ def components(runs: Runs) -> str:
     """Fig. 5 on the rarest of the chosen rows, what it says, and smaller pictures of the other rows."""
     shown = {label: run for label, run in runs.items() if run.diagnostics is not None}
     body = "".join(
-        missing(f"{label}: no diagnostics.npz; training with `diagnostics: N` records components every N steps")
+        missing(f"{label}: no row in diagnostics.npz; training with `diagnostics: N` records some every N steps")
         for label in runs
         if label not in shown
     )
@@ -685,12 +719,13 @@ def _components_caption(runs: Runs) -> str:
 def components_table(numbers: Mapping[str, RowNumbers]) -> str:
     """``numbers`` by label."""
     head = ["last quarter of the epochs,\nrow of the picture above", "attraction\n(norm)", "repulsion\n(sum of norms)"]
-    head += ["largest / smallest\nrepulsion", "share of the frequent\nhalf (%)", "attraction\nmass", "repulsion\nmass"]
+    head += ["largest / smallest\nrepulsion", "share of the\nfrequent half (%)", "attraction\nmass", "repulsion\nmass"]
+    head += ["cosine between\nrepulsions"]
     rows = []
     for label, now in numbers.items():
         masses = (number(now.attraction_mass, 3), number(now.repulsion_mass, 3))
         norms = (number(now.attraction, 3), number(now.repulsion, 3), number(now.ratio, 1))
-        rows.append([label, *norms, number(100 * now.frequent, 1), *masses])
+        rows.append([label, *norms, number(100 * now.frequent, 1), *masses, number(now.cosine, 3)])
     return table(head, rows)
 
 
@@ -708,16 +743,23 @@ def components_sentence(runs: Runs, rows: Mapping[str, int], numbers: Mapping[st
 
 def claims(plain: str, before: RowNumbers, arb: str, after: RowNumbers) -> list[str]:
     """The paper's three statements on a rare row, held against the numbers of cross-entropy and of ARB-Loss."""
-    dominated, alike = before.frequent > 0.5, after.ratio < before.ratio
     even = _distance(after) < _distance(before)
+    held, words = [even], []
+    if math.isfinite(before.frequent):  # there are two other classes at least
+        dominated, alike = before.frequent > 0.5, after.ratio < before.ratio
+        held += [dominated, alike]
+        words = [
+            f"under cross-entropy ({plain}) the more frequent half of the other classes has "
+            f"{number(100 * before.frequent, 1)} % of the repulsion, which is {'' if dominated else 'not '}the larger "
+            "part",
+            f"under ARB-Loss ({arb}) the largest repulsion is {_ratio(after.ratio)} the smallest, against "
+            f"{_ratio(before.ratio)} it, so the components are {'more' if alike else 'not more'} alike",
+        ]
     return [
-        f"under cross-entropy ({plain}) the more frequent half of the other classes has "
-        f"{number(100 * before.frequent, 1)} % of the repulsion, which is {'' if dominated else 'not '}the larger part",
-        f"under ARB-Loss ({arb}) the largest repulsion is {_ratio(after.ratio)} the smallest, against "
-        f"{_ratio(before.ratio)} it, so the components are {'more' if alike else 'not more'} alike",
+        *words,
         f"the repulsion norms add up to {_times(after)} the attraction's, against {_times(before)}, so the two are "
         f"{'closer' if even else 'not closer'} to each other",
-        f"this {agreement(dominated + alike + even, 3)} the paper, by which frequent classes dominate a rare row under "
+        f"this {agreement(sum(held), len(held))} the paper, by which frequent classes dominate a rare row under "
         "cross-entropy and ARB-Loss balances attraction and repulsion",
     ]
 
@@ -750,8 +792,8 @@ def collapse(runs: Runs) -> str:
         data[label]["epochs"] = np.array([row["epoch"] for row in rows])
     if data:
         caption = (
-            "On training images without augmentation. NC1 on a logarithmic axis; ideal 0 everywhere. Under imbalance "
-            "cross-entropy's own optimum is SELI and not the simplex."
+            "On training images without augmentation; NC1 on a logarithmic axis. 0 is collapse. Where counts differ, "
+            "nothing is at distance 0 from both the simplex and SELI, which is cross-entropy's own optimum then."
         )
         body += picture(plots.collapse_figure(data), f"Neural collapse over the epochs: {', '.join(data)}", caption)
     return body
@@ -787,6 +829,7 @@ def decomposition(runs: Runs) -> str:
         for checkpoint, found in run.decompositions.items():
             name = f"{label}, {checkpoint}" if len(run.decompositions) > 1 else label
             curves[name] = {key: value for key, value in found["tau"].items() if value is not None}
+            body += "".join(note(f"{name}: {line}") for line in found.get("notes", []))
             for classifier, values in found["rows"].items():
                 rows.append([name, classifier, *(number(values.get(key)) for key in ("top1", *GROUPS))])
     if rows:

@@ -176,6 +176,5 @@ def decomposition_text(decomposition: Decomposition) -> str:
 
 
 def write_decomposition(folder: Path, decomposition: Decomposition) -> None:
-    """``decomposition.json``: "tau" and "rows" of a :class:`Decomposition`."""
-    content = {"tau": decomposition.tau, "rows": decomposition.rows}
-    write_text(folder / "decomposition.json", json.dumps(content, indent=2) + "\n")
+    """``decomposition.json``: the fields of a :class:`Decomposition`."""
+    write_text(folder / "decomposition.json", json.dumps(decomposition._asdict(), indent=2) + "\n")

@@ -1,6 +1,7 @@
 """Arrays that grow by a row per epoch, in one npz file that is always whole."""
 
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with named(path), np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
         raise InputError(f"{path}: is damaged; move it away") from None
 
 
@@ -48,7 +49,10 @@ class EpochArrays:
         """What one epoch gave: a row of each, and what is kept of the last epoch alone."""
         row = {"epochs": np.int64(epoch), **{name: a for name, a in arrays.items() if name not in self.last}}
         grown = {name: np.asarray(value)[None] for name, value in row.items()}
-        self.rows = {n: np.concatenate([self.rows[n], a]) for n, a in grown.items()} if self.rows else grown
+        old = self.rows or {name: array[:0] for name, array in grown.items()}
+        if {name: array.shape[1:] for name, array in old.items()} != {n: a.shape[1:] for n, a in grown.items()}:
+            raise InputError(f"{self.path}: has other arrays than this version writes; move the file away")
+        self.rows = {name: np.concatenate([old[name], array]) for name, array in grown.items()}
         self._write({name: arrays[name] for name in self.last if name in arrays})
 
     def _write(self, last: Mapping[str, np.ndarray]) -> None:

@@ -35,8 +35,8 @@ class Sums(Protocol):
     def rows(self) -> Tensor:
         """Those of every process."""
 
-    def go_on(self, rows: Tensor | None) -> None:
-        """From the rows of an interrupted epoch."""
+    def go_on(self, rows: Tensor | None) -> bool:
+        """From the rows of an interrupted epoch; False where they are of something else."""
 
 
 class Keeper:
@@ -71,8 +71,10 @@ class Keeper:
             self.components.start_epoch(state.epoch)
         if state.step:
             self.meter.go_on(state.sums, state.step)
-            if self.components:
-                self.components.go_on(state.components)
+            if self.components and not self.components.go_on(state.components):
+                self.run.info(
+                    f"note: the diagnostics of epoch {state.epoch} begin at step {state.step}, with other rows"
+                )
         return state.step
 
     def check(self) -> None:

@@ -124,19 +124,20 @@ def calibration_error(confidences: Tensor, predictions: Tensor, targets: Tensor,
 
 
 def group_calibration(
-    predictions: Predictions, groups: Mapping[str, Mapping[str, Tensor]]
+    confidences: Tensor, classes: Tensor, targets: Tensor, groups: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
     """Expected calibration error in percent over the samples whose label lies in a group, by every rule.
 
-    ``groups``: masks ``[C]``. A group without samples is absent from the result. Bins as in :func:`calibration_error`.
+    ``confidences``, ``classes``, ``targets``: ``[N]``, see :class:`Predictions`. ``groups``: masks ``[C]``. A group
+    without samples is absent from the result. Bins as in :func:`calibration_error`.
     """
     result = {}
     for rule, masks in groups.items():
-        members = {name: mask[predictions.targets] for name, mask in masks.items()}  # [N] each
-        parts = {name: predictions.select(member) for name, member in members.items() if member.any()}
+        members = {name: mask[targets] for name, mask in masks.items()}  # [N] each
         result[rule] = {
-            name: 100 * calibration_error(part.confidences, part.classes, part.targets)["ece"]
-            for name, part in parts.items()
+            name: 100 * calibration_error(confidences[chosen], classes[chosen], targets[chosen])["ece"]
+            for name, chosen in members.items()
+            if chosen.any()
         }
     return result
 
@@ -169,7 +170,7 @@ def report(predictions: Predictions, class_counts: Tensor, groups: Mapping[str, 
         "nll": float(predictions.nll.double().mean()),
         "ece": 100 * calibration["ece"],
         "mce": 100 * calibration["mce"],
-        "ece_groups": group_calibration(predictions, groups),
+        "ece_groups": group_calibration(predictions.confidences, predictions.classes, predictions.targets, groups),
         "samples": len(predictions.targets),
         "shots": shots,
         "group_sizes": group_sizes(groups),

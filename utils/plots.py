@@ -202,9 +202,9 @@ def similarity_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure
         classes = len(runs[label][1])
         axis.imshow(similarity.cells, cmap=_map("PuOr_r"), norm=shades, extent=(0, classes, classes, 0))
         _rank_ticks(axis, classes)
-        head = f"{_wrapped(label, _room(len(runs)))}\n1/(C-1) = {1 / max(classes - 1, 1):.3g}"
+        head = f"{_wrapped(label, _room(len(runs)))}\nideal M: 1/(C-1) = {1 / max(classes - 1, 1):.3g}"
         if similarity.undefined:
-            head += f"; undefined rows (grey): {similarity.undefined:,}"
+            head += f"; rows not drawn (grey): {similarity.undefined:,}"
         _dress(axis, head, "class j (rank by training images)", "class i (rank)")
     bar = figure.colorbar(ScalarMappable(shades, _map("PuOr_r")), ax=axes, shrink=0.75, extend="both", pad=0.02)
     bar.set_label("M_ij x (C - 1); 1 is the ideal", fontsize=TEXT)
@@ -225,13 +225,10 @@ def row_similarity(weight: ArrayLike, class_counts: ArrayLike) -> Similarity:
     denominators = weight @ weight.sum(axis=0) - squares
     defined = (denominators < -LEAST * squares) & (squares > 0)
     scale = np.where(defined, 1 / np.where(defined, denominators, 1), 0)
-    rows, columns = np.zeros((2, size, weight.shape[1]))
-    np.add.at(rows, bins, weight * scale[:, None])
-    np.add.at(columns, bins, weight)
-    sums = rows @ columns.T
-    own, members = (np.bincount(bins, weights=values, minlength=size) for values in (defined, np.ones(len(bins))))
-    sums -= np.diag(np.bincount(bins, weights=squares * scale, minlength=size))
-    pairs = np.outer(own, members) - np.diag(own)
+    members = np.equal.outer(np.arange(size), bins).astype(float)  # [K, C], which class is in which cell
+    sums = ((members * scale) @ weight) @ (members @ weight).T - np.diag(members @ (squares * scale))
+    own, others = members @ defined, members.sum(axis=1)
+    pairs = np.outer(own, others) - np.diag(own)
     cells = np.divide(sums, pairs, out=np.full_like(sums, np.nan), where=pairs > 0)
     return Similarity(cells * (len(bins) - 1), int((~defined).sum()))
 

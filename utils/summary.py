@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.epoch_arrays import read_arrays
 from utils.evaluation import table
 from utils.files import write_text
 from utils.metrics import GROUPS, calibration_error, class_accuracy, cross_fitted, halves, shot_accuracy
@@ -68,7 +69,7 @@ def _cross_fitted_groups(folder: Path, first: int, second: int, groups: Mapping[
     files = [folder / f"{second}.npz", folder / f"{first}.npz", folder / "targets.npz"]
     if not all(file.exists() for file in files):
         return {}
-    on_first, on_second, truth = (dict(np.load(file)) for file in files)
+    on_first, on_second, truth = map(read_arrays, files)
     targets = torch.from_numpy(truth["targets"].astype(np.int64))
     in_second = halves(targets).numpy()
     classes, confidences = (
