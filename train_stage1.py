@@ -47,7 +47,7 @@ from utils.command_line import exit_code, parse
 from utils.config import dump_config, read_config
 from utils.epoch_arrays import EpochArrays
 from utils.errors import InputError
-from utils.evaluation import feature_batches, group_line, mislas_lines, predict, save_predictions
+from utils.evaluation import feature_batches, group_line, mislas_lines, predict, save_predictions, until_signal
 from utils.files import write_text
 from utils.keeper import Keeper
 from utils.metrics import (
@@ -461,7 +461,7 @@ def collapse(
     distributed.broadcast_buffers(model)
     batches = [(h.cpu(), y.cpu()) for h, _, y in feature_batches(model, plain, precision, signal)]
     classifier = model.classifier.fc
-    measured = measure(lambda: batches, classifier.weight, classifier.bias)
+    measured = measure(lambda: until_signal(batches, signal), classifier.weight, classifier.bias)
     per_class = measured.pop("nc1_per_class")
     headline = next(iter(groups.values()))
     by_group = shot_accuracy(per_class, ~per_class.isnan(), headline)  # means, of whatever it is given

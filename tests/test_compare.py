@@ -578,7 +578,8 @@ def made_up_run(folder: Path, run: Path, classes: int, width: int) -> Path:
     }
     (folder / "ckps").mkdir()
     torch.save(stored, folder / "ckps" / "current.pth.tar")
-    by_class = {key: draw.random((200, classes), np.float32) for key in ("attraction_mass", "repulsion_mass")}
+    names = ("attraction_mass", "repulsion_mass", "repulsion_cosine")
+    by_class = {key: draw.random((200, classes), np.float32) for key in names}
     np.savez(
         folder / "diagnostics.npz",
         epochs=np.arange(200),
@@ -596,5 +597,5 @@ def test_a_page_of_8142_classes_takes_less_than_a_minute(arb, tmp_path):
     began = time.process_time()
     page = made(run, out=tmp_path / "page.html")
     assert time.process_time() - began < 60
-    assert len(page.images) == 8
+    assert len(page.images) == 9
     assert (tmp_path / "page.html").stat().st_size < 5e6

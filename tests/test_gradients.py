@@ -201,8 +201,19 @@ def test_8142_classes_take_less_than_two_seconds_and_a_gibibyte(mixing):
     assert beyond_output < 2**30
 
 
-def test_at_100_classes_they_cost_less_than_5_percent_of_a_step():
-    """Of the very step that is trained, watched in every step; the fastest of turns taken in one run."""
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_at_100_classes_they_cost_less_than_5_percent_of_a_step(one_thread):
+    """Of the very step that is trained, watched in every step; the fastest of turns taken in one run.
+
+    On one thread: several that share busy cores wait for one another, in small operations above all.
+    """
     torch.manual_seed(0)
     model = build_model("cifar100", "resnet32", 100)
     method = build_method("arb", "batch", torch.arange(100, 0, -1), mixup_alpha=1.0)

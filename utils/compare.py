@@ -606,8 +606,10 @@ def compared(runs: Runs) -> list[tuple[str, str]]:
 
 
 def beside_the_loss(first: Run, second: Run) -> list[str]:
-    """Options, other than the loss's own, in which two runs differ."""
-    return [key for key in changed_options(first.checkpoint, second.cfg) if key not in OF_THE_LOSS]
+    """Options, other than the loss's own, in which two runs differ; and whether other shares make their batches."""
+    options = [key for key in changed_options(first.checkpoint, second.cfg) if key not in OF_THE_LOSS]
+    processes = {(run.checkpoint.get("environment") or {}).get("processes") for run in (first, second)} - {None}
+    return [*options, *["number of processes"] * (len(processes) > 1)]
 
 
 def confounded(runs: Runs, plain: str, arb: str) -> list[str]:

@@ -40,7 +40,7 @@ def predict(
     device = next(model.parameters(), torch.empty(0)).device
     parts = [_nothing(device)]
     try:
-        for images, targets in _until_signal(batches, signal):
+        for images, targets in until_signal(batches, signal):
             with autocast(precision, device):
                 logits = model.forward(images)
             parts.append(predict_batch(logits, targets))
@@ -72,7 +72,7 @@ def feature_batches(
     model.eval()
     device = next(model.parameters(), torch.empty(0)).device
     try:
-        for images, targets in _until_signal(batches, signal):
+        for images, targets in until_signal(batches, signal):
             with autocast(precision, device):
                 logits, features = model.forward(images, with_features=True)
             yield _at_least_float32(features), _at_least_float32(logits), targets
@@ -124,10 +124,13 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF.values() else tensor
 
 
-def _until_signal(
+def until_signal(
     batches: Collection[tuple[Tensor, Tensor]], signal: Callable[[], int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches; all processes speak before each, also those that have fewer, and stop alike."""
+    """The batches; all processes speak before each, also those that have fewer, and stop alike.
+
+    ``signal``: see :func:`predict`.
+    """
     more = distributed.greatest(len(batches)) - len(batches)
     for batch in itertools.chain(batches, [None] * more):
         stop = distributed.greatest(signal())
