@@ -1,5 +1,6 @@
 """Stage-1 training: python train_stage1.py --cfg config/<data set>/<experiment>.yaml [key value ...]"""
 
+import json
 import math
 import os
 import platform
@@ -62,7 +63,8 @@ from utils.metrics import (
     shot_groups,
 )
 from utils.precision import float32_products, new_scaler
-from utils.run_log import RunLog, count_lines, folder_of, new_folder, progress_line
+from utils.provenance import commit, machine
+from utils.run_log import RunLog, count_lines, folder_of, inherit, new_folder, progress_line
 from utils.schedule import lr_at
 from utils.seed import seeded_weights
 from utils.signals import Signals
@@ -104,17 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 describe(run, cfg, data, groups, step, [*notes, *found.notes, *origin, *numbering.notes])
                 content = {**parts, **origins(data, settings, device)}
                 every = cfg.checkpoint_every_steps
-                keeper = Keeper(run, signals, state, loader, step.meter, every, content, components)
+                keeper = Keeper(run, signals, state, loader, step.meter, every, content, components, cfg.keep_epochs)
                 arrays = diagnostics_file(folder, components, data, state.epoch)
                 evaluated = (model, test, held_out, data.class_counts, groups, cfg.precision)
                 epochs = range(state.epoch, cfg.num_epochs)
                 if epochs:
-                    write_settings(folder, settings)
+                    write_settings(folder, settings, state, data, device)
                 with keeper.until_signal():
                     for epoch in epochs:
                         row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
                         row |= train_epoch(step, loader, run, keeper, epoch, cfg.seed, cfg.print_freq)
-                        if due(epoch, cfg.eval_every, cfg.num_epochs):
+                        if due(epoch, cfg.eval_every, cfg.num_epochs, cfg.eval_last):
                             evaluation = evaluate(*evaluated, keeper.signal)
                             row |= evaluation.entries
                             publish(run, epoch, evaluation, data)
@@ -185,10 +187,17 @@ class Numbering(NamedTuple):
 
 
 def find_checkpoint(cfg: CfgNode) -> Found:
-    """The checkpoint that ``resume`` names or, by ``auto``, means."""
+    """The checkpoint that ``resume`` names or, by ``auto``, means; where there is none, the one to ``fork`` from."""
     if cfg.resume == "auto":
-        return newest_checkpoint(cfg.save_dir, cfg)
-    return Found(cfg.resume, read_checkpoint(cfg.resume) if cfg.resume else None, [])
+        found = newest_checkpoint(cfg.save_dir, cfg)
+    else:
+        found = Found(cfg.resume, read_checkpoint(cfg.resume) if cfg.resume else None, [])
+    if found.content is not None or not cfg.fork:
+        return found
+    content = read_checkpoint(cfg.fork)
+    if not is_ours(content):
+        raise CheckpointError(f"fork: {cfg.fork} is not this trainer's; a run can take its weights by resume")
+    return Found(cfg.fork, content, found.notes, forked=True)
 
 
 def class_map(cfg: CfgNode, found: Found) -> Numbering:
@@ -293,8 +302,8 @@ def start(
 
     ``steps`` of an epoch.
     """
-    path, content, _ = found
-    settings = dict(cfg) | {"resume": path}  # which "auto" has become
+    path, content, _, forked = found
+    settings = dict(cfg) | {"resume": "" if forked else path}  # which "auto" has become
     if not distributed.all_equal(found.checksum()):
         raise CheckpointError(
             f"resume: {cfg.resume} is not the same file for every process; all nodes need one save_dir"
@@ -308,8 +317,9 @@ def start(
     changed = changed_options(content, cfg)
     check_unchanged(content, path, changed, data)
     state = restore(content, path, model, method, optimizer, scaler)
-    settings |= {key: str(content["config"].get(key, "")) for key in ("resume", "class_map")}
-    folder = folder_of(path) or new_folder(cfg.save_dir, cfg.name)
+    kept = ("resume", "class_map") if forked else ("resume", "class_map", "fork")
+    settings |= {key: str(content["config"].get(key, "")) for key in kept}
+    folder = fork(cfg, path, state) if forked else folder_of(path) or new_folder(cfg.save_dir, cfg.name)
     reached = f"{state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
     notes = [f"{path}: going on after {reached}, in {folder}"]
     notes += [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
@@ -319,6 +329,21 @@ def start(
     if state.step > steps:
         raise CheckpointError(f"{path}: lies at step {state.step} of an epoch that has {steps} steps")
     return state, folder, settings, notes + moved(content, device)
+
+
+def fork(cfg: CfgNode, path: str, state: TrainState) -> Path:
+    """The folder of a new run that begins with ``state``, read from ``path``; it has what its parent has up to there.
+
+    The best checkpoint will be one of its own.
+    """
+    state.best_acc1, state.its_ece, state.log_size = -1.0, 0.0, None
+    folder, parent = new_folder(cfg.save_dir, cfg.name), folder_of(path)
+    try:
+        if parent:
+            inherit(folder, parent, state.epoch)
+    except OSError as error:
+        raise InputError(f"fork: cannot copy {parent}'s metrics to {folder}: {error.strerror}") from None
+    return folder
 
 
 def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], data: Data) -> None:
@@ -381,9 +406,9 @@ def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
 # One epoch
 
 
-def due(epoch: int, every: int, num_epochs: int) -> bool:
-    """After every ``every`` epochs and after the last one; 0: never."""
-    return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == num_epochs)
+def due(epoch: int, every: int, num_epochs: int, last: int = 1) -> bool:
+    """After every ``every`` epochs and after each of the ``last``, the very last one anyway; 0: never."""
+    return every > 0 and ((epoch + 1) % every == 0 or epoch >= num_epochs - max(last, 1))
 
 
 def train_epoch(
@@ -633,10 +658,17 @@ def schedule_in_words(cfg: CfgNode) -> str:
     )
 
 
-def write_settings(folder: Path, settings: Mapping) -> None:
-    """``config.yaml``: with this file alone the run can be repeated."""
-    if distributed.is_main():
-        write_text(folder / "config.yaml", dump_config(settings))
+def write_settings(folder: Path, settings: Mapping, state: TrainState, data: Data, device: torch.device) -> None:
+    """``config.yaml``: with this file alone the run can be repeated; ``starts.jsonl``: with what it was, how far."""
+    if not distributed.is_main():
+        return
+    write_text(folder / "config.yaml", dump_config(settings))
+    start = {
+        **{"epoch": state.epoch, "step": state.step, "commit": commit(), "processes": distributed.world_size()},
+        **{"data": data.checksum(), "class_counts": data.class_counts.tolist(), **machine(device)},
+    }
+    with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")
 
 
 def finish(run: RunLog, state: TrainState, evaluation: Evaluation, groups: dict) -> None:

@@ -1,5 +1,6 @@
 """Data sets: rows in :mod:`datasets.specs`, a long-tailed cut, and loaders over what it keeps."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,16 @@ class Data:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def checksum(self) -> str:
+        """A hash of all that is trained and tested on: :attr:`fingerprint`, and the pixels where they lie in memory."""
+        parts = [part.images for part in (self.train, self.val, self.test) if part is not None]
+        if not all(isinstance(images, Tensor) for images in parts):
+            return self.fingerprint
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for images in parts:
+            digest.update(images.cpu().numpy())
+        return digest.hexdigest()
 
     @property
     def on_device(self) -> bool:

@@ -287,3 +287,15 @@ def test_large_images_stay_in_their_files(lists):
     with pytest.raises(DataError) as error:
         build_data("places", path, image_size=32, data_on_device=True)
     assert str(error.value) == ("data_on_device: True, but the images of places stay in their files; use auto or False")
+
+
+def test_the_checksum_is_of_labels_and_of_pixels_in_memory():
+    def checksum(**options):
+        return build_data("digits", "", imb_factor=0.05, **options).checksum()
+
+    digits = build_data("digits", "", imb_factor=0.05)
+    assert checksum() == digits.checksum() and len(digits.checksum()) == 64
+    assert len({checksum(), checksum(subset_seed=1), checksum(val_per_class=2), checksum(data_on_device=False)}) == 4
+    digits.test.images[3, 0, 0, 0] ^= 1  # one bit
+    assert digits.checksum() != checksum()
+    assert checksum(data_on_device=False) == digits.fingerprint

@@ -90,6 +90,14 @@ def test_the_end_of_an_epoch_keeps_the_last_and_the_best(kept):
     assert not torch.equal(best["state_dict_classifier"]["fc.bias"], last["state_dict_classifier"]["fc.bias"])
 
 
+def test_asked_for_epochs_are_kept_for_good(kept):
+    kept.keeper.keep = [2]
+    for epoch in range(3):
+        kept.keeper.end_epoch({"epoch": epoch})
+    assert names(kept.folder) == ["current.pth.tar", "epoch_2.pth.tar"]
+    assert (content(kept.folder, "epoch_2")["epoch"], content(kept.folder)["epoch"]) == (2, 3)
+
+
 def test_the_best_is_written_before_the_last(kept):
     """Who is killed in between trains the epoch again, and so writes both."""
     (kept.folder / "ckps").mkdir()

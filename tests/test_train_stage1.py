@@ -733,3 +733,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     assert result.said.endswith(f"; the last good checkpoint is {path}\n")
     assert path.read_bytes() == before
     assert content(folder)["epoch"] == 1
+
+
+def test_evaluated_are_every_so_many_th_epoch_and_each_of_the_last():
+    def epochs(every, last):
+        return [epoch for epoch in range(12) if train_stage1.due(epoch, every, 12, last)]
+
+    assert epochs(5, 0) == epochs(5, 1) == [4, 9, 11]
+    assert epochs(5, 3) == [4, 9, 10, 11]
+    assert epochs(20, 99) == list(range(12))
+    assert epochs(0, 3) == []

@@ -6,11 +6,9 @@ is the row's median divided by that of row x. Nothing is asserted: another machi
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -19,9 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -52,6 +48,7 @@ from utils.config import read_config
 from utils.errors import InputError
 from utils.files import write_text
 from utils.precision import PRECISIONS, autocast, float32_products, new_scaler
+from utils.provenance import machine
 from utils.step import compile_model, record_cuda_graph
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,27 +241,6 @@ def _shown(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def machine(device: torch.device) -> Row:
-    """When, on what and with what."""
-    versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
-    return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": distributed.workers_here(sys.maxsize),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | versions,
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from utils.metrics import SUMS
 PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dict_classifier": "classifier"}
 # Options that say nothing about what is trained.
 INCIDENTAL = (
-    *("name", "save_dir", "resume", "device", "workers", "print_freq", "checkpoint_every_steps"),
+    *("name", "save_dir", "resume", "fork", "device", "workers", "print_freq", "checkpoint_every_steps", "keep_epochs"),
     *("data_path", "data_on_device", "decoder", "class_map", "cuda_graph", "decompose"),
     *("diagnostics", "diagnostics_rows", "nc_every"),
 )
@@ -180,6 +180,7 @@ class Found(NamedTuple):
     path: str  # empty: there is no checkpoint
     content: dict | None
     notes: list[str]  # lines for the log
+    forked: bool = False  # the state is another run's, and this one begins with it
 
     def checksum(self) -> int:
         """Of the file; 0 where there is none."""

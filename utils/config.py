@@ -171,12 +171,17 @@ OPTIONS: dict[str, Option] = {
     "workers": Option(4, whole(0), "per node: processes that read and decode images"),
     "print_freq": Option(40, whole(1), "steps from one log line to the next"),
     "eval_every": Option(1, whole(1), "epochs from one evaluation to the next; the last epoch is always evaluated"),
+    "eval_last": Option(0, whole(0), "each of the last so many epochs is evaluated too"),
+    "keep_epochs": Option(
+        [], several(whole(1), increasing=True), "after so many epochs ckps/epoch_<N>.pth.tar is kept, such as [180]"
+    ),
     "checkpoint_every_steps": Option(
         0, whole(0), "also keep current.pth.tar this often within an epoch; 0: at its end"
     ),
     "resume": Option(
         "", text, "checkpoint to go on from (ours), or to take weights from (any other); auto: this run's newest"
     ),
+    "fork": Option("", text, "checkpoint (ours) whose whole state a new run begins with, for arms that differ late"),
     # what is measured inside the network
     "diagnostics": Option(
         0, whole(0), "attraction and repulsion in every so many-th step (methods/gradients.py); 0: off"

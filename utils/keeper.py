@@ -2,7 +2,7 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -52,12 +52,14 @@ class Keeper:
         every: int,
         content: Mapping,
         components: Sums | None = None,
+        keep: Collection[int] = (),
     ):
         """``every``: steps from one checkpoint within an epoch to the next, 0: none; ``content``: what else
-        :func:`save_checkpoint` takes; ``components``: of the diagnostics, None where there are none.
+        :func:`save_checkpoint` takes; ``components``: of the diagnostics, None where there are none; ``keep``: after
+        so many epochs a checkpoint is kept for good.
         """
         self.run, self.signals, self.state, self.steps, self.meter = run, signals, state, steps, meter
-        self.every, self.content, self.components = every, dict(content), components
+        self.every, self.content, self.components, self.keep = every, dict(content), components, keep
         self._kept = (state.epoch, state.step)
 
     def signal(self) -> int:
@@ -101,9 +103,13 @@ class Keeper:
             self._save_within_epoch()
 
     def end_epoch(self, row: Mapping) -> None:
-        """The last checkpoint, and the best one where this epoch is it; ``row``: of ``metrics.jsonl``."""
-        # In this order: who is killed in between does the epoch again, and writes both.
-        self._write(*["model_best"] * self._advance(row), "current")
+        """The last checkpoint, the best one where this epoch is it, and one for good where ``keep`` has it.
+
+        ``row``: of ``metrics.jsonl``.
+        """
+        best = ["model_best"] * self._advance(row)
+        kept = [f"epoch_{self.state.epoch}"] * (self.state.epoch in self.keep)
+        self._write(*best, *kept, "current")  # the last one last: who is killed in between does the epoch again
 
     def _advance(self, row: Mapping) -> bool:
         """Counts the epoch in; True where it is the best so far: on held-out images if there are any, else on test."""

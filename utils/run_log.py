@@ -1,6 +1,7 @@
 """A run's folder: where it is, and everything that is written there but for checkpoints and predictions.
 
-    <save_dir>/<name>_<time>/  logs/<name>.txt  config.yaml  metrics.jsonl  tensorboard/  ckps/  predictions/
+    <save_dir>/<name>_<time>/  logs/<name>.txt  config.yaml  starts.jsonl  metrics.jsonl  tensorboard/  ckps/
+    predictions/
 
 Only rank 0 writes; on every other rank the methods of :class:`RunLog` do nothing.
 """
@@ -9,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -61,6 +63,33 @@ def _made(folder: Path) -> bool:
     except OSError as error:
         raise InputError(f"save_dir: cannot make {folder}: {error.strerror}") from None
     return True
+
+
+def inherit(folder: Path, parent: Path, epoch: int) -> None:
+    """Gives a forked run what its parent has of the epochs before ``epoch``: metrics and predictions."""
+    if not distributed.is_main():
+        return
+    rows = [row for row in read_rows(parent / "metrics.jsonl") if row["epoch"] < epoch]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    names = ["targets.npz", *(f"{row['epoch']}.npz" for row in rows)]
+    files = [file for file in (parent / "predictions" / name for name in names) if file.is_file()]
+    for file in files:
+        (folder / "predictions").mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / "predictions" / file.name)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a ``metrics.jsonl``, one per epoch; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: is no JSON; mend it, or remove it") from None
+    return rows
 
 
 class _Terminal(logging.Handler):
@@ -199,17 +228,8 @@ class RunLog:
         self.logger.info(line)
 
     def history(self) -> list[dict]:
-        """The rows of ``metrics.jsonl``, one per epoch; a last line cut short by a crash is left out."""
-        if not (self.active and self._metrics.exists()):
-            return []
-        rows, lines = [], self._metrics.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines):
-                    raise InputError(f"{self._metrics}, line {number}: is no JSON; mend it, or remove it") from None
-        return rows
+        """See :func:`read_rows`."""
+        return read_rows(self._metrics) if self.active else []
 
     def write_epoch(self, row: Mapping) -> None:
         """One line of ``metrics.jsonl``."""
