@@ -9,7 +9,17 @@ from yacs.config import CfgNode
 
 from datasets import Data
 from datasets.loaders import EvalLoader
-from train_stage1 import FIXED, check, class_groups, class_map, find_checkpoint, load_data, new_model
+from train_stage1 import (
+    FIXED,
+    check,
+    class_groups,
+    class_map,
+    find_checkpoint,
+    load_data,
+    new_model,
+    new_shift,
+    post_hoc_in_words,
+)
 from utils import distributed, plots
 from utils.checkpoint import CheckpointError, changed_options, load_content
 from utils.command_line import exit_code, parse
@@ -38,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(cfg)
         if not cfg.resume:
             raise CheckpointError("resume: eval.py needs a checkpoint; add: resume saved/<run>/ckps/current.pth.tar")
-        path, content, origin = found = find_checkpoint(cfg)
+        found = find_checkpoint(cfg)
+        path, content, origin = found.path, found.content, found.notes
         if content is None:
             raise CheckpointError(f"resume: auto finds no checkpoint of this configuration in {cfg.save_dir}")
         numbering = class_map(cfg, found)
@@ -48,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = new_model(cfg, data, content)
         loaded = load_content(model, content, path)
         test = data.test_loader(device, rank=distributed.rank(), world_size=distributed.world_size())
-        predictions = predict(model.to(device), test, cfg.precision)
+        predictions = predict(model.to(device), test, cfg.precision, shift=new_shift(cfg, data))
         metrics = report(predictions, data.class_counts, groups)
         folder = report_folder(path, cfg.save_dir, cfg.name)
         if distributed.is_main():
@@ -82,7 +93,7 @@ def write_figures(
     classes, confidences, targets = predictions.classes, predictions.confidences, predictions.targets
     counts, names = data.class_counts, data.class_names
     accuracy = 100 * class_accuracy(classes, targets, data.num_classes)[0]
-    weight = model.classifier.fc.weight.detach().cpu()
+    weight = model.classifier.rows().detach().cpu()
     figures = {
         "class_accuracy": plots.class_accuracy_figure({folder.name: (counts, accuracy)}),
         "confusion": plots.confusion_figure(classes, targets, counts, names, groups, folder.name),
@@ -96,7 +107,7 @@ def write_figures(
 def compare_classifiers(
     cfg: CfgNode, data: Data, model: nn.Module, test: EvalLoader, groups: Mapping[str, Mapping], folder: Path
 ) -> None:
-    """Representation or classifier? See :mod:`utils.decompose`; groups by the headline rule."""
+    """Representation or classifier? See :mod:`utils.decompose`; from raw logits, groups by the headline rule."""
     train = data.plain_train_loader(test.targets.device, distributed.rank(), distributed.world_size())
     fitted = gather_outputs(model, train, cfg.precision, with_logits=False)
     scored = gather_outputs(model, test, cfg.precision)
@@ -108,11 +119,14 @@ def compare_classifiers(
 
 
 def differences(content: Mapping, cfg: CfgNode) -> list[str]:
-    """Lines that warn where data or precision, and so the figures, are not those of the checkpoint's own run."""
+    """Lines that warn where data, network or precision are not those of the checkpoint's own run, or logits not raw."""
     changed = {key: pair for key, pair in changed_options(content, cfg).items() if key in (*FIXED, "precision")}
     return [
-        f"trained with {key} {old}, but this configuration says {new}, and what is below follows it"
-        for key, (old, new) in changed.items()
+        *(
+            f"trained with {key} {old}, but this configuration says {new}, and what is below follows it"
+            for key, (old, new) in changed.items()
+        ),
+        *[post_hoc_in_words(cfg)] * (cfg.post_hoc_tau > 0),
     ]
 
 

@@ -27,6 +27,7 @@ from datasets.decoding import fast_decoder
 from datasets.loaders import Batch, EvalLoader, TrainLoader
 from methods import Method, build_method, check_names
 from methods.component_meter import ComponentMeter, chosen_rows
+from methods.losses import post_hoc_shift
 from methods.mixup import StepDraws
 from methods.neural_collapse import measure
 from models import build_model, find_backbone
@@ -72,7 +73,10 @@ from utils.step import RecordedStep, Step, WatchedStep, compile_model
 from utils.summary import summarise, summary_table, write_summary
 
 # What a run cannot change when it goes on: its data and its network.
-FIXED = ("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class", "backbone")
+FIXED = (
+    *("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class"),
+    *("backbone", "classifier", "cosine_scale"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plain = data.plain_train_loader(device, **shares, pixels=loader.pixels)
             model = new_model(cfg, data, found.content).to(device)
             check_smallest_batch(model, loader, data.image_size)
-            method = new_method(cfg, data).to(device)
+            method = new_method(cfg, data, model).to(device)
             optimizer = new_optimizer(cfg, model, method)
             scaler = new_scaler(cfg.precision, device)
             parallel = new_parallel(cfg, model, device)  # may refuse: before a folder is made
@@ -108,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 every = cfg.checkpoint_every_steps
                 keeper = Keeper(run, signals, state, loader, step.meter, every, content, components, cfg.keep_epochs)
                 arrays = diagnostics_file(folder, components, data, state.epoch)
-                evaluated = (model, test, held_out, data.class_counts, groups, cfg.precision)
+                evaluated = (model, test, held_out, data.class_counts, groups, cfg.precision, new_shift(cfg, data))
                 epochs = range(state.epoch, cfg.num_epochs)
                 if epochs:
                     write_settings(folder, settings, state, data, device)
@@ -153,8 +157,9 @@ def check_smallest_batch(model: nn.Module, loader: TrainLoader, image_size: int)
         copy(torch.zeros(1, 3, image_size, image_size, device=loader.device))
     except ValueError:
         raise InputError(
-            f"batch_size: {loader.batch_size} leaves a pass of one image, which the batch norm of this backbone cannot "
-            "train on at this image_size; choose another batch_size (or accumulate, or number of processes)"
+            f"batch_size: {loader.batch_size} leaves a pass of one image, which the batch norm of this backbone (or of "
+            "classifier: simplex) cannot train on at this image_size; choose another batch_size (or accumulate, or "
+            "number of processes)"
         ) from None
 
 
@@ -225,30 +230,47 @@ def new_model(cfg: CfgNode, data: Data, content: Mapping | None = None) -> nn.Mo
     """``content``: of a checkpoint that all weights will come from, which makes pretrained ones needless."""
     pretrained = cfg.pretrained if content is None else False
     with seeded_weights(cfg.seed):
-        model = build_model(cfg.dataset, cfg.backbone, data.num_classes, pretrained)
+        model = build_model(cfg.dataset, cfg.backbone, data.num_classes, pretrained, cfg.classifier, cfg.cosine_scale)
     return model.to(memory_format=torch.channels_last)  # as the images are
 
 
-def new_method(cfg: CfgNode, data: Data) -> Method:
+def new_method(cfg: CfgNode, data: Data, model: nn.Module | None = None) -> Method:
+    """``model``: whose features the class means are of, where ``nc_within`` is set."""
     return build_method(
         cfg.loss,
         cfg.class_counts,
         data.class_counts,
         mixup_alpha=cfg.alpha if cfg.mixup else 0.0,
+        drw_epoch=cfg.drw_epoch,
+        drw_beta=cfg.drw_beta,
+        nc_within=cfg.nc_within,
+        nc_between=cfg.nc_between,
+        nc_start_epoch=cfg.nc_start_epoch,
+        nc_means_lr=cfg.nc_means_lr,
+        feature_width=0 if model is None else model.classifier.rows().shape[1],
+        seed=cfg.seed,
         clamp=cfg.logit_clamp,
+        tau=cfg.tau,
         focal_alpha=cfg.focal_alpha,
         focal_gamma=cfg.focal_gamma,
         smooth_head=cfg.smooth_head,
         smooth_tail=cfg.smooth_tail,
         smooth_shape=cfg.smooth_shape,
         smooth_power=cfg.smooth_power,
+        max_margin=cfg.ldam_max_margin,
+        cosine_scale=cfg.cosine_scale,
     )
 
 
+def new_shift(cfg: CfgNode, data: Data) -> Tensor | None:
+    """What evaluation subtracts from the logits, [C]; None: nothing."""
+    return post_hoc_shift(data.class_counts, cfg.post_hoc_tau) if cfg.post_hoc_tau > 0 else None
+
+
 def new_optimizer(cfg: CfgNode, model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """SGD over whatever learns: frozen backbones do not, and a method may have parameters of its own."""
-    learning = [p for module in (model, method) for p in module.parameters() if p.requires_grad]
-    return torch.optim.SGD(learning, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True)
+    """SGD over whatever learns: frozen backbones do not, and a method may have groups of parameters of its own."""
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}, *method.parameter_groups()]
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True)
 
 
 def new_parallel(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
@@ -395,6 +417,8 @@ def origins(data: Data, settings: Mapping, device: torch.device) -> dict:
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
     lr = lr_at(epoch, cfg.lr, cfg.num_epochs, cfg.cos, cfg.lr_steps, cfg.lr_step_factors, cfg.warmup_epochs)
     for group in optimizer.param_groups:
+        if group.get("constant_lr"):  # of a method's own
+            continue
         if isinstance(group["lr"], Tensor):  # where a recorded step reads it
             group["lr"].fill_(lr)
         else:
@@ -465,14 +489,18 @@ def evaluate(
     class_counts: Tensor,
     groups: dict,
     precision: str,
+    shift: Tensor | None = None,
     signal: Callable[[], int] = lambda: 0,
 ) -> Evaluation:
-    """Evaluates the bare model, with rank 0's batch-norm statistics on every rank. ``signal``: see :func:`predict`."""
+    """Evaluates the bare model, with rank 0's batch-norm statistics on every rank.
+
+    ``shift``, ``signal``: see :func:`predict`.
+    """
     distributed.broadcast_buffers(model)
-    predictions = predict(model, test, precision, signal)
+    predictions = predict(model, test, precision, signal, shift)
     entries = {"test": report(predictions, class_counts, groups), "halves": half_accuracies(predictions)}
     if held_out is not None:
-        entries["val"] = report(predict(model, held_out, precision, signal), class_counts, groups)
+        entries["val"] = report(predict(model, held_out, precision, signal, shift), class_counts, groups)
     return Evaluation(entries, predictions)
 
 
@@ -485,8 +513,8 @@ def collapse(
     """
     distributed.broadcast_buffers(model)
     batches = [(h.cpu(), y.cpu()) for h, _, y in feature_batches(model, plain, precision, signal)]
-    classifier = model.classifier.fc
-    measured = measure(lambda: until_signal(batches, signal), classifier.weight, classifier.bias)
+    rows, bias = model.classifier.rows(), model.classifier.fc.bias
+    measured = measure(lambda: until_signal(batches, signal), rows.detach(), bias)
     per_class = measured.pop("nc1_per_class")
     headline = next(iter(groups.values()))
     by_group = shot_accuracy(per_class, ~per_class.isnan(), headline)  # means, of whatever it is given
@@ -618,29 +646,55 @@ def parts_in_words(cfg: CfgNode) -> str:
     passes = f" with {count} passes per step" if count > 1 else ""
     batch_counts = cfg.loss.endswith("arb") and cfg.class_counts not in ("global", "batch_synced")
     own = ["mixup pairs"] * cfg.mixup + ["batch counts"] * batch_counts
+    own += ["mean weight"] * (cfg.drw_epoch is not None) + ["counts in L_W"] * (cfg.nc_within > 0)
     own += [] if cfg.sync_bn and count == 1 else ["batch-norm statistics"]
     who = f"{several} processes{passes}" if several > 1 else f"{count} passes per step"
     return f"{who}: each has its own {', '.join(own)}, so their number matters" if own else f"{who}"
 
 
 def method_in_words(cfg: CfgNode) -> str:
-    """Loss, counts, mixup and data, as a sentence would have them."""
+    """Loss, what is added to it, mixup and data, as a sentence would have them."""
+    words = [loss_in_words(cfg)]
+    if cfg.drw_epoch is not None:
+        never = ", never reached" * (cfg.drw_epoch >= cfg.num_epochs)
+        words.append(f"deferred re-weighting from epoch {cfg.drw_epoch} (beta {cfg.drw_beta:g}{never})")
+    if cfg.nc_within > 0:
+        never = ", never reached" * (cfg.nc_start_epoch >= cfg.num_epochs)
+        parts = f"{cfg.nc_within:g} L_W + {cfg.nc_between:g} L_B"
+        words.append(f"{parts} from epoch {cfg.nc_start_epoch} (class means: lr {cfg.nc_means_lr:g}{never})")
+    if cfg.classifier != "linear":
+        kinds = {"cosine": f"cosine classifier times {cfg.cosine_scale:g}", "simplex": "fixed simplex classifier"}
+        words.append(kinds[cfg.classifier])
+    words.append(f"mixup alpha {cfg.alpha:g}" if cfg.mixup else "no mixup")
+    words += [post_hoc_in_words(cfg)] * (cfg.post_hoc_tau > 0)
+    cut = "as it is" if cfg.imb_factor is None else f"{cfg.imb_type}, imbalance factor {cfg.imb_factor:g}"
+    return ", ".join(words) + f", on {cfg.dataset} ({cut})"
+
+
+def post_hoc_in_words(cfg: CfgNode) -> str:
+    """And whether that corrects the prior a second time."""
+    twice = "; the loss has corrected the prior already" * (cfg.loss.endswith("arb") or cfg.loss == "logit_adjustment")
+    return f"evaluated after post-hoc logit adjustment (logits less {cfg.post_hoc_tau:g} log(n / N){twice})"
+
+
+def loss_in_words(cfg: CfgNode) -> str:
+    """The loss with its numbers."""
+    adjusted = "Balanced Softmax (logit adjustment, tau 1)" if cfg.tau == 1 else f"logit adjustment, tau {cfg.tau:g}"
     name = {
         "ce": "cross-entropy",
         "arb": "ARB-Loss",
         "focal_arb": "focal ARB-Loss",
         "weighted_arb": "weighted ARB-Loss",
-        "las": "label-aware smoothing",
+        "las": f"label-aware smoothing ({cfg.smooth_head} to {cfg.smooth_tail}, {cfg.smooth_shape})",
+        "logit_adjustment": adjusted,
+        "ldam": f"LDAM (margins up to {cfg.ldam_max_margin:g})",
+        "dot_regression": "dot regression",
     }.get(cfg.loss, cfg.loss)
-    words = [name]
-    if cfg.loss.endswith("arb"):
-        clamp = "not clamped" if cfg.logit_clamp is None else f"clamped to +-{cfg.logit_clamp:g}"
-        words = [f"{name} with {cfg.class_counts} class counts, logits {clamp}"]
-    if cfg.loss == "las":
-        words = [f"{name} ({cfg.smooth_head:g} to {cfg.smooth_tail:g}, {cfg.smooth_shape})"]
-    words.append(f"mixup alpha {cfg.alpha:g}" if cfg.mixup else "no mixup")
-    cut = "as it is" if cfg.imb_factor is None else f"{cfg.imb_type}, imbalance factor {cfg.imb_factor:g}"
-    return ", ".join(words) + f", on {cfg.dataset} ({cut})"
+    if not cfg.loss.endswith("arb"):
+        return name
+    clamp = "not clamped" if cfg.logit_clamp is None else f"clamped to +-{cfg.logit_clamp:g}"
+    power = f" to the power {cfg.tau:g}" if cfg.loss == "arb" and cfg.tau != 1 else ""
+    return f"{name} with {cfg.class_counts} class counts{power}, logits {clamp}"
 
 
 def schedule_in_words(cfg: CfgNode) -> str:

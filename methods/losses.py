@@ -38,16 +38,17 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return F.log_softmax(_at_least_float32(logits), dim=1)
 
 
-def arb_log_probabilities(logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0) -> Tensor:
-    """Log of ARB's adjusted probabilities: log_softmax(clamp(z) + log n) over dimension 1, ``logits [B, C, ...]``.
+def arb_log_probabilities(logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0, tau: float = 1.0) -> Tensor:
+    """Log of ARB's adjusted probabilities: log_softmax(clamp(z) + tau log n) over dimension 1, ``logits [B, C, ...]``.
 
     ``clamp``: the released code clamps logits to +-30 (beyond, the gradient is zero); None leaves them (eq. 14).
-    Where every class is absent (a dense batch without one labelled pixel) there is no prior to add and none is.
+    ``tau``: 1 is ARB-Loss; absent classes stay absent at every tau, 0 included. Where every class is absent (a dense
+    batch without one labelled pixel) there is no prior to add and none is.
     """
     logits = _at_least_float32(logits)
     if clamp is not None:
         logits = logits.clamp(-clamp, clamp)
-    log_counts = _log_counts(class_counts, logits)
+    log_counts = _log_counts(class_counts, logits, tau)
     return F.log_softmax(logits + log_counts.reshape(-1, *[1] * (logits.dim() - 2)), dim=1)
 
 
@@ -57,6 +58,7 @@ def negative_log_likelihoods(
     class_counts: Tensor | None = None,
     clamp: float | None = None,
     ignore_index: int = -100,
+    tau: float = 1.0,
 ) -> Tensor:
     """``-log p_y`` of ARB's adjusted probabilities (without counts: of the plain ones), [T, B, ...], 0 where ignored.
 
@@ -64,12 +66,12 @@ def negative_log_likelihoods(
     """
     if logits.dim() == 2 and logits.shape[1] > FUSED_ABOVE:
         labelled = targets != ignore_index
-        log_counts = None if class_counts is None else _log_counts(class_counts, logits)
+        log_counts = None if class_counts is None else _log_counts(class_counts, logits, tau)
         return torch.where(labelled, fused_nll(logits, torch.where(labelled, targets, 0), log_counts, clamp), 0.0)
     if class_counts is None:
         log_probs = log_probabilities(logits)
     else:
-        log_probs = arb_log_probabilities(logits, class_counts, clamp)
+        log_probs = arb_log_probabilities(logits, class_counts, clamp, tau)
     return _picked(log_probs, targets, ignore_index)
 
 
@@ -85,8 +87,10 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _log_counts(class_counts: Tensor, logits: Tensor) -> Tensor:
-    log_counts = class_counts.to(logits.device, torch.float64).log()
+def _log_counts(class_counts: Tensor, logits: Tensor, tau: float = 1.0) -> Tensor:
+    """``tau log n``; -inf for absent classes."""
+    counts = class_counts.to(logits.device, torch.float64)
+    log_counts = torch.where(counts > 0, tau * counts.log(), -torch.inf)
     log_counts = torch.where((class_counts > 0).any(), log_counts, 0.0)
     return log_counts.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -105,9 +109,9 @@ def ce_terms(logits: Tensor, class_counts: Tensor) -> Terms:
     return lambda targets: negative_log_likelihoods(logits, targets)
 
 
-def arb_terms(logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0) -> Terms:
-    """ARB-Loss, eq. 14; with global counts and no clamp it is Balanced Softmax."""
-    return lambda targets: negative_log_likelihoods(logits, targets, class_counts, clamp)
+def arb_terms(logits: Tensor, class_counts: Tensor, clamp: float | None = 30.0, tau: float = 1.0) -> Terms:
+    """ARB-Loss, eq. 14, with counts n ** tau; with global counts, tau 1 and no clamp it is Balanced Softmax."""
+    return lambda targets: negative_log_likelihoods(logits, targets, class_counts, clamp, tau=tau)
 
 
 def focal_arb_terms(
@@ -150,6 +154,40 @@ def smoothing_terms(logits: Tensor, class_counts: Tensor, smoothing: Tensor) -> 
         return (1 - share) * _picked(log_probs, targets) + share * uniform
 
     return terms
+
+
+def logit_adjustment_terms(logits: Tensor, class_counts: Tensor, prior: Tensor, tau: float = 1.0) -> Terms:
+    """Cross-entropy on ``z + tau log prior`` (Menon et al., ICLR 2021); tau 1 is Balanced Softmax (Ren et al., 2020).
+
+    ``prior [C]`` is the training set's, up to a factor, whatever the step's counts are: ``class_counts`` is not read.
+    """
+    return lambda targets: negative_log_likelihoods(logits, targets, prior, tau=tau)
+
+
+def ldam_terms(logits: Tensor, class_counts: Tensor, margins: Tensor, scale: float = 30.0) -> Terms:
+    """Cross-entropy where the label's logit is ``scale * (cos - margin_y)`` (LDAM, Cao et al., NeurIPS 2019).
+
+    ``logits`` are ``scale * cos``, those of a cosine classifier; ``margins [C]``: see :func:`ldam_margins`. The counts
+    of the step are not read.
+    """
+    logits = _at_least_float32(logits)
+    margins = scale * margins.to(logits.device, logits.dtype)
+
+    def terms(targets: Tensor) -> Tensor:
+        handicapped = (logits.scatter_add(1, y[:, None], -margins[y][:, None]) for y in targets)
+        pairs = zip(handicapped, targets, strict=True)
+        return torch.stack([F.cross_entropy(z, y, reduction="none") for z, y in pairs])
+
+    return terms
+
+
+def dot_regression_terms(logits: Tensor, class_counts: Tensor) -> Terms:
+    """``0.5 (z_y - 1)^2`` (Yang et al., NeurIPS 2022): logits are the features' cosines with a fixed simplex's rows.
+
+    Of no use where the classifier learns: the other classes' logits are not in it.
+    """
+    logits = _at_least_float32(logits)
+    return lambda targets: 0.5 * (logits.gather(1, targets.T).T - 1).square()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +256,7 @@ def _reduce(losses: Tensor, reduction: str, count: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Smoothing per class
+# Numbers per class, from the counts of the training set
 
 
 def smoothing_by_count(
@@ -248,3 +286,37 @@ def smoothing_by_count(
     low, high = counts.min(), counts.max()
     rank = (counts - low) / (high - low) if high > low else torch.ones_like(counts)
     return (smooth_tail + (smooth_head - smooth_tail) * shapes[shape](rank)).float()
+
+
+def ldam_margins(class_counts: Tensor | Sequence[float], max_margin: float = 0.5) -> Tensor:
+    """LDAM's margins n^(-1/4), scaled such that the rarest class has ``max_margin``; float32 [C].
+
+    An absent class has none: it is never a label.
+    """
+    counts = torch.as_tensor(class_counts).double()
+    margins = torch.where(counts > 0, counts.clamp(min=1e-300) ** -0.25, 0.0)
+    return (max_margin * margins / margins.max()).float()
+
+
+def drw_weights(class_counts: Tensor | Sequence[float], beta: float = 0.9999) -> Tensor:
+    """Weights (1 - beta) / (1 - beta^n), scaled to sum C; 0 for absent classes; float32 [C].
+
+    Those of deferred re-weighting (Cao et al., NeurIPS 2019): the inverse of a class's effective number of samples.
+    ``beta`` 0 weighs all classes alike, 1 by 1 / n, its limit. Over a loss that has the prior in it (ARB-Loss, logit
+    adjustment) the weights correct it a second time.
+    """
+    counts = torch.as_tensor(class_counts).double()
+    effective = counts if beta == 1 else (1 - beta**counts) / (1 - beta)
+    weights = torch.where(counts > 0, 1 / effective, 0.0)
+    return (len(counts) * weights / weights.sum()).float()
+
+
+def post_hoc_shift(class_counts: Tensor | Sequence[float], tau: float) -> Tensor:
+    """``tau log(n / N)``, float32 [C]: what post-hoc logit adjustment subtracts from the logits (Menon et al., 2021).
+
+    It is meant for a network trained with plain cross-entropy: a loss that has the prior in it (ARB-Loss, logit
+    adjustment) has corrected it already. A class without training images counts as one with a single image, as in
+    :mod:`utils.decompose`: its prior 0 would win every image.
+    """
+    counts = torch.as_tensor(class_counts).double()
+    return (tau * (counts.clamp(min=1) / counts.sum()).log()).float()

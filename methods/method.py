@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from methods import losses, mixup
 from methods.gradients import Components, components
 from methods.mixup import StepDraws
+from methods.regularizers import CollapseRegularizer
 from utils.errors import InputError
 
 
 class MethodOutput(NamedTuple):
-    loss: Tensor  # scalar, mean over the batch
+    loss: Tensor  # scalar, mean over the batch, with the regularizers
     logits: Tensor  # [B, C], raw
     features: Tensor  # [B, D]
 
@@ -23,12 +24,15 @@ class Settings(NamedTuple):
 
     class_counts: Tensor  # int64 [C], of the training set
     clamp: float | None = 30.0
+    tau: float = 1.0
     focal_alpha: float = 1.0
     focal_gamma: float = 2.0
     smooth_head: float | None = None
     smooth_tail: float | None = None
     smooth_shape: str = "concave"
     smooth_power: float | None = None
+    max_margin: float = 0.5
+    cosine_scale: float = 30.0
 
 
 class Criterion(nn.Module):
@@ -55,12 +59,23 @@ def _smoothing(s: Settings) -> Tensor:
     return losses.smoothing_by_count(s.class_counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
 
 
+def _prior(s: Settings) -> Tensor:
+    return s.class_counts / s.class_counts.sum()
+
+
+def _margins(s: Settings) -> Tensor:
+    return losses.ldam_margins(s.class_counts, s.max_margin)
+
+
 LOSSES: dict[str, Callable[[Settings], Criterion]] = {
     "ce": lambda s: Criterion(losses.ce_terms),
-    "arb": lambda s: Criterion(losses.arb_terms, clamp=s.clamp),
+    "arb": lambda s: Criterion(losses.arb_terms, clamp=s.clamp, tau=s.tau),
     "focal_arb": lambda s: Criterion(losses.focal_arb_terms, clamp=s.clamp, alpha=s.focal_alpha, gamma=s.focal_gamma),
     "weighted_arb": lambda s: Criterion(losses.weighted_arb_terms, clamp=s.clamp),
     "las": lambda s: Criterion(losses.smoothing_terms, smoothing=_smoothing(s)),
+    "logit_adjustment": lambda s: Criterion(losses.logit_adjustment_terms, prior=_prior(s), tau=s.tau),
+    "ldam": lambda s: Criterion(losses.ldam_terms, margins=_margins(s), scale=s.cosine_scale),
+    "dot_regression": lambda s: Criterion(losses.dot_regression_terms),
 }
 
 
@@ -88,26 +103,59 @@ COUNTS = ("global", "batch", "batch_synced", "global_masked", "batch_unmasked")
 
 
 class Method(nn.Module):
-    """One training step's mathematics; the loop knows nothing of losses, counts or mixup."""
+    """One training step's mathematics; the loop knows nothing of losses, counts, mixup or what sets in later."""
 
-    def __init__(self, criterion: nn.Module, counts: str, class_counts: Tensor, mixup_alpha: float):
+    def __init__(
+        self,
+        criterion: nn.Module,
+        counts: str,
+        class_counts: Tensor,
+        mixup_alpha: float,
+        drw: tuple[int, Tensor] | None = None,
+        regularizer: tuple[int, CollapseRegularizer] | None = None,
+        means_lr: float = 0.5,
+    ):
+        """``drw``: from which epoch on losses are weighted, and the weights [C] (deferred re-weighting).
+
+        ``regularizer``: from which epoch on it is added, and itself. Before, it is off and its means stay as they are,
+        as the paper has it; the released code keeps both terms, with the means frozen. ``means_lr``: theirs.
+        """
         super().__init__()
         self.criterion = criterion
         self.counts = counts
         self.mixup_alpha = mixup_alpha
         self.register_buffer("class_counts", class_counts, persistent=False)
+        self.drw_epoch, weights = drw or (None, None)
+        self.register_buffer("drw_weights", weights, persistent=False)
+        self.regularizer_epoch, self.regularizer = regularizer or (None, None)
+        self.means_lr = means_lr
+        self.weighted = self.regularized = False
+        self.start_epoch(0)
 
     @property
     def clamp(self) -> float | None:
         """What the loss clamps logits to (+-), None where it does not."""
         return self.criterion.options.get("clamp")
 
+    def parameter_groups(self) -> list[dict]:
+        """The optimizer's groups of what the method itself learns; with ``constant_lr`` no schedule applies.
+
+        Class means train by plain SGD with their gradient divided by lambda1, which a rate divided by it amounts to.
+        """
+        if self.regularizer is None:
+            return []
+        plain = {"lr": self.means_lr / self.regularizer.within, "momentum": 0.0, "weight_decay": 0.0}
+        return [{"params": list(self.regularizer.parameters()), "constant_lr": True, **plain}]
+
     def start_epoch(self, epoch: int) -> bool:
-        """Called before every epoch; methods with deferred parts switch them on here.
+        """Called before every epoch: what sets in later is switched on here, by the epoch's number alone.
 
         True where ``forward`` computes something else from here on: a recorded step is then recorded anew.
         """
-        return False
+        before = self.weighted, self.regularized
+        self.weighted = self.drw_epoch is not None and epoch >= self.drw_epoch
+        self.regularized = self.regularizer_epoch is not None and epoch >= self.regularizer_epoch
+        return before != (self.weighted, self.regularized)
 
     def draws(
         self,
@@ -133,7 +181,7 @@ class Method(nn.Module):
         draws: StepDraws,
         step_targets: Tensor | None = None,
     ) -> MethodOutput:
-        """``images [B, 3, H, W]``, ``targets [B]`` -> loss (a plain mean), logits, features.
+        """``images [B, 3, H, W]``, ``targets [B]`` -> loss, logits, features.
 
         ``step_targets [G]``: labels of the whole global batch, of which this is a part; None: of which this is all.
         """
@@ -145,6 +193,8 @@ class Method(nn.Module):
         loss, *partners = self._losses(logits, targets, labels, step_targets).mean(dim=1)
         if partners:
             loss = draws.lam * loss + (1 - draws.lam) * partners[0]
+        if self.regularized:
+            loss = loss + self.regularizer(features, labels, self._shares(draws))
         return MethodOutput(loss, logits, features)
 
     def components(
@@ -157,11 +207,11 @@ class Method(nn.Module):
     ) -> Components:
         """Attraction and repulsion in a pass of which ``logits [B, C]`` and ``features [B, D]`` came out.
 
-        Of the very loss that is trained, whichever it is, clamp and mixup included: the residuals are its derivatives.
+        Of the very loss that is trained, whichever it is, clamp, weights and mixup included: the residuals are its
+        derivatives. (The regularizers have none in the logits.)
         """
-        labels, shares = targets[None], torch.ones(1, device=logits.device)
-        if self.mixup_alpha > 0:
-            labels, shares = torch.stack([targets, targets[draws.partner]]), torch.stack([draws.lam, 1 - draws.lam])
+        labels = torch.stack([targets, targets[draws.partner]]) if self.mixup_alpha > 0 else targets[None]
+        shares = self._shares(draws).to(logits.device)
         with torch.enable_grad():
             logits = logits.detach().requires_grad_()
             sums = self._losses(logits, targets, labels, step_targets).sum(dim=1)
@@ -169,9 +219,21 @@ class Method(nn.Module):
         return components(torch.stack(residuals), features, labels, shares)
 
     def _losses(self, logits: Tensor, targets: Tensor, labels: Tensor, step_targets: Tensor | None) -> Tensor:
-        """The loss of every sample for each of its labels, [T, B]; batch counts are those of ``targets``."""
+        """The loss of every sample for each of its labels, [T, B]; batch counts are those of ``targets``.
+
+        Weights are divided by their mean over the pass, for each of the T rows of labels, so that a row's plain mean
+        is the weighted mean, the one that divides by the weights of the batch.
+        """
         counts = step_counts(self.counts, targets, self.class_counts, step_targets)
-        return self.criterion(logits, counts)(labels)
+        each = self.criterion(logits, counts)(labels)
+        if not self.weighted:
+            return each
+        weights = self.drw_weights[labels]
+        return each * (weights / weights.mean(dim=1, keepdim=True))
+
+    def _shares(self, draws: StepDraws) -> Tensor:
+        """What each label counts in the loss, [T]."""
+        return torch.stack([draws.lam, 1 - draws.lam]) if self.mixup_alpha > 0 else torch.ones_like(draws.lam)[None]
 
 
 def check_names(loss: str, counts: str) -> None:
@@ -182,8 +244,32 @@ def check_names(loss: str, counts: str) -> None:
         raise InputError(f"class_counts: {counts!r} is unknown; known are {', '.join(COUNTS)}")
 
 
-def build_method(loss: str, counts: str, class_counts: Tensor, mixup_alpha: float, **options) -> Method:
-    """A :class:`Method`. ``counts``: a name of ``COUNTS``; ``mixup_alpha`` 0: no mixup; ``options``: see Settings."""
+def build_method(
+    loss: str,
+    counts: str,
+    class_counts: Tensor,
+    mixup_alpha: float,
+    drw_epoch: int | None = None,
+    drw_beta: float = 0.9999,
+    nc_within: float = 0.0,
+    nc_between: float = 0.0,
+    nc_start_epoch: int = 0,
+    nc_means_lr: float = 0.5,
+    feature_width: int = 0,
+    seed: int = 0,
+    **options,
+) -> Method:
+    """A :class:`Method`. ``counts``: a name of ``COUNTS``; ``mixup_alpha`` 0: no mixup; ``options``: see Settings.
+
+    ``drw_epoch``: deferred re-weighting sets in (None: never), with ``drw_beta``. ``nc_within``, ``nc_between``: of
+    :mod:`methods.regularizers` (0: off), from ``nc_start_epoch`` on; their class means have ``feature_width`` numbers
+    each, start from ``seed`` and train with the rate ``nc_means_lr``.
+    """
     check_names(loss, counts)
     criterion = LOSSES[loss](Settings(class_counts=class_counts, **options))
-    return Method(criterion, counts, class_counts, mixup_alpha)
+    drw = None if drw_epoch is None else (drw_epoch, losses.drw_weights(class_counts, drw_beta))
+    regularizer = None
+    if nc_within > 0:
+        means = CollapseRegularizer(len(class_counts), feature_width, nc_within, nc_between, seed)
+        regularizer = (nc_start_epoch, means)
+    return Method(criterion, counts, class_counts, mixup_alpha, drw, regularizer, nc_means_lr)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 class Model(nn.Module):
     """Images [B, 3, H, W] -> features [B, D] -> logits [B, C].
 
+    Features are what the classifier's rows multiply: its ``neck``, where it has one, is applied to the backbone's.
     Training calls ``forward`` only: a parallel wrapper synchronises gradients there and nowhere else.
     """
 
@@ -17,6 +18,11 @@ class Model(nn.Module):
         self.block: nn.Module | None = None  # PlacesModel has one
 
     def features(self, images: Tensor) -> Tensor:
+        neck = getattr(self.classifier, "neck", None)
+        return self.pooled(images) if neck is None else neck(self.pooled(images))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """What the convolutions make of the images, [B, D]."""
         return self.backbone(images)
 
     def classify(self, features: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class PlacesModel(Model):
         self.backbone.requires_grad_(False)
         self.block = Bottleneck(backbone.out_features, backbone.out_features // Bottleneck.expansion)
 
-    def features(self, images: Tensor) -> Tensor:
+    def pooled(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             maps = feature_maps(self.backbone, images)  # [B, 2048, H / 32, W / 32]
         return self.block(maps).mean(dim=(2, 3))

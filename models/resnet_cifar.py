@@ -1,6 +1,7 @@
 """The CIFAR ResNets of He et al. (CVPR 2016, section 4.2): three stages of n blocks at 16, 32 and 64 channels.
 
-Shapes: images [B, 3, H, W] -> features [B, 64]. Depth is 6 n + 2, counting the classifier.
+Shapes: images [B, 3, H, W] -> features [B, 64 w]. Depth is 6 n + 2, counting the classifier; a network of width w has
+w times the channels throughout, as a fixed simplex of 100 classes needs (w = 2).
 """
 
 import torch.nn.functional as F
@@ -37,22 +38,22 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """Features of a CIFAR ResNet; He-normal convolutions, as in the reference."""
 
-    out_features = 64
-
-    def __init__(self, blocks_per_stage: int):
+    def __init__(self, blocks_per_stage: int, width: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks_per_stage, stride=1)
-        self.layer2 = _stage(16, 32, blocks_per_stage, stride=2)
-        self.layer3 = _stage(32, 64, blocks_per_stage, stride=2)
+        narrow, middle, wide = 16 * width, 32 * width, 64 * width
+        self.out_features = wide
+        self.conv1 = nn.Conv2d(3, narrow, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(narrow)
+        self.layer1 = _stage(narrow, narrow, blocks_per_stage, stride=1)
+        self.layer2 = _stage(narrow, middle, blocks_per_stage, stride=2)
+        self.layer3 = _stage(middle, wide, blocks_per_stage, stride=2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))
-        x = self.layer3(self.layer2(self.layer1(x)))  # [B, 64, H / 4, W / 4]
+        x = self.layer3(self.layer2(self.layer1(x)))  # [B, 64 w, H / 4, W / 4]
         return x.mean(dim=(2, 3))
 
 
@@ -61,6 +62,6 @@ def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(first, *(BasicBlock(channels, channels, stride=1) for _ in range(blocks - 1)))
 
 
-def build(depth: int) -> CifarResNet:
+def build(depth: int, width: int = 1) -> CifarResNet:
     """``depth``: one of ``DEPTHS``."""
-    return CifarResNet((depth - 2) // 6)
+    return CifarResNet((depth - 2) // 6, width)

@@ -75,6 +75,20 @@ def test_predictions_agree_with_a_direct_computation(samples):
     assert not any(field.requires_grad for field in result)
 
 
+def test_a_shift_is_subtracted_from_the_logits(samples):
+    model, (images, targets) = TinyModel(), samples
+    shift = torch.linspace(-3, 3, 8)
+    found = predict(model, batches(images, targets), shift=shift)
+    with torch.no_grad():
+        model.fc.bias -= shift
+    expected = predict(model, batches(images, targets))
+    assert torch.equal(found.classes, expected.classes)
+    torch.testing.assert_close(found.nll, expected.nll)
+    with torch.no_grad():
+        model.fc.bias += shift
+    assert not torch.equal(found.classes, predict(model, batches(images, targets)).classes)
+
+
 def test_the_size_of_the_batches_does_not_matter(samples):
     model = TinyModel()
     for size in (1, 23, 100):

@@ -96,8 +96,16 @@ def test_logits_of_any_size_give_a_finite_loss_and_gradient(size):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "terms",
-    [losses.ce_terms, losses.arb_terms, losses.focal_arb_terms, losses.weighted_arb_terms],
-    ids=lambda terms: terms.__name__,
+    [
+        losses.ce_terms,
+        losses.arb_terms,
+        losses.focal_arb_terms,
+        losses.weighted_arb_terms,
+        lambda z, n: losses.logit_adjustment_terms(z, n, COUNTS),
+        lambda z, n: losses.ldam_terms(z, n, losses.ldam_margins(COUNTS)),
+        losses.dot_regression_terms,
+    ],
+    ids=["ce", "arb", "focal_arb", "weighted_arb", "logit_adjustment", "ldam", "dot_regression"],
 )
 def test_half_precision_logits_are_raised_before_anything_else(terms, dtype):
     logits, targets = example(dtype=torch.float32)
@@ -241,6 +249,88 @@ def test_smoothing_runs_from_tail_to_head_and_is_defined_for_equal_counts():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Baselines
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+def test_arb_with_tau_is_arb_with_counts_to_that_power(tau):
+    """At tau 0 too a class that is absent stays absent."""
+    logits, targets = example()
+    present = COUNTS > 0
+    powers = torch.where(present, COUNTS.double() ** tau, 0.0)
+    expected = torch.tensor([equation_14(z, int(y), powers) for z, y in zip(logits, targets, strict=True)])
+    found = losses.arb_terms(logits, COUNTS, clamp=None, tau=tau)(targets[None])[0]
+    torch.testing.assert_close(found, expected.double())
+    if tau == 1:
+        assert torch.equal(found, losses.arb_terms(logits, COUNTS, clamp=None)(targets[None])[0])
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("classes", [5, 1001])
+def test_logit_adjustment_is_its_formula_whatever_the_step_s_counts(tau, classes):
+    logits, targets = example(classes=classes)
+    prior = torch.arange(1, classes + 1) / sum(range(1, classes + 1))
+    found = losses.logit_adjustment_terms(logits, torch.randint(0, 9, (classes,)), prior, tau)(targets[None])[0]
+    for z, y, loss in zip(logits.tolist(), targets.tolist(), found.tolist(), strict=True):
+        odds = [math.exp(value) * p**tau for value, p in zip(z, prior.double().tolist(), strict=True)]
+        assert loss == pytest.approx(-math.log(odds[y] / sum(odds)), rel=1e-12)
+
+
+def test_logit_adjustment_of_a_prior_without_a_class_leaves_it_out():
+    logits, targets = example()
+    found = losses.logit_adjustment_terms(logits.requires_grad_(), torch.ones(5), COUNTS / COUNTS.sum())(targets[None])
+    torch.testing.assert_close(found[0], arb_loss(logits, targets, COUNTS, "none", clamp=None), rtol=1e-6, atol=1e-7)
+    found.sum().backward()
+    assert (logits.grad[:, 2] == 0).all()
+
+
+def test_ldam_margins_are_their_formula():
+    expected = [0.0 if n == 0 else 0.5 * n**-0.25 / 1**-0.25 for n in COUNTS.tolist()]
+    assert losses.ldam_margins(COUNTS).tolist() == pytest.approx(expected, rel=1e-6)
+    assert losses.ldam_margins([10000, 16], max_margin=0.25).tolist() == pytest.approx([0.05, 0.25], rel=1e-6)
+
+
+def test_ldam_is_its_formula():
+    """Cosines, from which the label's margin is taken before they are scaled."""
+    cosines, targets = example(scale=0.3)
+    margins = losses.ldam_margins(COUNTS)
+    found = losses.ldam_terms(20 * cosines, COUNTS, margins, scale=20.0)(targets[None])[0]
+    for row, y, loss in zip(cosines.tolist(), targets.tolist(), found.tolist(), strict=True):
+        own = 20 * (row[y] - margins.double()[y].item())
+        others = sum(math.exp(20 * value) for k, value in enumerate(row) if k != y)
+        assert loss == pytest.approx(-math.log(math.exp(own) / (math.exp(own) + others)), rel=1e-6, abs=1e-12)
+
+
+def test_dot_regression_is_its_formula_and_reads_the_label_s_logit_alone():
+    logits, targets = example()
+    found = losses.dot_regression_terms(logits.requires_grad_(), COUNTS)(targets[None])
+    expected = [0.5 * (row[y] - 1) ** 2 for row, y in zip(logits.tolist(), targets.tolist(), strict=True)]
+    assert found[0].tolist() == pytest.approx(expected)
+    found.sum().backward()
+    assert ((logits.grad != 0).sum(dim=1) == 1).all()
+
+
+def test_drw_weights_are_their_formula_and_sum_to_the_number_of_classes():
+    counts = [5000, 387, 0, 50]
+    for beta in (0.0, 0.9, 0.9999):
+        raw = [0.0 if n == 0 else (1 - beta) / (1 - beta**n) for n in counts]
+        expected = [4 * w / sum(raw) for w in raw]
+        assert losses.drw_weights(counts, beta).tolist() == pytest.approx(expected, rel=1e-6)
+        assert float(losses.drw_weights(counts, beta).sum()) == pytest.approx(4)
+    assert losses.drw_weights(counts).tolist() == losses.drw_weights(torch.tensor(counts), 0.9999).tolist()
+
+
+def test_the_post_hoc_shift_is_tau_log_prior_and_counts_an_absent_class_as_one_image():
+    assert losses.post_hoc_shift([900, 99, 1], 1.5).tolist() == pytest.approx(
+        [1.5 * math.log(n / 1000) for n in (900, 99, 1)], rel=1e-6
+    )
+    shift = losses.post_hoc_shift([900, 100, 0], 1.0)
+    assert shift.isfinite().all()
+    assert float(shift[2]) == pytest.approx(-math.log(1000), rel=1e-6)
+    assert not losses.post_hoc_shift([5, 3], 0.0).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Gradients, and several targets
 
 
@@ -252,9 +342,16 @@ ALL_TERMS = pytest.mark.parametrize(
         lambda z, n: losses.arb_terms(z, n, clamp=None),
         losses.focal_arb_terms,
         losses.weighted_arb_terms,
+        lambda z, n: losses.arb_terms(z, n, tau=0.5),
         lambda z, n: losses.smoothing_terms(z, n, torch.linspace(0, 0.3, len(n))),
+        lambda z, n: losses.logit_adjustment_terms(z, n, torch.linspace(0.1, 0.3, len(n)), tau=1.5),
+        lambda z, n: losses.ldam_terms(z, n, losses.ldam_margins(n), scale=2.0),
+        losses.dot_regression_terms,
     ],
-    ids=["ce", "arb", "arb unclamped", "focal_arb", "weighted_arb", "las"],
+    ids=[
+        *("ce", "arb", "arb unclamped", "focal_arb", "weighted_arb", "arb with tau", "las"),
+        *("logit_adjustment", "ldam", "dot_regression"),
+    ],
 )
 
 

@@ -20,6 +20,17 @@ def test_parameters_are_as_published(depth):
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
+def test_a_network_of_twice_the_width_has_twice_the_channels_everywhere(depth):
+    narrow, wide = (build(depth, width).state_dict() for width in (1, 2))
+    assert narrow.keys() == wide.keys()
+    for name, value in narrow.items():
+        channels = [2 * n if n >= 16 else n for n in value.shape]  # all but the colours and the kernel's sides
+        assert list(wide[name].shape) == channels, name
+    assert build(depth, 2).out_features == 128
+    assert build(depth).out_features == 64
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
 def test_depth_counts_convolutions_and_the_classifier(depth):
     assert sum(isinstance(m, nn.Conv2d) for m in build(depth).modules()) + 1 == depth
 
@@ -36,6 +47,7 @@ def test_features_follow_the_image_size():
     model = build(20).eval()
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
     assert model(torch.zeros(2, 3, 48, 40)).shape == (2, 64)
+    assert build(20, width=2).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
 
 
 def test_convolutions_start_he_normal():

@@ -398,7 +398,7 @@ def _check_shapes(module: nn.Module, state: Mapping, path: str | Path) -> None:
     name = next(n for n in [*own, *other] if own.get(n) != other.get(n))
     raise CheckpointError(
         f"{path}: is of another architecture: {name} is {_shape(other, name)} in the file and {_shape(own, name)} in "
-        "the model; check backbone, dataset and num_classes"
+        "the model; check backbone, classifier, dataset and num_classes"
     )
 
 

@@ -44,7 +44,7 @@ from utils.summary import summarise
 # Runs that differ in one of these were not trained and tested on the same images.
 DATA = ("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class")
 # What belongs to a loss, or says nothing about training: no reason beside the loss for a difference.
-OF_THE_LOSS = {"loss", "class_counts", "logit_clamp", "shots", "eval_every"}
+OF_THE_LOSS = {"loss", "class_counts", "logit_clamp", "tau", "shots", "eval_every"}
 BALANCE = {
     "b_a": "B_A\n(angles)",
     "b_d": "B_D\n(dot products)",
@@ -105,8 +105,11 @@ class Run:
 
     @property
     def weight(self) -> Tensor:
-        """Classifier rows, [C, D]."""
-        return self.checkpoint["state_dict_classifier"]["fc.weight"]
+        """Classifier rows, [C, D], as they multiply the features."""
+        weight = self.checkpoint["state_dict_classifier"]["fc.weight"]
+        if self.cfg.classifier != "cosine":
+            return weight
+        return self.cfg.cosine_scale * torch.nn.functional.normalize(weight, dim=1)
 
 
 Runs = Mapping[str, Run]  # from label

@@ -220,16 +220,29 @@ OPTIONS: dict[str, Option] = {
     # model
     "backbone": Option("resnet32", text, "resnet20 ... resnet110 (CIFAR), resnet10 ... resnext101 (torchvision)"),
     "pretrained": Option(None, optional(flag_or_path), "torchvision backbones: True, False, a file; null: places only"),
+    "classifier": Option("linear", choice("linear", "cosine", "simplex"), "linear, cosine, or a simplex that is fixed"),
+    "cosine_scale": Option(30.0, number(0, above=True), "classifier: cosine multiplies cosines by this"),
     # method
-    "loss": Option("ce", text, "ce, arb, focal_arb, weighted_arb or las (methods/method.py)"),
+    "loss": Option("ce", text, "ce, arb, focal_arb, weighted_arb, las, logit_adjustment, ... (methods/method.py)"),
     "class_counts": Option("batch", text, "the n of ARB-Loss: global, batch, batch_synced, ... (methods/method.py)"),
     "logit_clamp": Option(30.0, optional(number(0, above=True)), "ARB-Loss clamps logits to +-this; null: eq. 14"),
+    "tau": Option(1.0, number(0), "arb and logit_adjustment add tau log n to the logits"),
+    "post_hoc_tau": Option(0.0, number(0), "evaluation subtracts this times log(n / N) from the logits; 0: raw logits"),
+    "ldam_max_margin": Option(0.5, number(0), "LDAM: margin of the rarest class, as a cosine"),
     "focal_alpha": Option(1.0, number(0, above=True), "focal ARB: -alpha (1 - p)^gamma log p"),
     "focal_gamma": Option(2.0, number(0), "see focal_alpha"),
     "smooth_head": Option(None, optional(number(0, 1)), "label-aware smoothing of the most frequent class"),
     "smooth_tail": Option(None, optional(number(0, 1)), "label-aware smoothing of the rarest class"),
     "smooth_shape": Option("concave", choice("concave", "linear", "convex", "exp"), "from tail to head"),
     "smooth_power": Option(None, optional(number(0, above=True)), "exponent of smooth_shape: exp; null: none"),
+    "drw_epoch": Option(
+        None, optional(whole(0)), "losses are weighted by class from this epoch (from 0) on; null: never"
+    ),
+    "drw_beta": Option(0.9999, number(0, 1), "these weights: (1 - beta) / (1 - beta^n)"),
+    "nc_within": Option(0.0, number(0), "weight of L_W, which pulls features to class means (methods/regularizers.py)"),
+    "nc_between": Option(0.0, number(0), "weight of L_B, which pushes these means apart"),
+    "nc_start_epoch": Option(0, whole(0), "both are off before this epoch (from 0)"),
+    "nc_means_lr": Option(0.5, number(0, above=True), "learning rate of the class means"),
     "mixup": Option(False, flag, "input mixup"),
     "alpha": Option(1.0, optional(number(0)), "mixup: lambda ~ Beta(alpha, alpha); 0: no mixing"),
     # optimisation
@@ -502,6 +515,22 @@ def _check_together(values: dict, path: str | Path) -> None:
         raise ConfigError(f"{path}: smooth_shape: exp needs smooth_power, such as 2.0")
     if values["mixup"] and values["alpha"] is None:
         raise ConfigError(f"{path}: mixup: True needs alpha, such as 1.0")
+    _check_method(values, path)
     ranges = [key for key in ("head_class_idx", "med_class_idx", "tail_class_idx") if values[key] is not None]
     if len(ranges) in (1, 2):
         raise ConfigError(f"{path}: head_class_idx, med_class_idx and tail_class_idx come together; {ranges} alone")
+
+
+def _check_method(values: dict, path: str | Path) -> None:
+    """Losses that read logits of one classifier only, and a regularizer that acts through another."""
+    for loss, classifier, why in (
+        ("ldam", "cosine", "its margins are taken from cosines"),
+        ("dot_regression", "simplex", "it compares features with rows that do not train"),
+    ):
+        if values["loss"] == loss and values["classifier"] != classifier:
+            raise ConfigError(f"{path}: loss: {loss} needs classifier: {classifier}, not {values['classifier']}: {why}")
+    if values["nc_between"] > 0 and values["nc_within"] == 0:
+        raise ConfigError(
+            f"{path}: nc_between needs nc_within, such as 0.01: it moves the class means alone, and features only "
+            "through nc_within"
+        )

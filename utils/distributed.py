@@ -154,6 +154,17 @@ def parallel(model: nn.Module, device: torch.device, sync_bn: bool = False) -> n
     return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
+def average_gradients(module: nn.Module) -> None:
+    """The mean over the processes of the gradients of a module that is not :func:`parallel`, in place.
+
+    Every process has gradients of the same parameters, or of none.
+    """
+    if dist.is_initialized():
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                all_reduce_sum(parameter.grad).div_(world_size())
+
+
 def averaging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
     """Inside the block a backward pass of a :func:`parallel` model averages gradients, or only adds them up."""
     alone = wanted or not isinstance(model, nn.parallel.DistributedDataParallel)

@@ -27,8 +27,11 @@ def predict(
     batches: Collection[tuple[Tensor, Tensor]],
     precision: str = "fp32",
     signal: Callable[[], int] = lambda: 0,
+    shift: Tensor | None = None,
 ) -> Predictions:
-    """The model's word on every sample, in eval mode, from raw logits; numbers leave the device once, at the end.
+    """The model's word on every sample, in eval mode; numbers leave the device once, at the end.
+
+    From raw logits, or from those less ``shift [C]``, as :func:`methods.losses.post_hoc_shift` gives it.
 
     ``batches`` are this process's share; the result holds all processes' samples, rank after rank. ``precision``: see
     :mod:`utils.precision`. A compiled model runs as it was written, so that a checkpoint gives the same numbers again.
@@ -38,11 +41,13 @@ def predict(
     training = model.training
     model.eval()
     device = next(model.parameters(), torch.empty(0)).device
-    parts = [_nothing(device)]
+    parts, shift = [_nothing(device)], None if shift is None else shift.to(device)
     try:
         for images, targets in until_signal(batches, signal):
             with autocast(precision, device):
                 logits = model.forward(images)
+            if shift is not None:
+                logits = logits.float() - shift
             parts.append(predict_batch(logits, targets))
     finally:
         model.train(training)

@@ -71,6 +71,7 @@ class Step:
             self._optimize()
 
     def _optimize(self) -> None:
+        distributed.average_gradients(self.method)  # the model's own are averaged already
         if self.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             learning = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,327 @@
+"""The baselines end to end: their files, what sets in later, other classifiers, and class means that learn."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval as eval_script
+import train_stage1
+from methods.losses import drw_weights, ldam_margins, post_hoc_shift
+from tests.conftest import ROOT, assert_same_run, content, history, keeper_of, train
+from utils import compare
+from utils.config import load_config
+from utils.evaluation import predict
+from utils.precision import new_scaler
+from utils.run_log import RunLog, new_folder
+from utils.step import RecordedStep, Step
+
+CE = "config/digits/digits_imb005.yaml"
+FILES = sorted((ROOT / "config").glob("*/baselines/*.yaml"))
+METHODS = (
+    *("balanced_softmax", "logit_adjustment_post_hoc", "ldam", "ldam_drw", "ce_drw", "las", "nc_drw"),
+    "simplex_dot_regression",
+)
+NC = ["nc_within", 0.01, "nc_between", 0.1, "drw_epoch", 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files
+
+
+def test_every_method_has_its_own_and_the_common_protocol_on_both_data_sets():
+    expected = {f"{d}_imb001_{m}_{k}" for d in ("cifar10", "cifar100") for m in METHODS for k in ("own", "common")}
+    assert {path.stem for path in FILES} == expected
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_a_baseline_s_file_builds_and_its_first_line_says_what_it_is(path):
+    cfg = load_config(path)
+    assert (cfg.imb_factor, cfg.num_epochs, cfg.batch_size, cfg.lr, cfg.lr_steps) == (0.01, 200, 128, 0.1, [160, 180])
+    if path.stem.endswith("common"):
+        assert (cfg.mixup, cfg.alpha, cfg.weight_decay, cfg.lr_step_factors) == (True, 1.0, 2e-4, [0.1, 0.01])
+    counts = torch.linspace(5000, 50, cfg.num_classes).long()
+    data = SimpleNamespace(num_classes=cfg.num_classes, class_counts=counts)
+    model = train_stage1.new_model(cfg, data)
+    method = train_stage1.new_method(cfg, data, model)
+    train_stage1.new_optimizer(cfg, model, method)
+    words = train_stage1.method_in_words(cfg)
+    says = {
+        "balanced_softmax": ["Balanced Softmax (logit adjustment, tau 1)"],
+        "logit_adjustment_post_hoc": ["evaluated after post-hoc logit adjustment (logits less 1 log(n / N))"],
+        "ldam": ["LDAM (margins up to 0.5)", "cosine classifier times 30"],
+        "drw": ["deferred re-weighting from epoch 160 (beta 0.9999)"],
+        "las": ["label-aware smoothing"],
+        "nc_drw": ["0.01 L_W + 0.1 L_B from epoch 0" if cfg.num_classes == 10 else "0.01 L_W + 0.5 L_B from epoch 100"],
+        "simplex": ["dot regression", "fixed simplex classifier"],
+    }
+    for part, expected in says.items():
+        found = [fragment in words for fragment in expected]
+        assert found == [f"_{part}_" in path.stem] * len(expected), (part, words)
+
+
+def test_the_settings_of_the_papers():
+    own = {m: load_config(ROOT / f"config/cifar10/baselines/cifar10_imb001_{m}_own.yaml") for m in METHODS}
+    for name in ("ldam", "ldam_drw", "ce_drw"):
+        assert own[name].lr_step_factors == [0.01, 0.0001]
+    assert [name for name, cfg in own.items() if cfg.mixup] == ["las", "nc_drw"]
+    assert own["nc_drw"].weight_decay == 5e-3
+    assert {cfg.weight_decay for name, cfg in own.items() if name != "nc_drw"} == {2e-4}
+    wide = load_config(ROOT / "config/cifar100/baselines/cifar100_imb001_simplex_dot_regression_own.yaml")
+    assert wide.backbone == "resnet32x2"
+
+
+def test_what_is_never_reached_or_corrects_twice_is_said_so():
+    short = load_config(CE, [*map(str, NC), "num_epochs", "2", "nc_start_epoch", "2"])
+    assert train_stage1.method_in_words(short).count("never reached") == 2
+    arb = load_config("config/digits/digits_imb005_arbloss_mixup.yaml", ["post_hoc_tau", "1", "tau", "0.5"])
+    words = train_stage1.method_in_words(arb)
+    assert "batch class counts to the power 0.5" in words
+    assert "the loss has corrected the prior already" in words
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class means that learn, and what sets in later
+
+
+def test_a_run_with_class_means_goes_on_as_if_it_had_not_ended(tmp_path):
+    """Stopped before the regularizer sets in and before the weights do; momentum, means and all."""
+    options = [*NC, "nc_start_epoch", 1, "mixup", True]
+    whole = train(tmp_path / "whole", *options, "num_epochs", 3, cfg=CE)
+    parts = train(tmp_path / "parts", *options, "num_epochs", 1, cfg=CE)
+    started = content(parts)["state_dict_method"]["regularizer.means"]
+    assert torch.equal(started, means_at_the_start())
+    for epochs in (2, 3):
+        path = parts / "ckps" / "current.pth.tar"
+        train(tmp_path / "parts", *options, "num_epochs", epochs, "resume", path, cfg=CE)
+    assert_same_run(whole, parts)
+    moved = content(whole)["state_dict_method"]["regularizer.means"]
+    assert (moved - started).norm() > 0.1 * started.norm()
+    log = (whole / "logs" / "digits_imb005.txt").read_text()
+    assert "0.01 L_W + 0.1 L_B from epoch 1 (class means: lr 0.5)" in log.splitlines()[0]
+    losses = [row["train"]["loss"] for row in history(whole)]
+    assert losses[1] > losses[0]  # the regularizer's part
+
+
+def means_at_the_start() -> torch.Tensor:
+    cfg = load_config(CE, [*map(str, NC)])
+    data = train_stage1.load_data(cfg, cfg.class_map, torch.device("cpu"))
+    return train_stage1.new_method(cfg, data, train_stage1.new_model(cfg, data)).regularizer.means.detach()
+
+
+def test_the_schedule_leaves_the_means_rate_alone():
+    cfg = load_config(CE, [*map(str, NC), "lr", "0.3", "warmup_epochs", "0", "nc_means_lr", "0.2"])
+    data = train_stage1.load_data(cfg, cfg.class_map, torch.device("cpu"))
+    model = train_stage1.new_model(cfg, data)
+    optimizer = train_stage1.new_optimizer(cfg, model, train_stage1.new_method(cfg, data, model))
+    for epoch in (0, 30, 36):
+        rate = train_stage1.set_lr(optimizer, cfg, epoch)
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, 20.0]
+    assert [(g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.9, 5e-4), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["eager", "recorded"])
+def test_a_step_is_recorded_anew_where_something_sets_in(tmp_path, recorded):
+    """What a recording does is what the step did when it was recorded: the same weights and means either way."""
+    records = []
+
+    def record(run):
+        """Runs it as CUDA's warm-up does, then replays what it computed at the time."""
+        records.append(run)
+        run()
+        state = step.step.method.weighted, step.step.method.regularized
+
+        def replay():
+            now = step.step.method.weighted, step.step.method.regularized
+            assert now == state, "a recording knows nothing of what has set in since"
+            run()
+
+        return replay
+
+    options = [*NC, "nc_start_epoch", 1, "batch_size", 160]
+    cfg = load_config(CE, [*map(str, options)])
+    device = torch.device("cpu")
+    data = train_stage1.load_data(cfg, cfg.class_map, device)
+    results = []
+    for recording in (False, recorded):
+        model = train_stage1.new_model(cfg, data)
+        method = train_stage1.new_method(cfg, data, model)
+        optimizer = train_stage1.new_optimizer(cfg, model, method)
+        step = Step(model, method, optimizer, new_scaler("fp32", device), device)
+        step = RecordedStep(step, record) if recording else step
+        loader = data.train_loader(cfg.batch_size, 0, device)
+        with RunLog(new_folder(str(tmp_path), "run"), "run") as run:
+            for epoch in range(3):
+                train_stage1.set_lr(optimizer, cfg, epoch)
+                train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), epoch, 0, 1000)
+        results.append([*(p.detach().clone() for p in model.parameters()), method.regularizer.means.detach()])
+    assert len(records) == (3 if recorded else 0)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+import train_stage1
+from utils import distributed
+from utils.config import load_config
+from utils.precision import new_scaler
+from utils.step import Step
+
+def work(folder):
+    options = ["nc_within", "0.05", "nc_between", "0.1", "batch_size", "61", "image_size", "8", "drw_epoch", "0"]
+    cfg = load_config("config/digits/digits_imb005.yaml", options)
+    with distributed.processes("cpu") as device:
+        data = train_stage1.load_data(cfg, cfg.class_map, device)
+        model = train_stage1.new_model(cfg, data)
+        method = train_stage1.new_method(cfg, data, model)
+        start = method.regularizer.means.detach().clone()
+        optimizer = train_stage1.new_optimizer(cfg, model, method)
+        loader = data.train_loader(cfg.batch_size, 0, device, distributed.rank(), distributed.world_size())
+        step = Step(distributed.parallel(model, device), method, optimizer, new_scaler("fp32", device), device)
+        draws = method.draws(loader.batch_sizes, 0, 0)
+        for batch, draw in zip(loader.epoch(0), draws):
+            step(batch, draw)
+        layer = torch.nn.Linear(2, 1, bias=False)
+        distributed.average_gradients(layer)  # which has none
+        layer.weight.grad = torch.full((1, 2), 1.0 + distributed.rank())
+        distributed.average_gradients(layer)
+        found = {"start": start, "end": method.regularizer.means.detach(), "weight": model.classifier.fc.weight}
+        found["mean"] = layer.weight.grad
+        torch.save(found, folder / f"{distributed.rank()}.pt")
+
+work(Path(sys.argv[1]))
+"""
+
+
+def test_class_means_stay_equal_in_two_processes(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command += [str(tmp_path / "worker.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["start"], means_at_the_start())
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+    assert not torch.equal(first["start"], first["end"])
+    assert first["mean"].tolist() == [[1.5, 1.5]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other classifiers
+
+
+LDAM = ["loss", "ldam", "classifier", "cosine", "drw_epoch", 1]
+SIMPLEX = ["loss", "dot_regression", "classifier", "simplex", "mixup", True]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of two epochs in which everything is measured that can be."""
+    root = tmp_path_factory.mktemp("saved")
+    everything = ["num_epochs", 2, "diagnostics", 4, "nc_every", 1]
+    with contextlib.chdir(ROOT):
+        return {
+            name: train(root / name, *everything, *options, "name", name, cfg=CE)
+            for name, options in (("ldam", LDAM), ("simplex", SIMPLEX))
+        }
+
+
+@pytest.mark.parametrize("name", ["ldam", "simplex"])
+def test_everything_is_measured_with_other_classifiers(runs, name):
+    rows = history(runs[name])
+    assert {"nc1", "nc4", "b_a", "simplex_weights"} <= set(rows[-1]["nc"])
+    assert (runs[name] / "diagnostics.npz").is_file()
+    if name == "simplex":
+        assert rows[-1]["nc"]["simplex_weights"] == pytest.approx(0, abs=1e-5)
+        assert rows[-1]["nc"]["b_a"] == pytest.approx(0, abs=1e-5)
+        assert rows[-1]["nc"]["nc2_equiangle_weights"] == pytest.approx(0, abs=1e-5)
+    else:
+        assert rows[-1]["nc"]["b_l"] == pytest.approx(0, abs=1e-4)  # of the rows as they multiply the features
+
+
+def test_the_simplex_is_kept_as_it_began(runs):
+    cfg = load_config(runs["simplex"] / "config.yaml")
+    initial = train_stage1.new_model(cfg, SimpleNamespace(num_classes=10)).classifier
+    kept = content(runs["simplex"])["state_dict_classifier"]
+    assert torch.equal(kept["fc.weight"], initial.fc.weight)
+    assert not torch.equal(kept["neck.norm.weight"], initial.neck.norm.weight)
+
+
+def evaluate(run, *options) -> str:
+    """What eval.py says of a copy of the run, so that the run stays as it is."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        checkpoint = run / "ckps" / "current.pth.tar"
+        eval_script.main(["--cfg", str(run / "config.yaml"), "resume", str(checkpoint), *map(str, options)])
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("name", ["ldam", "simplex"])
+def test_eval_decomposes_and_agrees_with_the_training(runs, tmp_path, name):
+    run = shutil.copytree(runs[name], tmp_path / runs[name].name)
+    said = evaluate(run, "decompose", True)
+    top1 = history(run)[-1]["test"]["top1"]
+    assert f"* Acc@1 {top1:.3f}%" in said
+    found = json.loads((run / "eval" / "current" / "decomposition.json").read_text())
+    assert found["rows"]["model"]["top1"] == pytest.approx(top1)
+
+
+def test_runs_with_other_classifiers_are_compared(runs, tmp_path):
+    compare.main([*map(str, runs.values()), "--out", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    for words in ("LDAM (margins up to 0.5)", "fixed simplex classifier"):
+        assert words in page
+
+
+def test_the_weights_of_ldam_and_drw_are_those_of_the_training_set(runs):
+    cfg = load_config(runs["ldam"] / "config.yaml")
+    counts = content(runs["ldam"])["class_counts"]
+    data = SimpleNamespace(class_counts=counts)
+    method = train_stage1.new_method(cfg, data)
+    assert torch.equal(method.criterion.margins, ldam_margins(counts))
+    assert torch.equal(method.drw_weights, drw_weights(counts))
+    assert method.criterion.options == {"scale": 30.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Post hoc
+
+
+def test_post_hoc_adjustment_is_of_the_evaluation_alone(tmp_path):
+    plain = train(tmp_path / "plain", "num_epochs", 1, cfg=CE)
+    shifted = train(tmp_path / "shifted", "num_epochs", 1, "post_hoc_tau", 1.5, cfg=CE)
+    a, b = content(plain), content(shifted)
+    for key in ("state_dict_model", "state_dict_classifier"):
+        assert all(torch.equal(value, b[key][name]) for name, value in a[key].items())
+    cfg = load_config(CE)
+    data = train_stage1.load_data(cfg, cfg.class_map, torch.device("cpu"))
+    model = train_stage1.new_model(cfg, data)
+    model.backbone.load_state_dict(b["state_dict_model"])
+    model.classifier.load_state_dict(b["state_dict_classifier"])
+    with torch.no_grad():
+        model.classifier.fc.bias -= post_hoc_shift(data.class_counts, 1.5)
+    found = predict(model, data.test_loader(torch.device("cpu")))
+    top1 = 100 * float((found.classes == found.targets).double().mean())
+    assert history(shifted)[0]["test"]["top1"] == pytest.approx(top1, abs=0.3)  # one image in 400
+    assert history(shifted)[0]["test"]["few"] > history(plain)[0]["test"]["few"]
+
+    words = "evaluated after post-hoc logit adjustment (logits less 1.5 log(n / N))"
+    assert words in (shifted / "logs" / "digits_imb005.txt").read_text().splitlines()[0]
+    said = evaluate(shifted)
+    assert f"note: {words}" in said
+    assert f"* Acc@1 {history(shifted)[0]['test']['top1']:.3f}%" in said
+    raw = evaluate(shifted, "post_hoc_tau", 0)
+    assert words not in raw
+    assert re.search(r"\* Acc@1 (\S+)%", raw)[1] == f"{history(plain)[0]['test']['top1']:.3f}"
