@@ -91,6 +91,33 @@ def plain_figures(runs):
     }
 
 
+def over_imbalance(arms, half=1.0):
+    """So many arms with long names over five ratios; the last ones have no interval."""
+    ratios = [10.0, 20.0, 50.0, 100.0, 200.0]
+    found = {}
+    for number in range(arms):
+        means = [90.0 - 2 * number - 3 * k for k in range(5)]
+        ends = {key: [*(mean + sign * half for mean in means[:4]), None] for key, sign in (("lows", -1), ("highs", 1))}
+        found[f"arm_{number}_{LONG}"] = {"ratios": ratios, "means": means, **ends}
+    return found
+
+
+def falls(start, changes, half):
+    """A waterfall's bars, the steps' names long."""
+    steps = [(f"step {n} of the way there", change, change - half, change + half) for n, change in enumerate(changes)]
+    end = start + sum(changes)
+    return [("none", start, start - half, start + half), *steps, (f"{LONG[:28]}, best", end, end - half, end + half)]
+
+
+WATERFALLS = {
+    "large steps": (falls(70.4, [8.1, 2.7, -1.5, 0.4, 1.2, 0.3], 0.9), 83.3),
+    "small steps": (falls(80.0, [0.05, -0.03, 0.1, 0.0, -0.06, 0.02], 0.02), None),
+    "wide intervals": (falls(70.0, [3.0, -5.0, 8.0, -2.0, 4.0, -1.0], 12.0), 83.3),
+    "steps down": (falls(30.0, [-25.0, 10.0, -8.0, 40.0, -3.0, 1.0], 1.0), 10.0),
+    "many steps": (falls(70.0, [1.0] * 12, 0.5), 83.3),
+}
+
+
 def check_layout(figure):
     """Everything lies within the figure, axes lie beside one another, and legends beside axes."""
     canvas = FigureCanvasAgg(figure)
@@ -124,6 +151,53 @@ def test_confusion_matrices_fit_at_sizes_between(classes):
 @pytest.mark.parametrize(("name", "runs"), [("collapse", 3), ("learning", 3), ("tau", 1), ("similarity", 4)])
 def test_nothing_is_cut_off_with_one_run_and_with_several(name, runs):
     check_layout(plain_figures(runs)[name]())
+
+
+@pytest.mark.parametrize("arms", [1, 2, 4, 7, 12])
+def test_curves_over_imbalance_fit_with_one_arm_and_with_many(arms):
+    figure = plots.imbalance_figure(over_imbalance(arms))
+    check_layout(figure)
+    check_text(figure)
+
+
+@pytest.mark.parametrize("name", WATERFALLS)
+def test_waterfalls_fit_and_nothing_lies_on_a_number(name):
+    bars, published = WATERFALLS[name]
+    figure = plots.waterfall_figure(bars, published)
+    check_layout(figure)
+    check_text(figure)
+    low, high = figure.axes[0].get_ylim()
+    for line in figure.axes[0].get_lines():
+        assert all(low <= y <= high for y in line.get_ydata())
+    assert high - low < 1.6 * np.ptp([y for line in figure.axes[0].get_lines() for y in line.get_ydata()])
+
+
+def check_text(figure):
+    """Numbers, ticks and the title lie beside one another, and numbers within the axes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer, (axis,) = canvas.get_renderer(), figure.axes
+    ticks = [*axis.get_xticklabels(), *axis.get_yticklabels()]
+    shown = [text for text in (*axis.texts, *ticks, axis.title) if text.get_text()]
+    boxes = [text.get_window_extent(renderer) for text in shown]
+    inside = axis.get_window_extent(renderer)
+    for text, box in zip(shown, boxes, strict=True):
+        if text in axis.texts:
+            assert inside.y0 <= box.y0 and box.y1 <= inside.y1 + 1 and inside.x0 <= box.x0 and box.x1 <= inside.x1
+    limits = axis.get_ylim()
+    boxes = [box for box, text in zip(boxes, shown, strict=True) if text not in ticks or _within(text, axis, limits)]
+    for number, box in enumerate(boxes):
+        for other in boxes[:number]:
+            across, along = min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert min(across, along) < 1, (box, other)
+
+
+def _within(text, axis, limits):
+    """Ticks beyond the limits have labels that are not drawn."""
+    x, y = text.get_position()
+    return (
+        axis.get_xlim()[0] <= x <= axis.get_xlim()[1] if text in axis.get_xticklabels() else limits[0] <= y <= limits[1]
+    )
 
 
 def test_the_layout_check_sees_what_is_cut_off():
@@ -367,3 +441,55 @@ def test_tau_is_drawn_for_the_groups_there_are():
     labels = [line.get_label() for line in figure.axes[0].get_lines()]
     assert labels == ["all", "many", "few", "cross-fitted tau", "cross-fitted tau"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all", "many", "few", "cross-fitted tau"]
+
+
+def test_accuracy_over_imbalance_is_drawn_with_its_intervals():
+    arms = over_imbalance(3, half=2.5)
+    (axis,) = (figure := plots.imbalance_figure(arms)).axes
+    assert axis.get_xscale() == "log"
+    curves = [line for line in axis.get_lines() if line.get_marker() != "None"]
+    intervals = [line for line in axis.get_lines() if line.get_marker() == "None"]
+    assert len(intervals) == 3 * 4  # the last ratio has none
+    for curve, (label, data) in zip(curves, arms.items(), strict=True):
+        assert curve.get_label() == label and curve.get_ydata().tolist() == data["means"]
+        assert curve.get_xdata() == pytest.approx(data["ratios"], rel=0.02)
+        own = [line for line in intervals if line.get_color() == curve.get_color()]
+        assert [list(line.get_ydata()) for line in own] == [[m - 2.5, m + 2.5] for m in data["means"][:4]]
+        assert [line.get_xdata()[0] for line in own] == curve.get_xdata()[:4].tolist()
+    assert len({curve.get_xdata()[0] for curve in curves}) == 3  # intervals beside one another
+    plots.png(figure)
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["10", "20", "50", "100", "200"]
+
+
+def test_ratios_that_are_nearly_the_same_share_a_tick():
+    data = {"ratios": [100 / 3, 100.0, 100.5, 1000.0], "means": [4, 3, 2, 1], "lows": [None] * 4, "highs": [None] * 4}
+    figure = plots.imbalance_figure({"a": data})
+    plots.png(figure)
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["33.3", "100", "1,000"]
+
+
+def test_arms_beyond_the_colours_look_otherwise():
+    curves = [
+        line for line in plots.imbalance_figure(over_imbalance(12)).axes[0].get_lines() if line.get_marker() != "None"
+    ]
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in curves}) == 12
+
+
+def test_a_waterfall_s_bars_stand_on_what_came_before():
+    bars = [("start", 70.0, 69.0, 71.0), ("up", 8.0, 7.0, 9.0), ("down", -3.0, None, None), ("none", 0.0, -1.0, 1.0)]
+    figure = plots.waterfall_figure([*bars, ("end", 75.0, 74.0, 76.0)], published=83.3)
+    (axis,) = figure.axes
+    drawn = [(bar.get_y(), bar.get_height()) for bar in axis.patches]
+    assert drawn == [(0, 70), (70, 8), (78, -3), (75, 0), (0, 75)]
+    assert [text.get_text() for text in axis.texts] == ["70.00", "+8.00", "-3.00", "+0.00", "75.00"]
+    intervals = [
+        list(line.get_ydata()) for line in axis.get_lines() if line.get_color() == "black" and len(line.get_ydata())
+    ]
+    assert intervals == [[69, 71], [77, 79], [74, 76], [74, 76], [83.3, 83.3]]  # of the level that a step leads to
+    steps = [list(line.get_ydata()) for line in axis.get_lines() if line.get_color() == "grey"]
+    assert steps == [[70, 70], [78, 78], [75, 75], [75, 75]]
+    colours = [bar.get_facecolor() for bar in axis.patches]
+    assert colours[0] == colours[4] and colours[1] == colours[3] and len(set(colours)) == 3
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["start", "up", "down", "none", "end"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["published: 83.3"]
+    assert not plots.waterfall_figure(bars).legends

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.errors import Interrupted
-from utils.signals import NAMES, Signals, kept_from_children
+from utils.signals import NAMES, WITH_PARENT, Signals, kept_from_children
 
 HEAD = """
 import os, signal, sys, time
@@ -99,7 +99,7 @@ with Signals(grace=1.0) as signals, signals.noted():
         assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("launched", [True, False])
+@pytest.mark.parametrize("launched", ["TORCHELASTIC_RUN_ID", WITH_PARENT, ""])
 def test_a_process_whose_launcher_is_gone_ends_and_any_other_stays(tmp_path, launched):
     """A launcher that is killed in the real sense; without one (nohup, a closed shell) a new parent means nothing."""
     child = (
@@ -114,7 +114,7 @@ sys.exit(exit_code(main))
 """
     )
     environment = {key: value for key, value in os.environ.items() if key != "TORCHELASTIC_RUN_ID"}
-    environment |= {"TORCHELASTIC_RUN_ID": "x"} if launched else {}
+    environment |= {launched: "x"} if launched else {}
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "ready").exists() and (tmp_path / "ready").read_text())
@@ -122,7 +122,7 @@ sys.exit(exit_code(main))
     process.wait()
     pid = int((tmp_path / "ready").read_text())
     wait_for(lambda: not os.path.exists(f"/proc/{pid}") or ended(pid))
-    assert (tmp_path / "stayed").exists() is not launched
+    assert (tmp_path / "stayed").exists() is not bool(launched)
 
 
 def wait_for(fact, seconds: float = 30.0) -> None:

@@ -407,6 +407,73 @@ def tau_figure(curves: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Figures of sweeps
+
+
+def imbalance_figure(arms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
+    """Accuracy over the imbalance ratio, one curve per arm, with 95 % intervals where there are any.
+
+    ``arms``: "ratios", "means", "lows" and "highs" [K] in percent; an interval that is None is not drawn.
+    """
+    figure, (axis,) = _panels(1, 4.4, 8.0)
+    ratios = sorted({ratio for data in arms.values() for ratio in data["ratios"]})
+    for number, (label, data) in enumerate(arms.items()):
+        shift = 1 + 0.016 * (number - (len(arms) - 1) / 2)  # so that intervals do not lie on one another
+        x, means = np.asarray(data["ratios"], float) * shift, np.asarray(data["means"], float)
+        again = number // len(COLOURS)  # how often the colours were used up
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + again) % len(MARKERS)]}
+        line = ("-", "--", ":")[again % 3]
+        axis.plot(x, means, **style, markersize=5, linewidth=1.2, linestyle=line, label=_plain(label))
+        for at, low, high in zip(x, data["lows"], data["highs"], strict=True):
+            if low is not None:
+                axis.plot([at, at], [low, high], color=style["color"], linewidth=1.6, alpha=0.8)
+    axis.set_xscale("log")
+    axis.set_xlim(ratios[0] / 1.3, ratios[-1] * 1.3)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    told = [ratio for before, ratio in zip([0, *ratios], ratios, strict=False) if ratio > 1.1 * before]
+    axis.set_xticks(told, [f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}" for ratio in told])
+    _dress(axis, "Accuracy over imbalance", "imbalance ratio: largest class / smallest", "top-1, last epoch (%)")
+    _legend(figure, axis.get_legend_handles_labels()[0])
+    return figure
+
+
+def waterfall_figure(
+    bars: Sequence[tuple[str, float, float | None, float | None]], published: float | None = None
+) -> Figure:
+    """From one accuracy to another, step by step.
+
+    ``bars``: (name, value, low, high); the first and the last are accuracies in percent, those between are changes in
+    points. Low and high are of the value; None: not known. ``published``: drawn as a line.
+    """
+    figure, (axis,) = _panels(1, 4.8, WIDE)
+    level, ends = 0.0, [] if published is None else [published]  # everything that has to be seen
+    for number, (_, value, low, high) in enumerate(bars):
+        whole = number in (0, len(bars) - 1)
+        base = 0.0 if whole else level
+        colour = "#7f7f7f" if whole else GROUP_COLOURS["many"] if value >= 0 else GROUP_COLOURS["few"]
+        axis.bar(number, value, bottom=base, width=0.6, color=colour, edgecolor=colour)  # an edge: a step may be of 0
+        interval = [] if low is None or high is None else [base + low, base + high]
+        axis.plot([number] * len(interval), interval, color="black", linewidth=1.4)
+        level = base + value
+        ends += [level, *interval]
+        text, top = f"{value:.2f}" if whole else f"{value:+.2f}", max(base, level, *interval)
+        style = {"ha": "center", "va": "bottom", "fontsize": SMALL, "zorder": 4}
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        axis.annotate(text, (number, top), (0, 3), textcoords="offset points", bbox=behind, **style)
+        if number + 1 < len(bars):
+            axis.plot([number + 0.3, number + 0.7], [level, level], color="grey", linewidth=0.8)
+    room = max(0.02, 0.12 * (max(ends) - min(ends)))
+    axis.set_ylim(max(0.0, min(ends) - room), max(ends) + room)
+    width = int(140 / len(bars))  # characters below a bar
+    axis.set_xticks(range(len(bars)), [_wrapped(name, max(width, 8)) for name, *_ in bars])
+    _dress(axis, "Where the accuracy comes from", "", "top-1 (%)")
+    if published is not None:
+        style = {"color": "black", "linestyle": ":", "linewidth": 1.2}
+        _legend(figure, [axis.axhline(published, **style, label=f"published: {published:g}")])
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 

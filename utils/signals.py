@@ -16,6 +16,7 @@ from utils.errors import Interrupted
 # What users, launchers and schedulers send, also to a job that its shell has started with SIGINT ignored; and what a
 # closed terminal sends, unless nohup had it ignored.
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+WITH_PARENT = "ENDS_WITH_ITS_PARENT"  # set in a process's environment: it ends where its parent is gone
 GRACE = 25.0  # seconds from the first signal to the end, come what may: launchers kill after 30
 
 
@@ -23,8 +24,9 @@ class Signals:
     """Inside the block the first signal of ``NAMES`` ends the process, and further ones are ignored.
 
     It raises :class:`Interrupted` at once, or within :meth:`noted` leaves its number in ``received``. A process whose
-    launcher is gone ends as if it had got a SIGTERM. One that has not ended ``grace`` seconds after the signal (a step
-    takes too long, or waits for a process that is gone) ends there, unless it is ``saving``.
+    launcher (or other parent, see ``WITH_PARENT``) is gone ends as if it had got a SIGTERM. One that has not ended
+    ``grace`` seconds after the signal (a step takes too long, or waits for a process that is gone) ends there, unless
+    it is ``saving``.
     """
 
     def __init__(self, grace: float = GRACE):
@@ -32,7 +34,7 @@ class Signals:
         self.received = 0
         self.saving = False
         self._only_noted = False
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._parent = os.getppid() if {"TORCHELASTIC_RUN_ID", WITH_PARENT} & os.environ.keys() else None
 
     def __enter__(self) -> "Signals":
         self._active = threading.current_thread() is threading.main_thread()  # no other may install handlers

@@ -1,0 +1,849 @@
+"""Sweeps: what they plan and refuse, and real ones on digits, whose results are those of their runs' folders."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.conftest import ROOT, assert_same_run, content, failure, history
+from tests.test_several_processes import completed, processes_of, started, wait_for
+from tests.test_sweep_tables import FIELDS, check_published
+from utils import config, sweep
+from utils.command_line import exit_code
+from utils.config import load_config
+from utils.errors import InputError
+from utils.signals import Signals
+from utils.sweep_tables import fill_readme, markdown
+
+DIGITS = ROOT / "config/digits/digits_imb005.yaml"
+OPTIONS = {"num_epochs": 2, "batch_size": 64, "lr_steps": [1, 9], "warmup_epochs": 0}
+ARMS = {"plain": {}, "arb": {"loss": "arb", "class_counts": "batch"}}
+LATE = {"late": {"fork": {"arm": "plain", "epoch": 1}, "lr_steps": [8, 9], "seeds": [0]}}
+WATERFALL = {
+    **{
+        "start": "plain",
+        "steps": {"arb": {"arb": 1, "plain": -1}, "schedule": {"late": 1, "plain": -1}},
+        "end": "best",
+    },
+    "published": 50,
+}
+
+
+def written(folder: Path, name: str = "tiny", **changes: object) -> Path:
+    """A sweep's file: two arms, two seeds; a change to None takes a key out."""
+    told = {"cfg": str(DIGITS), "options": OPTIONS, "seeds": [0, 1], "arms": ARMS, **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in told.items() if value is not None}, sort_keys=False))
+    return path
+
+
+def planned(path: Path, *overrides: str, home: str = "saved") -> list[sweep.Run]:
+    return sweep.plan(sweep.read_sweep(path), Path(home) / path.stem, overrides)
+
+
+def names(runs) -> list[str]:
+    return [run.name for run in runs]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def test_seeds_are_outermost_and_arms_innermost(tmp_path):
+    path = written(
+        tmp_path, axes={"imb_factor": [0.1, 0.05]}, subset_seeds=[0, 3], arms={"a": {}, "b": {"seeds": [1, 2]}}
+    )
+    assert names(planned(path)) == [
+        f"{arm}_imb_factor{factor}_seed{seed}{subset}"
+        for subset in ("", "_subset3")
+        for seed, arms in ((0, "a"), (1, "ab"), (2, "b"))
+        for factor in (0.1, 0.05)
+        for arm in arms
+    ]
+    run = planned(path)[-1]
+    assert (run.cfg.seed, run.cfg.subset_seed, run.cfg.imb_factor) == (2, 3, 0.05)
+    assert (run.seed, run.arm, run.cell) == (2, "b", {"imb_factor": 0.05})
+    assert run.cfg.name == run.name and run.cfg.save_dir == "saved/tiny" and run.cfg.resume == "auto"
+
+
+def test_arms_of_a_seed_have_the_same_configuration_but_for_what_they_say(tmp_path):
+    plain, arb = planned(written(tmp_path))[:2]
+    assert {key for key in plain.cfg if plain.cfg[key] != arb.cfg[key]} == {"name", "loss"}  # batch is the default
+    assert (plain.cfg.num_epochs, plain.cfg.lr_steps) == (2, [1, 9])
+
+
+def test_without_seeds_there_is_one(tmp_path):
+    assert names(planned(written(tmp_path, seeds=None))) == ["plain_seed0", "arb_seed0"]
+
+
+def test_an_arm_has_its_own_configuration_beside_the_sweep_s_file(tmp_path):
+    (tmp_path / "own.yaml").write_text(f"_BASE_: {DIGITS}\nmomentum: 0.8\n")
+    runs = planned(written(tmp_path / "deeper", cfg="../own.yaml", arms={"a": None, "b": {"cfg": str(DIGITS)}}))
+    assert [run.cfg.momentum for run in runs[:2]] == [0.8, 0.9]
+
+
+def test_a_fork_inherits_what_its_parent_says(tmp_path):
+    arms = {**ARMS, "late": {"fork": {"arm": "arb", "epoch": 1}, "lr_steps": [8, 9]}}
+    plain, arb, late = planned(written(tmp_path, arms=arms))[:3]
+    assert late.parent is arb and late.forked_after == 1
+    assert {key for key in arb.cfg if arb.cfg[key] != late.cfg[key]} == {"name", "lr_steps", "keep_epochs"}
+    assert (plain.cfg.keep_epochs, arb.cfg.keep_epochs, late.cfg.keep_epochs) == ([], [1], [])
+    seeds = {**ARMS, "arb": {**ARMS["arb"], "seeds": [5]}, "late": arms["late"]}
+    assert names(planned(written(tmp_path, arms=seeds)))[-2:] == ["arb_seed5", "late_seed5"]
+
+
+def test_odd_values_of_yaml_mean_what_they_mean_elsewhere(tmp_path):
+    text = f"""
+cfg: {DIGITS}
+options: {{num_epochs: 2e0, imb_factor: null}}
+axes: {{weight_decay: [2e-4, 5.0e-4], lr_steps: [[1, 2], [3, 4]]}}
+arms:
+  old: {{arbloss: True, arb_loss_use_global_class_cnt: True}}
+  text: {{alpha: "5e-1", logit_clamp: ~}}
+pairs: [[old, text]]
+claims: {{1: {{pair: [old, text], at_least: 5e-1}}, of one: {{arm: old, published: 8e1, at: {{weight_decay: 2e-4}}}}}}
+waterfall: {{start: text, steps: {{x: {{old: 1e0, text: -1}}}}, end: last, published: 83}}
+"""
+    (tmp_path / "odd.yaml").write_text(text)
+    runs = planned(tmp_path / "odd.yaml")
+    assert names(runs)[:3] == [
+        *("old_weight_decay0.0002_lr_steps1-2_seed0", "text_weight_decay0.0002_lr_steps1-2_seed0"),
+        "old_weight_decay0.0002_lr_steps3-4_seed0",
+    ]
+    assert [run.cell["weight_decay"] for run in runs[::4]] == [2e-4, 5e-4]
+    assert (runs[0].cfg.loss, runs[0].cfg.class_counts, runs[0].cfg.num_epochs) == ("arb", "global", 2)
+    assert (runs[1].cfg.alpha, runs[1].cfg.logit_clamp, runs[1].cfg.imb_factor) == (0.5, None, None)
+    compared = sweep.read_sweep(tmp_path / "odd.yaml").compared
+    assert compared["claims"]["1"]["at_least"] == 0.5 and compared["waterfall"]["steps"] == {
+        "x": {"old": 1.0, "text": -1.0}
+    }
+    assert compared["claims"]["of one"] == {"arm": "old", "published": 80.0, "at": {"weight_decay": 2e-4}}
+    assert json.loads(json.dumps(compared)) == compared
+
+
+@pytest.mark.parametrize(
+    "option", [("lr", 0.2), ("mixup", True), ("momentum", 0.8), ("imb_factor", 0.1), ("eval_every", 2)]
+)
+def test_hashes_change_with_what_is_trained(tmp_path, option):
+    before = {run.name: run.hash for run in planned(written(tmp_path))}
+    after = {run.name: run.hash for run in planned(written(tmp_path, options=OPTIONS | dict([option])))}
+    assert before.keys() == after.keys() and not set(before.values()) & set(after.values())
+    assert len(set(before.values())) == 4  # of every arm and seed another
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("data_path", "/elsewhere"),
+        ("workers", 0),
+        ("print_freq", 7),
+        ("device", "cpu"),
+        ("momentum", 0.9),
+        ("diagnostics", 1),
+    ],
+)
+def test_hashes_do_not_change_with_paths_and_defaults(tmp_path, option):
+    before = {run.name: run.hash for run in planned(written(tmp_path))}
+    assert {run.name: run.hash for run in planned(written(tmp_path, options=OPTIONS | dict([option])))} == before
+    assert {run.name: run.hash for run in planned(written(tmp_path, "other"), home="elsewhere")} == before
+    assert {run.name: run.hash for run in planned(written(tmp_path), *map(str, option))} == before
+
+
+def test_the_hash_of_a_fork_is_of_its_parent_and_its_epoch_too(tmp_path):
+    def late(epoch, **options):
+        arms = {"plain": options, "late": {"fork": {"arm": "plain", "epoch": epoch}, "lr_steps": [8, 9], "lr": 0.1}}
+        return planned(written(tmp_path, options=OPTIONS | {"num_epochs": 3}, arms=arms))[1].hash
+
+    assert len({late(1), late(2), late(1, lr=0.2)}) == 3 and late(1) == late(1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_of_the_repository_can_be_planned(path):
+    runs = planned(path)
+    assert len({run.name for run in runs}) == len({run.hash for run in runs}) == len(runs) > 1
+    arms = sweep.read_sweep(path).arms
+    assert {run.arm for run in runs} == set(arms) and all(run.arm in "".join(names(runs)) for run in runs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+FORK = {"arm": "plain", "epoch": 1}
+REFUSED = {
+    "an unknown key": ({"arm": {}}, "unknown key 'arm'; a sweep has cfg, options"),
+    "no arms": ({"arms": {}}, "a sweep has arms: {name: {option: value"),
+    "no cfg": ({"cfg": None}, "plain: has no cfg, and neither has the sweep"),
+    "a missing cfg": ({"cfg": "nowhere.yaml"}, "nowhere.yaml: no such configuration file"),
+    "an unknown option": ({"arms": {"a": {"lrr": 1}}}, "tiny: a: unknown key 'lrr'; the nearest known one is 'lr'"),
+    "an option out of range": ({"arms": {"a": {"lr": -1}}}, "tiny: a: lr: -1 must be a number > 0"),
+    "an unknown loss": ({"arms": {"a": {"loss": "arbb"}}}, "tiny: a: loss"),
+    "an unknown backbone": ({"arms": {"a": {"backbone": "resnet33"}}}, "tiny: a: backbone"),
+    "switches that disagree": ({"arms": {"a": {"arbloss": True, "loss": "ce"}}}, "disagree; keep one"),
+    "options that are none": ({"arms": {"a": 3}}, "a: must be a mapping of options, not 3"),
+    "options of another kind": ({"options": [1]}, "options: must be a mapping, not [1]"),
+    "a name with a dot": ({"arms": {"a.b": {}}}, "'a.b' must be a name of letters"),
+    "a name that is a number": ({"arms": {1: {}}}, "1 must be a name of letters"),
+    "a seed in an arm": ({"arms": {"a": {"seed": 1}}}, "a: seed is set for every run by the sweep itself; give seeds"),
+    "a seed in the options": ({"options": {"seed": 1}}, "options: seed is set for every run"),
+    "a checkpoint to resume": ({"options": {"resume": "x"}}, "options: resume is set for every run"),
+    "seeds that are no list": ({"seeds": 3}, "seeds: must be a list, not 3"),
+    "seeds that are words": ({"seeds": ["a"]}, "seeds: must be a list of different whole numbers >= 0, not ['a']"),
+    "seeds given twice": ({"seeds": [1, 1]}, "seeds: must be a list of different whole numbers"),
+    "no seeds": ({"arms": {"a": {"seeds": []}}}, "a: seeds: must be a list of different whole numbers >= 0, not []"),
+    "one seed without brackets": ({"arms": {"a": {"seeds": 0}}}, "a: seeds: must be a list"),
+    "a negative seed": ({"seeds": [-1]}, "seeds: must be a list of different whole numbers >= 0"),
+    "subset seeds": ({"subset_seeds": [True]}, "subset_seeds: must be a list of different whole numbers"),
+    "an axis of nothing": ({"axes": {"lr": []}}, "axes: lr: must be an option with a list of values"),
+    "an unknown axis": ({"axes": {"lrr": [1]}}, "axes: lrr: must be an option"),
+    "seeds as an axis": ({"axes": {"seed": [1]}}, "axes: seed: must be an option"),
+    "a wrong value of an axis": ({"axes": {"imb_factor": [100]}}, "axes: imb_factor: 100 must lie in (0, 1]"),
+    "a value twice": ({"axes": {"imb_factor": [0.1, "1e-1"]}}, "'1e-1' is there twice"),
+    "an arm that sets an axis": ({"axes": {"lr": [1]}, "arms": {"a": {"lr": 2}}}, "a: lr is an axis already"),
+    "options that set an axis": ({"axes": {"num_epochs": [3]}}, "options: num_epochs is an axis already"),
+    "an unknown arm to compare with": (
+        {"against": "nobody"},
+        "'nobody' is compared and is no arm; there are plain, arb",
+    ),
+    "a measure to compare with": ({"against": "plain.best"}, "'plain.best' is compared and is no arm"),
+    "an unknown arm in a pair": ({"pairs": [["arb", "nobody"]]}, "'nobody' is compared and is no arm"),
+    "a pair of three": ({"pairs": [["arb", "plain", "x"]]}, "pairs are [arm, another arm]"),
+    "an arm against itself": ({"pairs": [["arb", "arb"]]}, "is no pair"),
+    "an unknown measure": ({"pairs": [["arb.worst", "arb"]]}, "'arb.worst': a term is an arm, or arm.last or arm."),
+    "an unknown arm in a claim": ({"claims": {"c": {"arm": "x", "published": 1}}}, "'x' is compared and is no arm"),
+    "a claim without a figure": ({"claims": {"c": {"arm": "arb"}}}, "is no claim"),
+    "a claim with words": ({"claims": {"c": {"arm": "arb", "published": "high"}}}, "could not convert"),
+    "a range upside down": ({"claims": {"c": {"arm": "arb", "published": [9, 1]}}}, "is not [lowest, highest]"),
+    "a claim on one arm": ({"claims": {"c": {"pair": ["arb"], "at_least": 1}}}, "is no pair"),
+    "a claim off the grid": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"lr": 1}}}}, "is on no axis"),
+    "a claim off any option": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"x": 1}}}}, "wrong: 'x'"),
+    "an unknown arm in a step": (
+        {"waterfall": {"start": "plain", "steps": {"s": {"x": 1}}, "end": "last"}},
+        "'x' is compared and is no arm",
+    ),
+    "an unknown end": ({"waterfall": WATERFALL | {"end": "worst"}}, "is no waterfall"),
+    "a waterfall without steps": ({"waterfall": WATERFALL | {"steps": {}}}, "is no waterfall"),
+    "a step without arms": ({"waterfall": WATERFALL | {"steps": {"s": {}}}}, "a step without arms"),
+    "a published word": ({"waterfall": WATERFALL | {"published": "x"}}, "could not convert"),
+    "a choice without held-out images": ({"choose": True}, "choose: True needs val_per_class above 0"),
+    "a choice that is no flag": ({"choose": "yes"}, "choose: must be True or False, not 'yes'"),
+    "a fork of a later arm": (
+        {"arms": {"late": {"fork": FORK}, "plain": {}}},
+        "late: fork: must be {arm: an arm above",
+    ),
+    "a fork of itself": ({"arms": {"plain": {"fork": FORK}}}, "(above: none)"),
+    "a fork at no epoch": (
+        {"arms": {**ARMS, "late": {"fork": {"arm": "plain"}}}},
+        "late: fork: must be {arm: an arm above",
+    ),
+    "a fork at half an epoch": ({"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 1.5}}}}, "epoch: number >= 1"),
+    "a fork after the end": (
+        {"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 2}}}},
+        "late: fork: epoch 2 must lie in",
+    ),
+    "a fork of a seed that is not there": (
+        {"arms": {**ARMS, "late": {"fork": FORK, "seeds": [7]}}},
+        "late: seed 7 would fork a run of plain that the sweep does not have",
+    ),
+    "a fork on other data": (
+        {"arms": {**ARMS, "late": {"fork": FORK, "imb_factor": 0.1}}},
+        "its imb_factor is another",
+    ),
+    "a fork of a fork before it": (
+        {
+            "options": OPTIONS | {"num_epochs": 5},
+            "arms": {"plain": {}, "b": {"fork": FORK | {"epoch": 3}}, "c": {"fork": {"arm": "b", "epoch": 2}}},
+        },
+        "c: fork: epoch 2 must lie in the 5 epochs of b (after its own 3)",
+    ),
+    "runs of one name": ({"axes": {"data_path": ["a/b", "a-b"]}}, "two runs would be called plain_data_patha-b_seed0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_wrong_sweep_is_refused_in_one_line(changes, said, tmp_path, capsys):
+    result = failure(capsys, sweep.main, written(tmp_path, **changes), "--save_dir", tmp_path / "saved")
+    assert (result.code, len(result.lines)) == (2, 1), result.said
+    assert said in result.said and result.said.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("arms: {a: {}, a: {lr: 1}}", "a is given twice; keep one"),
+        ("arms: {a: {lr: 1, lr: 2}}", "lr is given twice; keep one"),
+        ("arms: [a", "cannot be read"),
+        ("", "a sweep has arms"),
+        ("- a", "a sweep has arms"),
+        ("arms: &a {x: *a}", "cannot be read"),
+        ("arms: {a: 2026-99-99}", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_sweeps_are_refused(text, said, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text(text)
+    result = failure(capsys, sweep.main, tmp_path / "x.yaml")
+    assert (result.code, len(result.lines)) == (2, 1) and f"x.yaml: {said}" in result.said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jobs", "0"], "invalid whole number above 0 value: '0'"),
+        (["--jobs", "1.5"], "invalid whole number above 0 value"),
+        (["--minutes", "nan"], "invalid number above 0 value"),
+        (["--nonsense"], "usage: python -m utils.sweep SWEEP.yaml"),
+        (["lr"], "options come in pairs, such as 'data_path D'; 'lr' stands alone"),
+        (["seed", "3"], "command line: seed is set for every run by the sweep itself"),
+        (["fork", "x"], "command line: fork is set for every run by the sweep itself"),
+        (["imb_factor", "0.1"], "command line: imb_factor is set for every run by the sweep itself"),
+        (["loss", "ce"], "command line: loss is what arms differ in"),
+        (["momentumm", "1"], "unknown key 'momentumm'; the nearest known one is 'momentum'"),
+        (["--publish", "lr", "1"], "--publish takes no options"),
+        (["--publish"], "only sweeps in config/sweeps are published"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(arguments, said, tmp_path, capsys):
+    path = written(tmp_path, axes={"imb_factor": [0.1, 0.05]})
+    result = failure(capsys, sweep.main, path, "--save_dir", tmp_path / "saved", *arguments)
+    assert (result.code, len(result.lines)) == (2, 1) and said in result.said
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_folder_that_cannot_hold_the_sweep_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    result = failure(capsys, sweep.main, written(tmp_path), "--save_dir", tmp_path / "file")
+    assert (result.code, len(result.lines)) == (2, 1) and str(tmp_path / "file") in result.said
+    missing = failure(capsys, sweep.main, tmp_path / "none.yaml")
+    assert (missing.code, len(missing.lines)) == (2, 1) and "none.yaml: no such sweep" in missing.said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real sweeps
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The folder of a finished sweep of two arms, two seeds and a fork; tests do not write into it."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    path = written(folder, arms=ARMS | LATE, waterfall=WATERFALL)
+    done = swept(folder, path, "--jobs", 2, "--images", "digits of a test")
+    assert done.code == 0, done.err
+    assert done.out.count(" start ") == done.out.count(" done ") == 5
+    assert "5 of 5 runs are finished" in done.out and "| arb - plain | 2 |" in done.out
+    return folder
+
+
+def swept(folder: Path, path: Path, *arguments: object):
+    return completed(folder, "-m", "utils.sweep", path, "--save_dir", folder / "saved", *arguments)
+
+
+def of_tiny(folder: Path) -> tuple[sweep.Sweep, list[sweep.Run], Path]:
+    """The sweep, its runs and its home."""
+    asked = sweep.read_sweep(folder / "tiny.yaml")
+    home = folder / "saved/tiny"
+    return asked, sweep.plan(asked, home), home
+
+
+@pytest.fixture
+def copied(tiny, tmp_path) -> Path:
+    """A copy to write into."""
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def again(folder: Path, *arguments: object) -> int:
+    """The same command in this process; for what starts no run."""
+    told = [str(folder / "tiny.yaml"), "--save_dir", str(folder / "saved"), *map(str, arguments)]
+    return exit_code(lambda: sweep.main(told))
+
+
+def state_of(home: Path) -> list[tuple]:
+    """All that lies in the runs' folders."""
+    inside = [path for folder in home.iterdir() if folder.is_dir() for path in (folder, *folder.rglob("*"))]
+    return sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in inside)
+
+
+def folder_of(home: Path, name: str) -> Path:
+    (found,) = home.glob(f"{name}_2*")
+    return found
+
+
+def test_results_are_those_of_the_runs_folders(tiny):
+    home = tiny / "saved/tiny"
+    results = json.loads((home / "results.json").read_text())
+    assert [row["run"] for row in results["runs"]] == [
+        *("plain_seed0", "arb_seed0", "late_seed0", "plain_seed1", "arb_seed1"),
+    ]
+    assert (results["sweep"], results["planned"], results["failed"]) == ("tiny", 5, {})
+    assert results["images"] == "digits of a test"
+    for row, run in zip(results["runs"], of_tiny(tiny)[1], strict=True):
+        folder = folder_of(home, row["run"])
+        assert row.keys() >= FIELDS and row["hash"] == run.hash
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        targets = np.load(folder / "predictions/targets.npz")["targets"]
+        top1 = [100 * np.mean(np.load(folder / f"predictions/{epoch}.npz")["classes"] == targets) for epoch in (0, 1)]
+        assert row["last"]["top1"] == pytest.approx(top1[1]) and row["best"]["top1"] == pytest.approx(max(top1))
+        assert row["last"]["ece"] == rows[1]["test"]["ece"] and row["last"]["few"] == rows[1]["test"]["few"]
+        summary = json.loads((folder / "summary.json").read_text())
+        assert row["cross_fitted"] == summary["cross-fitted best"]
+        own = rows[1:] if row["arm"] == "late" else rows  # the first epoch is its parent's
+        assert row["seconds"] == pytest.approx(sum(one["timing"]["train_seconds"] for one in own), abs=0.06)
+        cfg, (start,) = load_config(folder / "config.yaml"), starts_of(folder)
+        assert (row["seed"], row["subset_seed"], row["epochs"]) == (cfg.seed, cfg.subset_seed, cfg.num_epochs)
+        assert row["options"] == {key: cfg[key] for key in row["options"]}
+        assert row["data"] == start["data"] and row["commit"] == start["commit"] and row["threads"] == 1
+        assert row["versions"] == start["versions"] and row["starts"][0]["epoch"] == (row["arm"] == "late")
+
+
+def starts_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+
+
+def test_tables_and_the_figure_are_of_the_results(tiny):
+    home = tiny / "saved/tiny"
+    results = json.loads((home / "results.json").read_text())
+    top1 = {row["run"]: row["last"]["top1"] for row in results["runs"]}
+    mean = (top1["arb_seed0"] - top1["plain_seed0"] + top1["arb_seed1"] - top1["plain_seed1"]) / 2
+    table = (home / "table.md").read_text()
+    assert table == markdown(results) and f"| arb - plain | 2 | {mean:+.2f} | [" in table.replace("**", "")
+    assert f"| late - plain | 1 | {top1['late_seed0'] - top1['plain_seed0']:+.2f} | - |" in table
+    assert (
+        "From plain to the best arm, over 1 common seeds" in table
+        and r"\bottomrule" in (home / "table.tex").read_text()
+    )
+    assert Image.open(home / "waterfall.png").size == (1650, 720)
+
+
+def test_arms_of_a_seed_are_trained_on_the_same_images_at_the_same_rates(tiny):
+    home = tiny / "saved/tiny"
+    first, second = ([folder_of(home, f"{arm}_seed{seed}") for arm in ARMS] for seed in (0, 1))
+    assert len({start["data"] for folder in (*first, *second) for start in starts_of(folder)}) == 1
+    for one, other in (first, second):
+        assert (
+            [row["lr"] for row in history(one)] == [row["lr"] for row in history(other)] == pytest.approx([0.1, 0.01])
+        )
+        assert history(one)[0]["train"] != history(other)[0]["train"]
+    assert history(first[0])[0]["train"] != history(second[0])[0]["train"]  # another seed
+
+
+def test_a_fork_begins_with_its_parent_s_epoch(tiny):
+    parent, fork = (folder_of(tiny / "saved/tiny", f"{arm}_seed0") for arm in ("plain", "late"))
+    assert history(fork)[0] == history(parent)[0]
+    assert (history(parent)[1]["lr"], history(fork)[1]["lr"]) == pytest.approx((0.01, 0.1))
+    assert load_config(fork / "config.yaml").fork == str(parent / "ckps/epoch_1.pth.tar")
+
+
+def test_a_second_call_starts_nothing_and_leaves_everything_as_it_was(copied, capsys):
+    home = copied / "saved/tiny"
+    before, results, table = state_of(home), (home / "results.json").read_bytes(), (home / "table.md").read_bytes()
+    assert again(copied, "--jobs", 2) == 0
+    said = capsys.readouterr().out
+    assert "5 runs, 5 finished before" in said and " start " not in said and "left for another time" not in said
+    assert state_of(home) == before
+    assert (home / "results.json").read_bytes() == results and (home / "table.md").read_bytes() == table
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"images": 3'])
+def test_damaged_results_are_made_anew(copied, damage):
+    home = copied / "saved/tiny"
+    whole = json.loads((home / "results.json").read_text())
+    (home / "results.json").write_text(damage)
+    assert again(copied, "--images", "digits of a test") == 0
+    assert json.loads((home / "results.json").read_text()) == whole
+
+
+def test_a_run_of_an_older_version_counts_and_is_compared_with_nothing(copied):
+    asked, runs, home = of_tiny(copied)
+    (folder_of(home, "arb_seed0") / "starts.jsonl").unlink()
+    results = sweep.results_of(asked, runs)
+    (row,) = (row for row in results["runs"] if row["run"] == "arb_seed0")
+    assert row["data"] == row["commit"] == "" and row["starts"] == [] and row.keys() >= FIELDS
+    said = markdown(results)
+    assert "| arb | 2 |" in said and "| arb - plain | 1 |" in said
+
+
+def test_a_run_whose_summary_is_damaged_goes_on_and_the_rest_stays(copied):
+    asked, runs, home = of_tiny(copied)
+    for text in ("", "{}", "[]", '{"last epoch": {}'):
+        (folder_of(home, "arb_seed0") / "summary.json").write_text(text)
+        assert [run.name for run in runs if not run.finished()] == ["arb_seed0"]
+        assert len(sweep.results_of(asked, runs)["runs"]) == 4
+
+
+def test_metrics_that_cannot_be_read_are_named(copied, capsys):
+    path = folder_of(copied / "saved/tiny", "arb_seed0") / "metrics.jsonl"
+    path.write_text("{\n" + path.read_text())
+    result = failure(capsys, sweep.main, copied / "tiny.yaml", "--save_dir", copied / "saved")
+    assert (result.code, len(result.lines)) == (2, 1) and f"{path}, line 1: is no JSON" in result.said
+
+
+def test_a_changed_sweep_makes_new_runs_and_keeps_the_old_folders(copied):
+    _, runs, home = of_tiny(copied)
+    arms = {**ARMS, "arb": {**ARMS["arb"], "lr": 0.05}, **LATE}
+    asked = sweep.read_sweep(written(copied, arms=arms, waterfall=WATERFALL))
+    changed = sweep.plan(asked, home)
+    assert [run.name for run in changed if not run.finished()] == ["arb_seed0", "arb_seed1"]
+    assert [row["arm"] for row in sweep.results_of(asked, changed)["runs"]] == ["plain", "late", "plain"]
+    assert all(run.finished() for run in runs)  # of the file as it was
+
+
+def test_what_a_run_was_is_read_from_its_folder(copied):
+    """Two folders of one name: the one of this configuration counts, and of those a finished one."""
+    _, runs, home = of_tiny(copied)
+    first = folder_of(home, "plain_seed0")
+    later = shutil.copytree(first, home / "plain_seed0_29990101000000")
+    (later / "summary.json").unlink()
+    assert runs[0].folder() == first and runs[0].finished()
+    shutil.move(home / first.name, home / "plain_seed0_away")
+    assert runs[0].folder() == later and not runs[0].finished() and runs[0].epochs_done() == 2
+    (later / "config.yaml").write_text("lr: [")
+    assert runs[0].folder() is None and runs[0].epochs_done() == 0
+
+
+def test_a_fork_whose_parent_kept_nothing_is_named(copied, capsys):
+    home = copied / "saved/tiny"
+    shutil.rmtree(folder_of(home, "late_seed0"))
+    (folder_of(home, "plain_seed0") / "ckps/epoch_1.pth.tar").unlink()
+    assert again(copied) == 1
+    said = capsys.readouterr()
+    assert "has no ckps/epoch_1.pth.tar to begin with" in said.err and "failed: late_seed0: " in said.err
+    assert " start " not in said.out
+    assert list(json.loads((home / "results.json").read_text())["failed"]) == ["late_seed0"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def test_nothing_is_started_that_cannot_end_in_time(copied, capsys):
+    """Epochs' times are known from the runs that have ended."""
+    written(copied, seeds=[0, 1, 2], arms=ARMS | LATE, waterfall=WATERFALL)
+    before = state_of(copied / "saved/tiny")
+    assert again(copied, "--minutes", 0.0005) == 0
+    said = capsys.readouterr().out
+    assert " start " not in said and "2 runs are left for another time; the same command goes on" in said
+    assert state_of(copied / "saved/tiny") == before
+
+
+def crew_of(folder: Path, path: Path | None = None, **changes) -> sweep.Crew:
+    asked = sweep.read_sweep(path or folder / "tiny.yaml")
+    runs = sweep.plan(asked, folder / "saved" / asked.name)
+    return sweep.Crew(asked, runs, **{"jobs": 2, "minutes": None, "images": None, **changes})
+
+
+def test_times_are_estimated_from_runs_of_the_same_arm(copied):
+    home = copied / "saved/tiny"
+    for arm, seconds in (("plain", 10.0), ("arb", 20.0), ("late", 60.0)):
+        for folder in home.glob(f"{arm}_seed*_2*"):
+            rows = [json.loads(line) | {"timing": {"train_seconds": seconds}} for line in metrics(folder)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arms = {**ARMS, **LATE, "new": {"lr": 0.05}}
+    arms["late"] = {**LATE["late"], "seeds": [0, 2]}
+    crew = crew_of(copied, written(copied, seeds=[0, 2], arms=arms))
+    left = {run.name: crew._seconds_left(run) for run in crew.waiting}
+    slower = sweep.OVERHEAD
+    assert left == {
+        "new_seed0": pytest.approx(slower * 20 * 2),  # the median of 10, 20, 60
+        "plain_seed2": pytest.approx(slower * 10 * 2),
+        "arb_seed2": pytest.approx(slower * 20 * 2),
+        "late_seed2": pytest.approx(slower * 60),  # one epoch of its own
+        "new_seed2": pytest.approx(slower * 20 * 2),
+    }
+    assert crew._epochs_left() == 2 + 2 + 2 + 1 + 2
+    for minutes, ready in ((60, 5), (slower * 40.5 / 60, 4), (slower * 20.5 / 60, 1), (slower * 19 / 60, 0)):
+        crew.deadline = time.monotonic() + 60 * minutes
+        able = [run.name for run in crew.waiting if run.parent is None and crew._ready(run)]
+        assert len(able) == min(ready, 4), (minutes, able)
+    assert not crew._ready(next(run for run in crew.waiting if run.arm == "late"))  # its parent has kept nothing yet
+
+
+def metrics(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_the_pace_of_a_fork_is_of_its_own_epochs(tiny):
+    """Its folder has its parent's rows from the beginning."""
+    run = next(run for run in of_tiny(tiny)[1] if run.arm == "late")
+    fresh = dataclasses.replace(run, home=tiny)  # where it was never started
+    assert (fresh.epochs_left(), run.epochs_left()) == (1, 0)
+    worker = sweep.Working(run, None, 0, since=time.monotonic() - 50, left_before=fresh.epochs_left())
+    assert worker.pace() is None and worker.pace(least=1) == pytest.approx(50, abs=5)
+
+
+def test_when_the_time_is_over_runs_stop_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = written(tmp_path, options=OPTIONS | {"num_epochs": 500}, seeds=[0], arms=ARMS)
+    crew = crew_of(tmp_path, path, jobs=1, minutes=60)
+    home = tmp_path / "saved/tiny"
+    home.mkdir(parents=True)
+
+    def wait() -> None:
+        while not any(metrics(folder) for folder in home.glob("plain_seed0_*") if (folder / "metrics.jsonl").exists()):
+            time.sleep(0.05)
+        crew.deadline = time.monotonic()
+
+    clock = threading.Thread(target=wait, daemon=True)
+    clock.start()
+    with Signals() as signals, signals.noted():
+        assert crew.work(signals) == {}
+    said = capsys.readouterr().out
+    assert "the time is over: plain_seed0 writes a checkpoint" in said and "stopped plain_seed0 after " in said
+    assert "2 runs are left for another time" in said and "start arb_seed0" not in said
+    kept = content(folder_of(home, "plain_seed0"))
+    assert kept["epoch"] >= 1 and json.loads((home / "results.json").read_text())["runs"] == []
+    assert not processes_of(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ends
+
+
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_numbers(tiny, tmp_path):
+    path = written(tmp_path, seeds=[0], arms=ARMS | LATE, waterfall=WATERFALL)
+    home = tmp_path / "saved/tiny"
+    command = ("-m", "utils.sweep", path, "--save_dir", tmp_path / "saved", "--jobs", 2)
+    with started(tmp_path, *command) as run:
+        wait_for(lambda: len([*home.glob("*/ckps/current.pth.tar")]) == 2, run)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(60) == 143
+        assert run.err().splitlines() == [
+            "stopped by SIGTERM: every run is kept as far as it came; the same command goes on"
+        ]
+        assert not processes_of(tmp_path)
+    for arm in ARMS:
+        assert content(folder_of(home, f"{arm}_seed0"))["epoch"] >= 1
+    assert json.loads((home / "results.json").read_text())["planned"] == 3
+    done = swept(tmp_path, path, "--jobs", 2)
+    assert done.code == 0, done.err
+    for arm in ("plain", "arb", "late"):
+        assert_same_run(folder_of(tiny / "saved/tiny", f"{arm}_seed0"), folder_of(home, f"{arm}_seed0"))
+    results = [json.loads((folder / "saved/tiny/results.json").read_text())["runs"][:3] for folder in (tiny, tmp_path)]
+    for one, other in zip(*results, strict=True):
+        told = ("run", "hash", "options", "data", "epochs", "last", "cross_fitted", "best")
+        assert [one[key] for key in told] == [other[key] for key in told]
+
+
+def test_an_arm_that_fails_is_named_and_stops_no_other(tmp_path):
+    arms = {
+        "no-data": {"dataset": "cifar10", "num_classes": 10, "data_path": str(tmp_path / "nowhere")},
+        "diverges": {"lr": 1e18},
+        "from-it": {"fork": {"arm": "diverges", "epoch": 1}},
+        "good": {},
+    }
+    path = written(tmp_path, seeds=[0], arms=arms)
+    done = swept(tmp_path, path, "--jobs", 2)
+    assert done.code == 1
+    failed = dict(line.removeprefix("failed: ").split(": ", 1) for line in done.err.splitlines())
+    assert set(failed) == {"no-data_seed0", "diverges_seed0", "from-it_seed0"}
+    assert "nowhere" in failed["no-data_seed0"] and "is not finite" in failed["diverges_seed0"]
+    assert "diverges_seed0, whose checkpoint it begins with, failed" in failed["from-it_seed0"]
+    assert "done good_seed0" in done.out and "left for another time" not in done.out
+    home = tmp_path / "saved/tiny"
+    results = json.loads((home / "results.json").read_text())
+    assert results["failed"] == failed and [row["run"] for row in results["runs"]] == ["good_seed0"]
+    assert "* failed: no-data_seed0: " in (home / "table.md").read_text()
+
+
+@contextlib.contextmanager
+def going_on(folder: Path) -> Iterator:
+    """A sweep whose only run is being trained, for as long as the block lasts."""
+    path = written(folder, options=OPTIONS | {"num_epochs": 500}, seeds=[0], arms={"plain": {}})
+    with started(folder, "-m", "utils.sweep", path, "--save_dir", folder / "saved") as run:
+        wait_for(lambda: len([*(folder / "saved/tiny").glob("*/ckps/current.pth.tar")]) == 1, run)
+        yield run
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="only Linux ends a run with its killed sweep")
+def test_a_second_sweep_is_refused_and_a_killed_one_leaves_no_orphans(tmp_path, capsys):
+    with going_on(tmp_path) as run:
+        result = failure(capsys, sweep.main, tmp_path / "tiny.yaml", "--save_dir", tmp_path / "saved")
+        assert (result.code, len(result.lines)) == (2, 1) and "another process works on this sweep" in result.said
+        run.process.kill()
+        run.process.wait(10)
+        wait_for(lambda: not processes_of(tmp_path), run, 40)
+        wait_for(lambda: is_free(tmp_path / "saved/tiny"), run, 20)  # what is ending closes its files late
+    (said,) = (tmp_path / "saved/tiny/started").glob("*.txt")
+    assert "stopped by SIGTERM" in said.read_text().splitlines()[-1]
+    kept = content(folder_of(tmp_path / "saved/tiny", "plain_seed0"))
+    assert kept["epoch"] >= 1
+
+
+def is_free(home: Path) -> bool:
+    with contextlib.suppress(InputError), sweep._claimed(home):
+        return True
+    return False
+
+
+def test_a_sweep_that_nobody_listens_to_ends_as_any_other(copied):
+    """As with `| head`."""
+    command = [sys.executable, "-m", "utils.sweep", copied / "tiny.yaml", "--save_dir", copied / "saved"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.wait(120), process.stderr.read()) == (0, "")
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "said"),
+    [
+        (2, "line\nerror: data_path: no such folder\n", "data_path: no such folder"),
+        (1, "", "said nothing"),
+        (-9, "Epoch: [3][4/8]\n", "was ended by SIGKILL"),
+        (0, "fine\n", "ended without a result, see "),
+    ],
+)
+def test_why_a_run_failed_is_said_in_a_line(tmp_path, code, text, said):
+    (tmp_path / "said.txt").write_text(text)
+    assert sweep._why(code, tmp_path / "said.txt").startswith(said)
+
+
+def test_runs_share_processors_and_take_turns_on_gpus(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 0)
+    assert sweep._environment(0, 2)["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    assert "OMP_NUM_THREADS" not in sweep._environment(0, 1) and "CUDA_VISIBLE_DEVICES" not in sweep._environment(0, 1)
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
+    assert [sweep._environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,MIG-7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [sweep._environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["5", "MIG-7", "5"]
+    assert sweep._environment(0, 3)["OMP_NUM_THREADS"] == "3"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures and publishing
+
+
+def test_the_figure_over_imbalance_is_of_the_ratios(tiny):
+    asked, runs, _ = of_tiny(tiny)
+    results = sweep.results_of(asked, runs)
+    rows = []
+    for factor, shift in ((0.1, 5.0), (0.05, 0.0), (None, 9.0)):
+        for row in copy.deepcopy(results["runs"]):
+            row["axes"] = {"imb_factor": factor, "lr_steps": [1, 9]}
+            row["last"]["top1"] += shift
+            rows.append(row)
+    results |= {"axes": {"imb_factor": [0.1, 0.05, None], "lr_steps": [[1, 9]]}, "runs": rows, "waterfall": {}}
+    ((name, figure),) = sweep.figures(results)
+    assert name == "imbalance_lr_steps1-9"
+    drawn = {line.get_label(): line for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")}
+    means = [
+        np.mean([row["last"]["top1"] for row in rows if row["arm"] == "arb" and row["axes"]["imb_factor"] == f])
+        for f in (0.1, 0.05)
+    ]
+    assert drawn["arb"].get_ydata() == pytest.approx(means)
+    assert drawn["arb"].get_xdata() == pytest.approx([10, 20], rel=0.02) and set(drawn) == {"plain", "arb", "late"}
+
+
+@pytest.fixture
+def repository(tiny, tmp_path) -> Path:
+    """What publishing needs of the repository, with the finished sweep in it."""
+    root = tmp_path / "root"
+    shutil.copytree(ROOT / "config/digits", root / "config/digits")
+    written(root / "config/sweeps", cfg="../digits/digits_imb005.yaml", arms=ARMS | LATE, waterfall=WATERFALL)
+    page = "# Title\n\n<!-- results of tiny -->\nold\n<!-- end of results -->\n\nafter\n"
+    (root / "README.md").write_text(page.replace("after", f"{page}<!-- not a marker -->"))
+    return root
+
+
+def publish(root: Path, home: Path) -> Path:
+    path = root / "config/sweeps/tiny.yaml"
+    asked = sweep.read_sweep(path)
+    assert sweep.publish(asked, sweep.plan(asked, home), home, path, None, root) == 0
+    return root / sweep.PUBLISHED / "tiny.json"
+
+
+def test_publishing_puts_results_beside_the_sweep_and_tables_into_the_readme(repository, tiny):
+    home = tiny / "saved/tiny"
+    before = state_of(home)
+    target = publish(repository, home)
+    assert json.loads(target.read_text()) == json.loads((home / "results.json").read_text())
+    assert Image.open(target.with_name("tiny_waterfall.png")).size[0] == 1650
+    readme = (repository / "README.md").read_text()
+    table = markdown(json.loads(target.read_text()))
+    part = f"<!-- results of tiny -->\n\n{table}\n<!-- end of results -->"
+    assert (
+        readme.count(part) == 2
+        and "\nold\n" not in readme
+        and readme.startswith("# Title\n")
+        and "<!-- not a marker -->" in readme
+    )
+    assert fill_readme(readme, lambda name: sweep.published(name, repository)) == readme
+    check_published(target, repository)
+    assert state_of(home) == before
+    publish(repository, home)
+    assert (repository / "README.md").read_text() == readme
+
+
+def test_what_was_published_elsewhere_stays_as_long_as_it_is_of_the_sweep(repository, tiny, copied, capsys):
+    target = publish(repository, tiny / "saved/tiny")
+    whole = json.loads(target.read_text())
+    for folder in (copied / "saved/tiny").glob("*_seed0_2*"):
+        shutil.rmtree(folder)
+    publish(repository, copied / "saved/tiny")
+    assert json.loads(target.read_text()) == whole
+    arms = {**ARMS, "arb": {**ARMS["arb"], "lr": 0.05}, **LATE}
+    written(repository / "config/sweeps", cfg="../digits/digits_imb005.yaml", arms=arms, waterfall=WATERFALL)
+    publish(repository, copied / "saved/tiny")
+    assert [row["run"] for row in json.loads(target.read_text())["runs"]] == [
+        "plain_seed0",
+        "late_seed0",
+        "plain_seed1",
+    ]
+    target.write_text(target.read_text()[:100])
+    with pytest.raises(InputError, match=r"tiny.json: cannot be read"):
+        publish(repository, copied / "saved/tiny")
+
+
+def test_published_results_of_other_sweeps_and_defaults_are_caught(repository, tiny, monkeypatch):
+    target = publish(repository, tiny / "saved/tiny")
+    stored = target.read_text()
+
+    def caught(match: str) -> None:
+        with pytest.raises(AssertionError, match=match):
+            check_published(target, repository)
+
+    with monkeypatch.context() as patched:  # an option that no file sets
+        patched.setitem(config.OPTIONS, "momentum", config.OPTIONS["momentum"]._replace(default=0.8))
+        caught("momentum had another default")
+    lost = json.loads(stored)
+    del lost["runs"][1]["seconds"]
+    target.write_text(json.dumps(lost))
+    caught("arb_seed0: {'seconds'} is missing")
+    target.write_text(stored)
+    check_published(target, repository)
+    file = repository / "config/sweeps/tiny.yaml"
+    file.write_text(file.read_text().replace("batch_size: 64", "batch_size: 65"))
+    caught("plain_seed0 was of another configuration")
+    file.unlink()
+    caught("belongs to no sweep")
+
+
+def test_nothing_finished_is_nothing_to_publish(repository, tmp_path):
+    with pytest.raises(InputError, match="there is nothing to publish"):
+        publish(repository, tmp_path / "empty")
+    assert not (repository / sweep.PUBLISHED).exists() and "\nold\n" in (repository / "README.md").read_text()
+
+
+def test_an_estimate_is_finite_before_anything_is_known(tmp_path):
+    crew = crew_of(tmp_path, written(tmp_path))
+    assert crew._seconds_left(crew.waiting[0]) is None and crew._outlook().startswith("0 of 4 runs are finished, all ")
+    crew.deadline = math.inf
+    assert all(crew._ready(run) for run in crew.waiting)

@@ -1,0 +1,548 @@
+"""What is said of a sweep's results, from results made by hand; and what the repository has published."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests.conftest import ROOT
+from utils import sweep
+from utils.config import OPTIONS
+from utils.errors import InputError
+from utils.sweep_tables import (
+    arm_table,
+    choice,
+    claims,
+    contrast,
+    fill_readme,
+    latex,
+    markdown,
+    pair_table,
+    pairs,
+    tables,
+    values,
+    waterfall,
+    waterfall_table,
+)
+
+FIELDS = {
+    *("run", "arm", "axes", "seed", "subset_seed", "hash", "options", "forked", "commit", "device", "cpu", "threads"),
+    *("processes", "versions", "data", "starts", "epochs", "seconds", "last", "cross_fitted", "best"),
+}
+NONE_COMMON = {"none": [70.0, 71.0, 72.5], "both": [75.0, 76.5, 77.0]}
+
+
+def row(arm, seed, top1, axes=None, **changes):
+    measured = {"top1": top1, "many": 90.0, "medium": 60.0, "few": 30.0, "ece": 5.0, "epochs": [199]}
+    origin = {"commit": "f" * 40, "device": "cpu", "cpu": "a processor", "threads": 1, "processes": 1}
+    return {
+        **{"run": f"{arm}_seed{seed}", "arm": arm, "axes": axes or {}, "seed": seed, "subset_seed": 0, "hash": "0"},
+        **{"options": {}, "forked": None, **origin, "versions": {"torch": "2.6"}, "data": "images", "starts": []},
+        **{"epochs": 200, "seconds": 1800.0, "last": measured},
+        **{"cross_fitted": {**measured, "top1": top1 + 0.25}, "best": {**measured, "top1": top1 + 0.5}, **changes},
+    }
+
+
+def results(rows, **changes):
+    """``rows``: arm -> top-1 by seed, or rows."""
+    if isinstance(rows, dict):
+        rows = [row(arm, seed, top1) for arm, found in rows.items() for seed, top1 in enumerate(found)]
+    arms = list(dict.fromkeys(one["arm"] for one in rows))
+    seeds = {arm: sorted({one["seed"] for one in rows if one["arm"] == arm}) for arm in arms}
+    return {
+        **{"sweep": "by_hand", "images": "", "arms": arms, "seeds": seeds, "subset_seeds": [0], "axes": {}},
+        **{"against": arms[0], "pairs": [], "claims": {}, "waterfall": {}, "choose": False},
+        **{"planned": len(rows), "failed": {}, "defaults": {}, "runs": rows, **changes},
+    }
+
+
+def texts(table):
+    return [[cell.text for cell in line] for line in table.rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def test_a_row_has_mean_deviation_number_and_interval():
+    found = arm_table(results(NONE_COMMON), {})
+    assert found.head[:4] == ["arm", "n", "top-1, last epoch", "95 % interval"]
+    for (arm, top1), line in zip(NONE_COMMON.items(), texts(found), strict=True):
+        low, high = stats.ttest_1samp(top1, 0).confidence_interval(0.95)
+        assert line[:3] == [arm, "3", f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}"]
+        assert line[3] == f"[{low:.2f}, {high:.2f}]"
+        assert line[4].startswith(f"{np.mean(top1) + 0.25:.2f} ±") and line[5].startswith(
+            f"{np.mean(top1) + 0.5:.2f} ±"
+        )
+        assert line[6:] == ["90.00 ± 0.00", "60.00 ± 0.00", "30.00 ± 0.00", "5.00 ± 0.00"]
+        assert not any(cell.bold for cell in found.rows[0])
+
+
+def test_groups_without_test_images_and_single_runs_are_shown_as_what_they_are():
+    one = row("none", 0, 70.0)
+    del one["last"]["few"]
+    (line,) = texts(arm_table(results([one]), {}))
+    assert line[:4] == ["none", "1", "70.00", "-"] and line[8] == "-"
+    assert pair_table(results([one, row("both", 1, 71.0)]), {}) is None
+
+
+def test_two_arms_are_compared_by_their_paired_difference():
+    (line,) = texts(pair_table(results(NONE_COMMON), {}))
+    test = stats.ttest_rel(NONE_COMMON["both"], NONE_COMMON["none"])
+    low, high = test.confidence_interval(0.95)
+    assert line == ["both - none", "3", f"{5 + 0:+.2f}", f"[{low:+.2f}, {high:+.2f}]"]
+
+
+def test_only_seeds_that_both_have_are_paired():
+    rows = [row("none", seed, 70.0 + seed) for seed in (0, 1, 2, 5)] + [row("both", s, 80.0 + 2 * s) for s in (5, 2, 7)]
+    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == [84.0 - 72.0, 90.0 - 75.0]  # in the order of seeds
+
+
+def test_subset_seeds_are_another_axis_of_pairs():
+    rows = [row("none", 0, 70.0, subset_seed=s) for s in (0, 1)] + [row("both", s, 71.0, subset_seed=1) for s in (0, 1)]
+    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == [1.0]
+    assert values(results(rows), "none", {}) == {(0, 0): 70.0, (0, 1): 70.0}
+
+
+def test_only_runs_on_the_same_images_are_paired():
+    rows = [row("none", 0, 70.0), row("none", 1, 70.0), row("none", 2, 70.0)]
+    rows += [row("both", 0, 71.0), row("both", 1, 75.0, data="other images"), row("both", 2, 73.0)]
+    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == [1.0, 3.0]
+    assert texts(arm_table(results(rows), {}))[1][1] == "3"  # a mean is of all
+
+
+def test_runs_that_do_not_say_their_images_are_compared_with_nothing():
+    rows = [row(arm, seed, 70.0 + seed, data="") for arm in ("none", "both") for seed in (0, 1)]
+    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == []
+    assert pair_table(results(rows), {}) is None and len(arm_table(results(rows), {}).rows) == 2
+
+
+def test_pairs_are_formed_within_a_point_of_the_grid():
+    axes = {"imb_factor": [0.1, 0.01]}
+    rows = [
+        row(arm, 0, t, {"imb_factor": f}) for arm, f, t in (("none", 0.1, 80), ("none", 0.01, 70), ("both", 0.01, 74))
+    ]
+    found = results(rows, axes=axes)
+    assert pair_table(found, {"imb_factor": 0.1}) is None
+    assert texts(pair_table(found, {"imb_factor": 0.01})) == [["both - none", "1", "+4.00", "-"]]
+    captions = [table.caption for table in tables(found)]
+    assert [", imb_factor 0.1" in captions[0], *(", imb_factor 0.01" in caption for caption in captions[1:])] == [
+        True
+    ] * 3
+    assert len(captions) == 3
+
+
+def test_every_arm_is_compared_with_one_and_a_pair_is_there_once():
+    found = results({"a": [1.0], "b": [2.0], "c": [3.0]}, against="b", pairs=[["c", "a"], ["c", "b"]])
+    assert pairs(found) == [("a", "b"), ("c", "b"), ("c", "a")]
+
+
+# Differences whose intervals end a little above, at, and below 0: mean 1, and n = 2 has t = 12.706.
+@pytest.mark.parametrize(
+    ("differences", "bold"),
+    [
+        ([0.93, 1.07], True),
+        ([0.92, 1.08], False),
+        ([-0.93, -1.07], True),
+        ([1.0, 1.0], True),
+        ([0.0, 0.0], False),
+        ([5.0], False),
+    ],
+)
+def test_a_difference_is_bold_only_where_its_interval_excludes_zero(differences, bold):
+    found = results({"none": [70.0] * len(differences), "both": [70 + d for d in differences]})
+    ((name, count, *rest),) = pair_table(found, {}).rows
+    assert [cell.bold for cell in rest] == [bold, bold] and name.bold == bold and not count.bold
+    assert markdown(found).count("**") == 6 * bold
+    assert latex(found).count(r"\textbf") == 3 * bold
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+
+
+def claimed(rows, **claim):
+    found = results(rows, claims={"the claim": claim})
+    (line,) = claims(found)
+    assert line.startswith("the claim: ")
+    return line.removeprefix("the claim: ")
+
+
+def test_reproduced_means_that_the_figure_lies_in_the_prediction_interval():
+    low, high = 70.5 - 12.7062047 * 0.7071068 * 1.2247449, 70.5 + 12.7062047 * 0.7071068 * 1.2247449
+    for published, verdict in ((low + 0.001, "yes"), (low - 0.001, "no"), (high - 0.001, "yes"), (high + 0.001, "no")):
+        said = claimed({"a": [70.0, 71.0]}, arm="a", published=published)
+        assert said.startswith(f"{verdict} ([{low:.2f}, {high:.2f}], 2 runs; rule: ")
+    assert claimed({"a": [70.0, 70.0]}, arm="a", published=70.0).startswith("yes")
+
+
+def test_a_published_range_is_reproduced_where_any_of_it_is():
+    rows = {"a": [70.0, 70.2, 70.1]}
+    for published, verdict in (
+        ([60.0, 69.0], "no"),
+        ([60.0, 69.9], "yes"),
+        ([70.3, 75.0], "yes"),
+        ([72.0, 73.0], "no"),
+    ):
+        assert claimed(rows, arm="a", published=published).startswith(verdict), published
+    assert "one of 60 to 69.9 lies in" in claimed(rows, arm="a", published=[60.0, 69.9])
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([0.5, 0.5, 0.5], "yes"),  # exactly at_least
+        ([0.49, 0.5, 0.5], "no"),  # certain, and too small
+        ([0.4, 1.0, 2.0], "no"),  # large enough, and uncertain
+        ([-2.0, -2.1, -2.0], "no"),  # certain, in the other direction
+        ([3.0], "not decided"),
+    ],
+)
+def test_a_difference_matters_where_it_is_certain_and_large_enough(differences, verdict):
+    rows = {"a": [64.0] * len(differences), "b": [64.0 + difference for difference in differences]}
+    said = claimed(rows, pair=["b", "a"], at_least=0.5)
+    assert said.split(" (")[0] == verdict
+    assert "the 95 % interval of b - a excludes 0 and the mean is at least 0.5 points" in said
+
+
+def test_a_claim_on_too_few_runs_is_not_decided():
+    assert claimed({"a": [70.0]}, arm="a", published=70.0).startswith("not decided (1 runs; ")
+    found = results(
+        {"a": [70.0, 71.0]}, claims={"c": {"arm": "b", "published": 70.0}, "d": {"pair": ["a", "b"], "at_least": 0}}
+    )
+    found["seeds"]["b"] = [0, 1]
+    assert [line[:14] for line in claims(found)] == ["c: not decided", "d: not decided"]
+
+
+def test_a_verdict_on_less_than_was_planned_says_so():
+    found = results(
+        {"a": [70.0, 71.0], "b": [70.0, 71.0]},
+        claims={"c": {"arm": "a", "published": 70.0}, "d": {"pair": ["a", "b"], "at_least": 0.5}},
+    )
+    assert not any("so far" in line for line in claims(found))
+    found["seeds"] = {"a": [0, 1, 2, 3], "b": [0, 1, 2]}
+    assert ["only 2 of 4 runs so far" in claims(found)[0], "only 2 of 3 pairs so far" in claims(found)[1]] == [
+        True,
+        True,
+    ]
+    found["subset_seeds"] = [0, 1]
+    assert "only 2 of 8 runs so far" in claims(found)[0]
+
+
+def test_a_claim_of_one_point_of_the_grid_is_made_there_alone():
+    axes = {"imb_factor": [0.1, 0.01]}
+    rows = [row("a", seed, 60.0 + seed, {"imb_factor": factor}) for factor in (0.1, 0.01) for seed in (0, 1)]
+    claim = {"arm": "a", "published": 60.0}
+    found = results(rows, axes=axes, claims={"here": {**claim, "at": {"imb_factor": 0.01}}, "everywhere": claim})
+    assert [line.split(":")[0] for line in claims(found)] == [
+        *("everywhere, imb_factor 0.1", "here, imb_factor 0.01", "everywhere, imb_factor 0.01"),
+    ]
+
+
+def test_held_out_images_choose_the_best_of_the_candidates():
+    rows = [
+        row(arm, seed, 70.0 + seed, val={"top1": val + seed}) for arm, val in (("a", 60), ("b", 61)) for seed in (0, 1)
+    ]
+    (line,) = choice(results(rows, choose=True))
+    assert "held-out training images: b (61.50 ± 0.71, 2 seeds), out of 2 candidates" in line
+    assert choice(results(rows)) == []
+    assert choice(results(NONE_COMMON, choose=True)) == []  # nothing was held out
+    assert "held-out" in arm_table(results(rows), {}).head
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Waterfall
+
+TOP1 = {
+    "none": [70.0, 70.6, 69.8, 71.0],
+    "prior": [78.0, 78.9, 77.7],
+    "mixup": [72.0, 73.0, 71.7, 74.0],
+    "both": [80.0, 82.1, 79.9],
+}
+PLAN = {
+    "start": "none",
+    "steps": {
+        "prior": {"prior": 1.0, "none": -1.0},
+        "mixup": {"mixup": 1.0, "none": -1.0},
+        "half of it": {"mixup": 0.5, "none": -0.5},
+        "interaction": {"both": 1.0, "prior": -1.0, "mixup": -1.0, "none": 1.0},
+        "selection": {"both.best": 1.0, "both": -1.0},
+    },
+    "end": "best",
+    "published": 83.3,
+}
+
+
+def test_a_waterfall_adds_up_from_its_start_to_its_end():
+    found = waterfall(results(TOP1, waterfall=PLAN), {})
+    names = ["none", "prior", "mixup", "half of it", "interaction", "selection", "remainder"]
+    assert [bar.name for bar in found.bars()] == [*names, "both, best on the test set"]
+    *parts, end = [bar.change.mean for bar in found.bars()]
+    assert sum(parts) == pytest.approx(end, abs=1e-10)
+    assert end == pytest.approx(np.mean(TOP1["both"]) + 0.5)
+    assert {bar.change.count for bar in found.bars()} == {3}  # seeds that all have
+    assert found.missing == []
+
+
+def test_every_step_of_a_waterfall_has_the_interval_of_its_contrast():
+    found = waterfall(results(TOP1, waterfall=PLAN), {})
+    none, prior, mixup, both = (np.array(TOP1[arm][:3]) for arm in TOP1)
+    expected = [none, prior - none, mixup - none, (mixup - none) / 2, both - prior - mixup + none, 0 * both + 0.5]
+    expected += [both + 0.5 - sum(expected), both + 0.5]
+    for bar, each in zip(found.bars(), expected, strict=True):
+        assert bar.change.mean == pytest.approx(each.mean(), abs=1e-9)
+        if each.std() > 1e-9:
+            low, high = stats.ttest_1samp(each, 0).confidence_interval(0.95)
+            assert (bar.change.low, bar.change.high) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_steps_that_were_not_run_are_named_and_left_out():
+    found = results({arm: top1 for arm, top1 in TOP1.items() if arm != "both"}, waterfall=PLAN)
+    steps = waterfall(found, {})
+    assert [bar.name for bar in steps.steps] == ["prior", "mixup", "half of it", "remainder"]
+    assert steps.missing == ["interaction", "selection"]
+    assert steps.end.name == "prior, best on the test set"
+    assert sum(bar.change.mean for bar in steps.bars()[:-1]) == pytest.approx(steps.end.change.mean, abs=1e-10)
+    shown = texts(waterfall_table(found, {}))
+    assert shown[-3:] == [["interaction", "not run", "-"], ["selection", "not run", "-"], ["published", "83.3", "-"]]
+    assert shown[0][0] == "none" and not shown[0][1].startswith("+") and shown[1][1].startswith("+")
+
+
+def test_a_waterfall_of_nothing_is_none():
+    for arms in ({"none": [70.0]}, {"prior": [70.0], "mixup": [71.0]}, {"mixup": [70.0]}):
+        assert waterfall(results(arms, waterfall=PLAN), {}) is None
+    apart = results([row("none", 0, 70.0), row("prior", 1, 75.0)], waterfall=PLAN)
+    assert waterfall(apart, {}) is None and waterfall_table(apart, {}) is None
+    assert waterfall_table(results(TOP1), {}) is None
+
+
+def test_a_waterfall_is_of_seeds_whose_runs_have_the_same_images():
+    """In every one of its bars, or it would not add up."""
+    rows = [row(arm, seed, top1) for arm, found in TOP1.items() for seed, top1 in enumerate(found)]
+    rows = [one | {"data": "others"} if (one["arm"], one["seed"]) == ("both", 1) else one for one in rows]
+    found = waterfall(results(rows, waterfall=PLAN), {})
+    assert {bar.change.count for bar in found.bars()} == {2}
+    assert found.start.change.mean == pytest.approx((TOP1["none"][0] + TOP1["none"][2]) / 2)
+    assert sum(bar.change.mean for bar in found.bars()[:-1]) == pytest.approx(found.end.change.mean, abs=1e-10)
+    strangers = [one | {"data": one["arm"]} for one in rows]
+    assert waterfall(results(strangers, waterfall=PLAN), {}) is None
+
+
+def test_the_name_of_a_step_is_free():
+    plan = {"start": "none", "steps": {"start": {"prior": 1.0, "none": -1.0}}, "end": "last"}
+    found = waterfall(results(TOP1, waterfall=plan), {})
+    assert [bar.name for bar in found.bars()] == ["none", "start", "remainder", "prior, last epoch"]
+    assert found.start.change.mean == pytest.approx(np.mean(TOP1["none"][:3]))
+
+
+def test_an_end_that_nobody_measured_makes_no_waterfall():
+    assert waterfall(results(TOP1, waterfall=PLAN | {"end": "val"}), {}) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On paper
+
+
+def everything():
+    plan = PLAN | {"steps": {**PLAN["steps"], r"50 % | of_it & {more} \ ~^ #1 $x$ <b>": {"mixup": 1.0, "none": -1.0}}}
+    claim = {"a | b": {"pair": ["both", "none"], "at_least": 0.5}}
+    axes = {"imb_factor": [0.1, 0.01]}
+    rows = [
+        row(arm, seed, top1, {"imb_factor": factor}, val={"top1": top1})
+        for factor in axes["imb_factor"]
+        for arm, found in TOP1.items()
+        for seed, top1 in enumerate(found)
+    ]
+    failed = {"x_seed0": "error: | no data"}
+    return results(rows, waterfall=plan, claims=claim, axes=axes, choose=True, failed=failed, images="some | images")
+
+
+def test_markdown_is_tables_whose_lines_have_as_many_columns():
+    said = markdown(everything())
+    blocks = [block.splitlines() for block in said.split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 2 * 3
+    for head, rule, *lines in blocks:
+        columns = [len(re.findall(r"(?<!\\)\|", line)) for line in (head, rule, *lines)]
+        assert len(set(columns)) == 1 and columns[0] > 3
+        assert set(rule) == set("| -") and lines
+        assert all(line.startswith("| ") and line.endswith(" |") for line in (head, *lines))
+    assert "50 % \\| of_it" in said
+    lists = [line for line in said.splitlines() if line.startswith("* ")]
+    assert len(lists) == 2 + 2 + 1 and said.endswith("\n")
+
+
+def test_markdown_says_where_numbers_come_from():
+    rows = [
+        row("a", 0, 70.0),
+        row("a", 1, 70.0, device="NVIDIA H200", commit=f"{'e' * 40}-dirty"),
+        row("a", 2, 70.0, commit=""),
+    ]
+    said = markdown(results(rows, planned=5, images="the official images"))
+    first = said.splitlines()[0]
+    assert first == (
+        "Sweep `by_hand`: 3 of 5 runs, on the official images. Device: NVIDIA H200, a processor; torch 2.6; "
+        "commit eeeeeeeeee-dirty, ffffffffff; 1.5 hours of training."
+    )
+
+
+def test_no_run_at_all_makes_no_table():
+    nothing = results([row("a", 0, 1.0)]) | {"runs": []}
+    assert tables(nothing) == [] and latex(nothing) == ""
+    assert markdown(nothing) == "Sweep `by_hand`: 0 of 1 runs. Device: -; torch -; commit -; 0.0 hours of training.\n"
+
+
+def test_latex_is_balanced_and_escaped():
+    said = latex(everything())
+    assert said.count(r"\begin{table}") == said.count(r"\end{table}") == 6
+    assert said.count(r"\begin{tabular}") == said.count(r"\end{tabular}") == 6
+    for table in said.split(r"\begin{table}")[1:]:
+        columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", table)[1])
+        body = [line for line in table.splitlines() if line.endswith(r" \\")]
+        assert len(body) > 2
+        assert all(len(re.findall(r"(?<!\\)&", line)) == columns - 1 for line in body)
+    plain = re.sub(r"\\[%_&#${}]|\\text(backslash|asciitilde|asciicircum)\{\}|\$(\\pm|[-<>|])\$", "", said)
+    assert not set(plain) & set("%#$~^±|<>")
+    assert "_" not in plain and plain.count("{") == plain.count("}")
+    assert (
+        r"50 \% $|$ of\_it \& \{more\} \textbackslash{} \textasciitilde{}\textasciicircum{} \#1 \$x\$ $<$b$>$" in said
+    )
+    assert "both $-$ none" in said and "[-" not in said
+
+
+def test_a_line_of_latex_that_begins_with_a_bracket_is_no_option_of_the_line_above():
+    plan = {"start": "none", "steps": {"[optional]": {"prior": 1.0, "none": -1.0}, "*": {"mixup": 1.0, "none": -1.0}}}
+    lines = latex(results(TOP1, waterfall=plan | {"end": "last"})).splitlines()
+    assert any(line.startswith("{}[optional] & ") for line in lines) and any(
+        line.startswith("{}* & ") for line in lines
+    )
+    assert not any(line.startswith(("[", "*")) for line in lines)
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="there is no TeX")
+def test_latex_compiles(tmp_path):
+    packages = r"\usepackage[utf8]{inputenc}\usepackage[T1]{fontenc}\usepackage{booktabs}"
+    text = rf"\documentclass{{article}}{packages}\begin{{document}}{latex(everything())}\end{{document}}"
+    (tmp_path / "table.tex").write_text(text)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the README
+
+PAGE = """# Title
+
+Tables stand between `<!-- results of NAME -->` and `<!-- end of results -->`.
+
+<!-- results of one -->
+what was there
+<!-- end of results -->
+between \\1 \\g<name>
+<!-- results of two-b -->
+<!-- end of results -->
+end
+"""
+
+
+def by_name(name):
+    return results(NONE_COMMON, sweep=name)
+
+
+def test_only_what_stands_between_markers_changes():
+    filled = fill_readme(PAGE, by_name)
+    one, two = markdown(by_name("one")), markdown(by_name("two-b"))
+    assert filled == PAGE.replace("what was there\n", f"\n{one}\n").replace("two-b -->\n", f"two-b -->\n\n{two}\n")
+    assert fill_readme(filled, by_name) == filled
+    assert fill_readme("no marker", by_name) == "no marker"
+
+
+def test_where_nothing_is_published_nothing_stands():
+    assert fill_readme(PAGE, lambda name: None) == PAGE.replace("what was there\n", "")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        PAGE.replace("<!-- end of results -->\nbetween", "between"),  # or the text between would be lost
+        PAGE.replace("<!-- results of one -->", "<!-- results of one-->"),
+        PAGE.replace("<!-- end of results -->\nbetween", "between") + "<!-- end of results -->\n",
+        PAGE + "<!-- results of three -->\n",
+        PAGE + "<!-- end of results -->\n",
+    ],
+)
+def test_a_marker_without_its_end_is_refused(wrong):
+    with pytest.raises(InputError, match="one of these lines is missing"):
+        fill_readme(wrong, by_name)
+
+
+def published():
+    return sorted((ROOT / sweep.PUBLISHED).glob("*.json"))
+
+
+def test_the_readme_has_the_published_tables():
+    """Byte for byte what the files beside the sweeps give."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert fill_readme(readme, sweep.published) == readme, "python -m utils.sweep ... --publish brings it up to date"
+
+
+def test_a_number_that_was_changed_by_hand_is_caught(tmp_path):
+    """In the README, and in the file that it is made from."""
+    stored = results(NONE_COMMON, sweep="quick_digits")
+    file = tmp_path / sweep.PUBLISHED / "quick_digits.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(stored))
+    page = fill_readme(
+        PAGE.replace("of one ", "of quick_digits ").replace("of two-b ", "of quick_digits "), lambda _: stored
+    )
+    assert fill_readme(page, lambda name: sweep.published(name, tmp_path)) == page
+    wrong = page.replace("71.17 ± 1.26", "71.18 ± 1.26", 1)
+    assert wrong != page and fill_readme(wrong, lambda name: sweep.published(name, tmp_path)) == page
+    stored["runs"][0]["last"]["top1"] += 0.02
+    file.write_text(json.dumps(stored))
+    assert fill_readme(page, lambda name: sweep.published(name, tmp_path)) != page
+
+
+def test_published_files_that_are_missing_or_damaged_are_named(tmp_path):
+    folder = tmp_path / sweep.PUBLISHED
+    folder.mkdir(parents=True)
+    (folder / "cut.json").write_text('{"runs": [')
+    (folder / "other.json").write_text("[]")
+    for name, said in (("cut", "cannot be read"), ("other", "holds no results")):
+        with pytest.raises(InputError, match=f"{name}.json: {said}"):
+            sweep.published(name, tmp_path)
+    assert sweep.published("none", tmp_path) is None
+
+
+def check_published(path: Path, root: Path = ROOT) -> None:
+    """What lies there is of a sweep as its file, the configurations and the defaults are today."""
+    found, file = sweep.published(path.stem, root), root / "config/sweeps" / f"{path.stem}.yaml"
+    assert file.is_file(), f"{path} belongs to no sweep"
+    asked = sweep.read_sweep(file)
+    planned = {run.name: run for run in sweep.plan(asked, Path("saved") / path.stem)}
+    assert found["sweep"] == path.stem and found["planned"] == len(planned) and found["failed"] == {}
+    assert found["arms"] == list(asked.arms) and found["axes"] == asked.axes
+    assert {key: found[key] for key in asked.compared} == json.loads(json.dumps(asked.compared))
+    for key, default in found["defaults"].items():
+        assert OPTIONS[key].default == default, f"{path.name}: {key} had another default"
+    assert found["runs"]
+    for one in found["runs"]:
+        assert one.keys() >= FIELDS, f"{one['run']}: {FIELDS - one.keys()} is missing"
+        assert {"top1", "ece", "epochs"} <= one["last"].keys()
+        assert one["hash"] == planned[one["run"]].hash, f"{one['run']} was of another configuration"
+        assert one["epochs"] == planned[one["run"]].cfg.num_epochs and one["data"] and one["commit"]
+
+
+@pytest.mark.parametrize("path", published(), ids=lambda path: path.stem)
+def test_what_is_published_is_of_the_sweeps_as_they_are_today(path):
+    check_published(path)
+
+
+def test_every_marker_of_the_readme_names_a_sweep():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"^<!-- results of (.*) -->$", readme, re.MULTILINE):
+        assert (ROOT / "config/sweeps" / f"{name}.yaml").is_file(), name
