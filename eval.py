@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise CheckpointError("resume: eval.py needs a checkpoint; add: resume saved/<run>/ckps/current.pth.tar")
         found = find_checkpoint(cfg)
         path, content, origin = found.path, found.content, found.notes
-        if content is None:
+        if content is None or found.forked:
             raise CheckpointError(f"resume: auto finds no checkpoint of this configuration in {cfg.save_dir}")
         numbering = class_map(cfg, found)
     with distributed.processes(cfg.device, cfg.deterministic) as device, float32_products(cfg.precision):

@@ -38,6 +38,7 @@ from utils.checkpoint import (
     TrainState,
     changed_options,
     environment,
+    fork_of,
     is_ours,
     load_content,
     newest_checkpoint,
@@ -332,6 +333,8 @@ def start(
         )
     if content is None:
         return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, []
+    if cfg.fork and not forked and fork_of(content["config"] if is_ours(content) else {}) != fork_of(cfg):
+        raise CheckpointError(f"resume: {path} did not begin with the fork {cfg.fork}; give one of the two")
     if not is_ours(content):
         source = load_content(model, content, path)["source"]
         note = f"{path}: {source}; weights only, training starts at epoch 0"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_stage1
+from eval import main as eval_main
 from tests.conftest import ARB, assert_same_run, content, failure, history, train
 from utils.config import load_config
 
@@ -71,3 +72,18 @@ def test_only_this_trainer_s_checkpoints_can_be_forked(tmp_path, capsys):
         result = failure(capsys, train_stage1.main, "--cfg", ARB, "fork", path, "save_dir", tmp_path / "saved")
         assert (result.code, len(result.lines)) == (2, 1) and said in result.said
     assert not (tmp_path / "saved").exists()
+
+
+def test_resume_goes_on_with_the_same_fork_alone(parent, tmp_path, capsys):
+    """``auto`` passes over a run that began otherwise, an explicit path is refused; eval.py wants a run of its own."""
+    fork = train(tmp_path, *EPOCHS, "fork", kept(parent))
+    other = parent / "ckps" / "current.pth.tar"
+    options = ["--cfg", ARB, *map(str, EPOCHS), "batch_size", 64, "save_dir", tmp_path]
+    path = fork / "ckps" / "current.pth.tar"
+    result = failure(capsys, train_stage1.main, *options, "resume", path, "fork", other)
+    assert (result.code, len(result.lines)) == (2, 1) and "did not begin with the fork" in result.said
+    for without in ([], ["fork", kept(parent).with_name("epoch_1.pth.tar")]):
+        result = failure(capsys, eval_main, *options, "resume", "auto", *without)
+        assert result.code == 2, result.said
+    result = failure(capsys, eval_main, *options, "resume", "auto", "fork", kept(parent), "save_dir", tmp_path / "none")
+    assert (result.code, len(result.lines)) == (2, 1) and "auto finds no checkpoint" in result.said

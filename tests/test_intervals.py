@@ -68,7 +68,7 @@ def test_one_value_has_a_mean_and_nothing_else():
 
 def test_without_deviation_an_interval_is_a_point():
     found = estimate([0.5, 0.5, 0.5])
-    assert (found.deviation, found.low, found.high) == (0, 0.5, 0.5) and found.excludes_zero
+    assert (found.deviation, found.low, found.high) == (0, 0.5, 0.5) and not found.excludes_zero
     assert not estimate([0.0, 0.0]).excludes_zero
     assert prediction_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 

@@ -271,6 +271,10 @@ REFUSED = {
         },
         "c: fork: epoch 2 must lie in the 5 epochs of b (after its own 3)",
     ),
+    "a fork with class means that its parent has not": (
+        {"arms": {"plain": {}, "late": {"fork": FORK, "nc_within": 0.01}}},
+        "late: a fork goes on with its parent's data and network, and its nc_within is another",
+    ),
     "runs of one name": ({"axes": {"data_path": ["a/b", "a-b"]}}, "two runs would be called plain_data_patha-b_seed0"),
 }
 
@@ -312,7 +316,7 @@ def test_files_that_are_no_sweeps_are_refused(text, said, tmp_path, capsys):
         (["seed", "3"], "command line: seed is set for every run by the sweep itself"),
         (["fork", "x"], "command line: fork is set for every run by the sweep itself"),
         (["imb_factor", "0.1"], "command line: imb_factor is set for every run by the sweep itself"),
-        (["loss", "ce"], "command line: loss is what arms differ in"),
+        (["loss", "ce"], "command line: loss is what plain and arb differ in"),
         (["momentumm", "1"], "unknown key 'momentumm'; the nearest known one is 'momentum'"),
         (["--publish", "lr", "1"], "--publish takes no options"),
         (["--publish"], "only sweeps in config/sweeps are published"),
@@ -423,7 +427,8 @@ def test_tables_and_the_figure_are_of_the_results(tiny):
     assert table == markdown(results) and f"| arb - plain | 2 | {mean:+.2f} | [" in table.replace("**", "")
     assert f"| late - plain | 1 | {top1['late_seed0'] - top1['plain_seed0']:+.2f} | - |" in table
     assert (
-        "From plain to the best arm, over 1 common seeds" in table
+        "From plain to the best of 2 arms, over the 2 seeds that all steps have" in table
+        and "| schedule | too few runs | - |" in table
         and r"\bottomrule" in (home / "table.tex").read_text()
     )
     assert Image.open(home / "waterfall.png").size == (1650, 720)
@@ -485,11 +490,49 @@ def test_a_run_whose_summary_is_damaged_goes_on_and_the_rest_stays(copied):
         assert len(sweep.results_of(asked, runs)["runs"]) == 4
 
 
-def test_metrics_that_cannot_be_read_are_named(copied, capsys):
+def test_metrics_that_cannot_be_read_fail_their_run_alone(copied, capsys):
     path = folder_of(copied / "saved/tiny", "arb_seed0") / "metrics.jsonl"
     path.write_text("{\n" + path.read_text())
-    result = failure(capsys, sweep.main, copied / "tiny.yaml", "--save_dir", copied / "saved")
-    assert (result.code, len(result.lines)) == (2, 1) and f"{path}, line 1: is no JSON" in result.said
+    assert again(copied) == 1
+    assert f"failed: arb_seed0: {path}, line 1: is no JSON" in capsys.readouterr().err
+    results = json.loads((copied / "saved/tiny/results.json").read_text())
+    assert [row["run"] for row in results["runs"]] == ["plain_seed0", "late_seed0", "plain_seed1", "arb_seed1"]
+    assert list(results["failed"]) == ["arb_seed0"]
+
+
+def test_a_run_that_was_trained_on_other_images_in_between_is_compared_with_nothing(copied):
+    asked, runs, home = of_tiny(copied)
+    path = folder_of(home, "arb_seed0") / "starts.jsonl"
+    (start,) = starts_of(path.parent)
+    path.write_text("".join(json.dumps(one) + "\n" for one in (start | {"data": "others"}, start)))
+    rows = {row["run"]: row for row in sweep.results_of(asked, runs)["runs"]}
+    assert rows["arb_seed0"]["data"] == "" and rows["arb_seed1"]["data"] == start["data"]
+    assert "| arb - plain | 1 |" in markdown(sweep.results_of(asked, runs))
+
+
+def test_another_fork_of_the_same_name_is_another_run(copied):
+    """Another epoch, another parent, or no fork at all: what is finished was not that."""
+    _, runs, home = of_tiny(copied)
+    late = next(run for run in runs if run.arm == "late")
+    assert late.finished()
+    plain, arb = (next(run for run in runs if run.name == f"{arm}_seed0") for arm in ARMS)
+    others = [{"forked_after": 2}, {"parent": arb}, {"parent": None, "forked_after": 0}]
+    for changes in others:
+        other = dataclasses.replace(late, **changes)
+        assert other.folder() is None and other.hash != late.hash, changes
+    moved = plain.folder().rename(home / "plain_seed0_29990101000000")  # the parent was trained anew
+    assert plain.folder() == moved and late.folder() is None
+
+
+def test_options_of_arms_that_differ_by_their_configurations_cannot_be_overridden(tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(f"_BASE_: {os.path.relpath(DIGITS, tmp_path)}\nweight_decay: 1e-3\n")
+    path = written(tmp_path, arms={"plain": {}, "other": {"cfg": "other.yaml"}})
+    with pytest.raises(InputError, match="weight_decay is what plain and other differ in"):
+        planned(path, "weight_decay", "0.1")
+    (run, *_) = planned(path, "lr", "0.05", "workers", "2")
+    assert run.overridden == {"lr": 0.05}
+    assert sweep.results_of(sweep.read_sweep(path), [run])["overridden"] == {"lr": 0.05}
 
 
 def test_a_changed_sweep_makes_new_runs_and_keeps_the_old_folders(copied):
@@ -790,6 +833,17 @@ def test_publishing_puts_results_beside_the_sweep_and_tables_into_the_readme(rep
     assert state_of(home) == before
     publish(repository, home)
     assert (repository / "README.md").read_text() == readme
+
+
+def test_what_failed_is_published_too(repository, copied):
+    home = copied / "saved/tiny"
+    shutil.rmtree(folder_of(home, "arb_seed1"))
+    results = json.loads((home / "results.json").read_text())
+    why = {"arb_seed1": "the loss is not finite", "plain_seed0": "was finished later"}
+    (home / "results.json").write_text(json.dumps(results | {"failed": why}))
+    found = json.loads(publish(repository, home).read_text())
+    assert found["failed"] == {"arb_seed1": "the loss is not finite"} and len(found["runs"]) == 4
+    assert "* failed: arb_seed1: the loss is not finite" in (repository / "README.md").read_text()
 
 
 def test_what_was_published_elsewhere_stays_as_long_as_it_is_of_the_sweep(repository, tiny, copied, capsys):

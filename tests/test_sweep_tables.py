@@ -39,10 +39,12 @@ NONE_COMMON = {"none": [70.0, 71.0, 72.5], "both": [75.0, 76.5, 77.0]}
 
 def row(arm, seed, top1, axes=None, **changes):
     measured = {"top1": top1, "many": 90.0, "medium": 60.0, "few": 30.0, "ece": 5.0, "epochs": [199]}
-    origin = {"commit": "f" * 40, "device": "cpu", "cpu": "a processor", "threads": 1, "processes": 1}
+    commit = changes.get("commit", "f" * 40)
+    origin = {"commit": commit, "device": "cpu", "cpu": "a processor", "threads": 1, "processes": 1}
     return {
         **{"run": f"{arm}_seed{seed}", "arm": arm, "axes": axes or {}, "seed": seed, "subset_seed": 0, "hash": "0"},
-        **{"options": {}, "forked": None, **origin, "versions": {"torch": "2.6"}, "data": "images", "starts": []},
+        **{"options": {}, "forked": None, **origin, "versions": {"torch": "2.6"}, "data": "images"},
+        "starts": [{"epoch": 0, "step": 0, "commit": commit, "date": ""}],
         **{"epochs": 200, "seconds": 1800.0, "last": measured},
         **{"cross_fitted": {**measured, "top1": top1 + 0.25}, "best": {**measured, "top1": top1 + 0.5}, **changes},
     }
@@ -57,7 +59,7 @@ def results(rows, **changes):
     return {
         **{"sweep": "by_hand", "images": "", "arms": arms, "seeds": seeds, "subset_seeds": [0], "axes": {}},
         **{"against": arms[0], "pairs": [], "claims": {}, "waterfall": {}, "choose": False},
-        **{"planned": len(rows), "failed": {}, "defaults": {}, "runs": rows, **changes},
+        **{"planned": len(rows), "failed": {}, "overridden": {}, "defaults": {}, "runs": rows, **changes},
     }
 
 
@@ -100,25 +102,25 @@ def test_two_arms_are_compared_by_their_paired_difference():
 
 def test_only_seeds_that_both_have_are_paired():
     rows = [row("none", seed, 70.0 + seed) for seed in (0, 1, 2, 5)] + [row("both", s, 80.0 + 2 * s) for s in (5, 2, 7)]
-    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == [84.0 - 72.0, 90.0 - 75.0]  # in the order of seeds
+    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == {(2, 0): 84.0 - 72.0, (5, 0): 90.0 - 75.0}
 
 
 def test_subset_seeds_are_another_axis_of_pairs():
     rows = [row("none", 0, 70.0, subset_seed=s) for s in (0, 1)] + [row("both", s, 71.0, subset_seed=1) for s in (0, 1)]
-    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == [1.0]
+    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == {(0, 1): 1.0}
     assert values(results(rows), "none", {}) == {(0, 0): 70.0, (0, 1): 70.0}
 
 
 def test_only_runs_on_the_same_images_are_paired():
     rows = [row("none", 0, 70.0), row("none", 1, 70.0), row("none", 2, 70.0)]
     rows += [row("both", 0, 71.0), row("both", 1, 75.0, data="other images"), row("both", 2, 73.0)]
-    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == [1.0, 3.0]
+    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == {(0, 0): 1.0, (2, 0): 3.0}
     assert texts(arm_table(results(rows), {}))[1][1] == "3"  # a mean is of all
 
 
 def test_runs_that_do_not_say_their_images_are_compared_with_nothing():
     rows = [row(arm, seed, 70.0 + seed, data="") for arm in ("none", "both") for seed in (0, 1)]
-    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == []
+    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == {}
     assert pair_table(results(rows), {}) is None and len(arm_table(results(rows), {}).rows) == 2
 
 
@@ -149,7 +151,7 @@ def test_every_arm_is_compared_with_one_and_a_pair_is_there_once():
         ([0.93, 1.07], True),
         ([0.92, 1.08], False),
         ([-0.93, -1.07], True),
-        ([1.0, 1.0], True),
+        ([1.0, 1.0], False),  # alike by chance: no deviation, and so no interval to speak of
         ([0.0, 0.0], False),
         ([5.0], False),
     ],
@@ -196,7 +198,7 @@ def test_a_published_range_is_reproduced_where_any_of_it_is():
 @pytest.mark.parametrize(
     ("differences", "verdict"),
     [
-        ([0.5, 0.5, 0.5], "yes"),  # exactly at_least
+        ([0.5 - 1 / 64, 0.5, 0.5 + 1 / 64], "yes"),  # exactly at_least
         ([0.49, 0.5, 0.5], "no"),  # certain, and too small
         ([0.4, 1.0, 2.0], "no"),  # large enough, and uncertain
         ([-2.0, -2.1, -2.0], "no"),  # certain, in the other direction
@@ -251,7 +253,10 @@ def test_held_out_images_choose_the_best_of_the_candidates():
     (line,) = choice(results(rows, choose=True))
     assert "held-out training images: b (61.50 ± 0.71, 2 seeds), out of 2 candidates" in line
     assert choice(results(rows)) == []
-    assert choice(results(NONE_COMMON, choose=True)) == []  # nothing was held out
+    (line,) = choice(results(NONE_COMMON, choose=True))  # nothing was held out
+    assert line.endswith("not decided (0 of 3 seeds of all 2 candidates)")
+    (line,) = choice(results(rows[:-1], choose=True, seeds={"a": [0, 1], "b": [0, 1]}))  # b's second seed is missing
+    assert line.endswith("not decided (1 of 2 seeds of all 2 candidates)")
     assert "held-out" in arm_table(results(rows), {}).head
 
 
@@ -309,7 +314,11 @@ def test_steps_that_were_not_run_are_named_and_left_out():
     assert steps.end.name == "prior, best on the test set"
     assert sum(bar.change.mean for bar in steps.bars()[:-1]) == pytest.approx(steps.end.change.mean, abs=1e-10)
     shown = texts(waterfall_table(found, {}))
-    assert shown[-3:] == [["interaction", "not run", "-"], ["selection", "not run", "-"], ["published", "83.3", "-"]]
+    assert shown[-3:] == [
+        ["interaction", "too few runs", "-"],
+        ["selection", "too few runs", "-"],
+        ["published", "83.3", "-"],
+    ]
     assert shown[0][0] == "none" and not shown[0][1].startswith("+") and shown[1][1].startswith("+")
 
 
@@ -336,8 +345,43 @@ def test_a_waterfall_is_of_seeds_whose_runs_have_the_same_images():
 def test_the_name_of_a_step_is_free():
     plan = {"start": "none", "steps": {"start": {"prior": 1.0, "none": -1.0}}, "end": "last"}
     found = waterfall(results(TOP1, waterfall=plan), {})
-    assert [bar.name for bar in found.bars()] == ["none", "start", "remainder", "prior, last epoch"]
+    assert [bar.name for bar in found.bars()] == ["none", "start", "remainder", "both, last epoch"]
     assert found.start.change.mean == pytest.approx(np.mean(TOP1["none"][:3]))
+
+
+def test_the_end_is_the_best_of_all_arms_that_have_the_seeds():
+    plan = {"start": "none", "steps": {"prior": {"prior": 1.0, "none": -1.0}}, "end": "last"}
+    rows = TOP1 | {"better": [90.0, 91.0, 92.0], "best of two": [99.0, 99.0]}
+    found = waterfall(results(rows, waterfall=plan), {})
+    assert found.end.name == "better, last epoch" and found.tried == 5
+    assert found.end.change.mean == 91.0 and {bar.change.count for bar in found.bars()} == {3}
+    assert found.steps[-1].change.mean == pytest.approx(91.0 - np.mean(TOP1["prior"]))
+    assert "the best of 5 arms" in waterfall_table(results(rows, waterfall=plan), {}).caption
+
+
+def test_a_step_of_too_few_seeds_is_missing_and_takes_no_interval_from_the_others():
+    rows = TOP1 | {"both": TOP1["both"][:1]}
+    found = waterfall(results(rows, waterfall=PLAN), {})
+    assert found.missing == ["interaction", "selection"]
+    assert {bar.change.count for bar in found.bars()} == {3} and found.end.name.startswith("prior")
+    alone = waterfall(results({arm: top1[:1] for arm, top1 in TOP1.items()}, waterfall=PLAN), {})
+    assert alone.missing == [] and {bar.change.count for bar in alone.bars()} == {1}
+
+
+def test_runs_of_one_cut_are_not_independent_where_there_are_several():
+    """Five seeds on each of two cuts, whose differences are 0.3 and 1.0: two values, and no ten."""
+    rows = [
+        row(arm, seed, 70.0 + seed + more * (1.0 if cut else 0.3), subset_seed=cut)
+        for arm, more in (("none", 0), ("both", 1))
+        for seed in range(5)
+        for cut in (0, 7)
+    ]
+    found = results(rows, subset_seeds=[0, 7])
+    (line,) = texts(pair_table(found, {}))
+    low, high = stats.ttest_1samp([0.3, 1.0], 0).confidence_interval(0.95)
+    assert line == ["both - none", "2", "+0.65", f"[{low:+.2f}, {high:+.2f}]"]
+    table = arm_table(found, {})
+    assert texts(table)[0][1] == "2" and "over n cuts" in table.caption
 
 
 def test_an_end_that_nobody_measured_makes_no_waterfall():
@@ -386,8 +430,20 @@ def test_markdown_says_where_numbers_come_from():
     first = said.splitlines()[0]
     assert first == (
         "Sweep `by_hand`: 3 of 5 runs, on the official images. Device: NVIDIA H200, a processor; torch 2.6; "
-        "commit eeeeeeeeee-dirty, ffffffffff; 1.5 hours of training."
+        "commit eeeeeeeeee-dirty, ffffffffff, unknown; 1.5 hours of training."
     )
+    assert ", lr 0.5. Device:" in markdown(results(rows, overridden={"lr": 0.5}))
+
+
+def test_epochs_of_which_nothing_is_recorded_are_named():
+    late = [{"epoch": 19, "step": 3, "commit": "e" * 40, "date": ""}]
+    rows = [row("a", 0, 70.0), row("a", 1, 70.0, starts=late), row("a", 2, 70.0, starts=[])]
+    rows += [row("b", 0, 70.0, starts=late, forked={"run": "a_seed0", "epoch": 19})]
+    said = [line for line in markdown(results(rows)).splitlines() if "nothing is recorded" in line]
+    assert said == [
+        "* a_seed1: nothing is recorded of how epochs 0 to 18 were trained",
+        "* a_seed2: nothing is recorded of how epochs 0 to 199 were trained",
+    ]
 
 
 def test_no_run_at_all_makes_no_table():

@@ -210,6 +210,8 @@ def newest_checkpoint(save_dir: str, config: Mapping) -> Found:
                 notes.append(f"resume auto: passed over {error}")
                 continue
             changed = changed_options(content, config)
+            if is_ours(content) and fork_of(content["config"]) != fork_of(config):
+                changed["fork"] = (content["config"].get("fork"), config["fork"])
             if is_ours(content) and not changed:
                 return Found(str(path), content, notes)
             why = f"has another {', '.join(changed)}" if changed else "is not this trainer's"
@@ -361,6 +363,11 @@ def changed_options(content: Mapping, config: Mapping) -> dict[str, tuple]:
         for key in config
         if key in saved and key not in INCIDENTAL and not _same(saved[key], config[key])
     }
+
+
+def fork_of(config: Mapping) -> list[str]:
+    """What a run began with, as the run's folder, ``ckps`` and the file: they stay when runs are moved."""
+    return list(Path(str(config.get("fork") or "")).parts[-3:])
 
 
 def _same(a: object, b: object) -> bool:

@@ -20,7 +20,8 @@ class Estimate(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        """Never for values that are all the same: a deviation of 0 is no measure of anything."""
+        return bool(self.deviation) and (self.low > 0 or self.high < 0)
 
 
 def estimate(values: Sequence[float]) -> Estimate:

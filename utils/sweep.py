@@ -40,7 +40,7 @@ except ImportError:  # Windows has no such locks
 
 import train_stage1
 from utils import distributed, plots
-from utils.checkpoint import INCIDENTAL
+from utils.checkpoint import INCIDENTAL, fork_of
 from utils.command_line import exit_code
 from utils.config import OPTIONS, dump_config, read_config
 from utils.errors import InputError, Interrupted
@@ -54,8 +54,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = Path("config/sweeps/results")  # of the sweeps in config/sweeps, under ROOT
 README = "README.md"
 KEYS = {
-    **{"cfg": str, "options": dict, "axes": dict, "seeds": list, "subset_seeds": list, "arms": dict, "against": str},
-    **{"pairs": list, "claims": dict, "waterfall": dict, "choose": bool},
+    "cfg": str,
+    "options": dict,
+    "axes": dict,
+    "seeds": list,
+    "subset_seeds": list,
+    "arms": dict,
+    "against": str,
+    "pairs": list,
+    "claims": dict,
+    "waterfall": dict,
+    "choose": bool,
 }
 OF_AN_ARM = ("cfg", "seeds", "fork")  # what an arm says beside options
 SET_HERE = ("name", "save_dir", "seed", "subset_seed", "resume", "fork", "keep_epochs")  # by this module, for each run
@@ -102,6 +111,7 @@ class Run:
     home: Path  # the folder that holds the sweep's runs
     parent: "Run | None" = None
     forked_after: int = 0  # epochs of the parent
+    overridden: dict[str, Any] = field(default_factory=dict)  # by the command line, of what decides a result
 
     @cached_property
     def hash(self) -> str:
@@ -113,14 +123,18 @@ class Run:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def folder(self) -> Path | None:
-        """Its newest folder with this configuration, a finished one first; None where it was never started."""
+        """Its newest folder with this configuration and beginning, a finished one first; None: it was never started."""
         named = re.compile(re.escape(self.name) + r"_\d{14}(_\d+)?")
         folders = [path for path in self.home.glob(f"{glob.escape(self.name)}_*") if named.fullmatch(path.name)]
-        folders = [path for path in folders if _told_by(path) == _telling(self.cfg)]
+        parent = self.parent.folder() if self.parent else None
+        if self.parent and parent is None:
+            return None
+        begun = [parent.name, "ckps", f"epoch_{self.forked_after}.pth.tar"] if parent else []
+        folders = [path for path in folders if _told_by(path) == (_telling(self.cfg), begun)]
         return max(folders, key=lambda path: (self._ended(path), path.stat().st_mtime_ns), default=None)
 
     def _ended(self, folder: Path) -> bool:
-        rows = read_rows(folder / "metrics.jsonl") if _summary(folder) else []
+        rows = _rows(folder) if _summary(folder) else []
         return bool(rows) and rows[-1]["epoch"] + 1 == self.cfg.num_epochs
 
     def finished(self) -> bool:
@@ -129,7 +143,7 @@ class Run:
 
     def epochs_done(self) -> int:
         folder = self.folder()
-        return len(read_rows(folder / "metrics.jsonl")) if folder else 0
+        return len(_rows(folder)) if folder else 0
 
     def epochs_left(self) -> int:
         return self.cfg.num_epochs - max(self.epochs_done(), self.forked_after)
@@ -370,7 +384,10 @@ def _compared(path: Path, content: Mapping, arms: Mapping[str, Arm], axes: Mappi
             f"value}} for one point; a waterfall has start, steps {{name: {{arm: weight}}}}, end "
             f"({', '.join(MEASURES)}) and published (wrong: {error})"
         ) from None
-    plain = [told["against"], *(claim["arm"] for claim in told["claims"].values() if "arm" in claim)]
+    plain = [
+        *[told["against"]] * bool(told["against"]),
+        *(claim["arm"] for claim in told["claims"].values() if "arm" in claim),
+    ]
     terms = list(itertools.chain(*told["pairs"], *(claim.get("pair", []) for claim in told["claims"].values())))
     if told["waterfall"]:
         terms += [told["waterfall"]["start"], *itertools.chain(*told["waterfall"]["steps"].values())]
@@ -446,9 +463,6 @@ def plan(sweep: Sweep, home: Path, overrides: Sequence[str] = ()) -> list[Run]:
     for key in overrides[::2]:
         if key in SET_HERE or key in sweep.axes:
             raise InputError(f"command line: {key} is set for every run by the sweep itself")
-        told = [arm.options.get(key) for arm in sweep.arms.values()]
-        if any(value != told[0] for value in told):
-            raise InputError(f"command line: {key} is what arms differ in, and would be the same for all")
     found: dict[str, Run] = {}
     points = [dict(zip(sweep.axes, point, strict=True)) for point in itertools.product(*sweep.axes.values())]
     order = sorted({seed for arm in sweep.arms.values() for seed in arm.seeds})
@@ -460,7 +474,22 @@ def plan(sweep: Sweep, home: Path, overrides: Sequence[str] = ()) -> list[Run]:
             found[run.name] = run
             if sweep.compared["choose"] and not run.cfg.val_per_class:
                 raise InputError(f"{sweep.name}: choose: True needs val_per_class above 0, and {arm.name} has none")
+    _check_overrides(sweep, overrides[::2])
     return list(found.values())
+
+
+def _check_overrides(sweep: Sweep, keys: Sequence[str]) -> None:
+    """What arms differ in, by their own options or by those of their configurations, cannot be one for all."""
+    arms = {
+        arm.name: read_config(arm.cfg, list(itertools.chain(*arm.options.items())))[0] for arm in sweep.arms.values()
+    }
+    for key in set(keys) & set(OPTIONS) - set(INCIDENTAL):
+        first, *others = arms
+        other = next((name for name in others if arms[name][key] != arms[first][key]), None)
+        if other:
+            raise InputError(
+                f"command line: {key} is what {first} and {other} differ in, and would be the same for all"
+            )
 
 
 def _run(
@@ -487,8 +516,9 @@ def _run(
     except InputError as error:
         said = str(error).removeprefix("command line: ")
         raise InputError(f"{sweep.name}: {arm.name}: {said}") from None
+    overridden = {key: cfg[key] for key in overrides[::2] if key in cfg and key not in INCIDENTAL}
     if arm.fork is None:
-        return Run(ours["name"], arm.name, cell, seed, cfg, home)
+        return Run(ours["name"], arm.name, cell, seed, cfg, home, overridden=overridden)
     parent, epoch = before.get(named(arm.fork[0])), arm.fork[1]
     if parent is None:
         raise InputError(f"{arm.name}: seed {seed} would fork a run of {arm.fork[0]} that the sweep does not have")
@@ -498,11 +528,12 @@ def _run(
             f"its own {parent.forked_after}) and before the end of {cfg.num_epochs}"
         )
     other = [key for key in train_stage1.FIXED if cfg[key] != parent.cfg[key]]
+    other += ["nc_within"] * ((cfg.nc_within > 0) != (parent.cfg.nc_within > 0))  # whether there are class means
     if other:
         raise InputError(
             f"{arm.name}: a fork goes on with its parent's data and network, and its {other[0]} is another"
         )
-    return Run(ours["name"], arm.name, cell, seed, cfg, home, parent, epoch)
+    return Run(ours["name"], arm.name, cell, seed, cfg, home, parent, epoch, overridden)
 
 
 def _short(value: Any) -> str:
@@ -515,8 +546,16 @@ def _telling(cfg: Mapping) -> dict[str, Any]:
     return {key: cfg[key] for key in OPTIONS if key not in INCIDENTAL and cfg[key] != OPTIONS[key].default}
 
 
-def _told_by(folder: Path) -> dict[str, Any] | None:
-    """:func:`_telling` of a run's ``config.yaml``; None where there is none that can be read."""
+def _rows(folder: Path) -> list[dict]:
+    """Of ``metrics.jsonl``; none where it is damaged: the run itself will say so."""
+    try:
+        return read_rows(folder / "metrics.jsonl")
+    except InputError:
+        return []
+
+
+def _told_by(folder: Path) -> tuple[dict[str, Any], list[str]] | None:
+    """:func:`_telling` of a run's ``config.yaml`` and what it was forked from; None where none can be read."""
     try:
         return _read_once(folder / "config.yaml", (folder / "config.yaml").stat().st_mtime_ns)
     except (OSError, InputError):
@@ -524,8 +563,9 @@ def _told_by(folder: Path) -> dict[str, Any] | None:
 
 
 @cache
-def _read_once(path: Path, changed: int) -> dict[str, Any]:
-    return _telling(read_config(path)[0])
+def _read_once(path: Path, changed: int) -> tuple[dict[str, Any], list[str]]:
+    cfg, _ = read_config(path)
+    return _telling(cfg), fork_of(cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -717,7 +757,7 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
 def _seconds(run: Run) -> float:
     """Of training; the epochs before a fork were its parent's."""
     folder = run.folder()
-    rows = read_rows(folder / "metrics.jsonl") if folder else []
+    rows = _rows(folder) if folder else []
     return sum(row["timing"]["train_seconds"] for row in rows if row["epoch"] >= run.forked_after)
 
 
@@ -743,36 +783,45 @@ def results_of(
 ) -> dict[str, Any]:
     """What ``results.json`` holds: what was compared, and one row for every finished run.
 
-    ``images``: what they are, in words; by default what an earlier ``results.json`` has.
+    ``images``: what they are, in words; that and ``failed`` are by default what an earlier ``results.json`` has.
     """
-    home = runs[0].home
-    if images is None:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged file is made anew
-            images = json.loads((home / "results.json").read_text(encoding="utf-8"))["images"]
+    home, before = runs[0].home, {"images": "", "failed": {}}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged file is made anew
+        before |= json.loads((home / "results.json").read_text(encoding="utf-8"))
+    rows = [_row(run) for run in runs if run.finished()]
+    failed = before["failed"] if failed is None else failed
     return {
         "sweep": sweep.name,
-        "images": images or "",
+        "images": before["images"] if images is None else images,
+        "overridden": runs[0].overridden,
         "arms": list(sweep.arms),
         "seeds": {arm.name: arm.seeds for arm in sweep.arms.values()},
         "subset_seeds": sweep.subset_seeds,
         "axes": sweep.axes,
         **sweep.compared,
         "planned": len(runs),
-        "failed": dict(failed or {}),
+        "failed": {name: why for name, why in failed.items() if name not in {row["run"] for row in rows}},
         "defaults": DEFAULTS,  # of the options that a run does not tell
-        "runs": [_row(run) for run in runs if run.finished()],
+        "runs": rows,
     }
 
 
 def _row(run: Run) -> dict[str, Any]:
     """One run: what it was, where it ran, and its numbers (top-1, groups and ECE in percent)."""
     folder = run.folder()
-    rows, starts, summary = read_rows(folder / "metrics.jsonl"), read_rows(folder / "starts.jsonl"), _summary(folder)
+    rows, starts, summary = _rows(folder), read_rows(folder / "starts.jsonl"), _summary(folder)
     origin = ORIGIN | (starts[-1] if starts else {})
+    if any(start["data"] != origin["data"] for start in starts):
+        origin["data"] = ""  # of no one set of images, and so compared with nothing
     held_out = {"val": {"top1": rows[-1]["val"]["top1"]}} if "val" in rows[-1] else {}
     return {
-        **{"run": run.name, "arm": run.arm, "axes": run.cell, "seed": run.seed, "subset_seed": run.cfg.subset_seed},
-        **{"hash": run.hash, "options": _telling(run.cfg)},
+        "run": run.name,
+        "arm": run.arm,
+        "axes": run.cell,
+        "seed": run.seed,
+        "subset_seed": run.cfg.subset_seed,
+        "hash": run.hash,
+        "options": _telling(run.cfg),
         "forked": {"run": run.parent.name, "epoch": run.forked_after} if run.parent else None,
         **{key: origin[key] for key in ORIGIN},
         "starts": [{key: start[key] for key in ("epoch", "step", "commit", "date")} for start in starts],
@@ -859,6 +908,8 @@ def publish(sweep: Sweep, runs: Sequence[Run], home: Path, path: Path, images: s
         rows = before["runs"] if same else []  # with other defaults they were other runs
         kept = [row for row in rows if row["run"] not in here and planned.get(row["run"]) == row["hash"]]
         results["runs"] = sorted([*results["runs"], *kept], key=lambda row: order.index(row["run"]))
+        failed, ended = before["failed"] | results["failed"], {row["run"] for row in results["runs"]}
+        results["failed"] = {name: why for name, why in failed.items() if name in planned and name not in ended}
     if not results["runs"]:
         raise InputError(f"{home}: has no finished run of {sweep.name}; there is nothing to publish")
     target.parent.mkdir(exist_ok=True)

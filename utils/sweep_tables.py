@@ -5,6 +5,7 @@ so a table in the README can be made again from the file beside it. Accuracies a
 
 Two rows are compared by their paired difference: over the seeds (and subset seeds) that both have, on the same images.
 Runs that do not say what they were trained on (those of older versions) have means, and are compared with nothing.
+Where there are several subset seeds, the runs of one cut are not independent: intervals are over the cuts' means then.
 Intervals are per comparison, and not widened for their number.
 """
 
@@ -44,12 +45,13 @@ class Bar(NamedTuple):
 
 
 class Waterfall(NamedTuple):
-    """From one arm's accuracy to the best arm's, on the seeds that all of them have."""
+    """From one arm's accuracy to the best arm's, on the seeds that all steps have."""
 
     start: Bar
     steps: list[Bar]  # the last one is the remainder
     end: Bar
-    missing: list[str]  # steps that were not run yet
+    tried: int  # arms that the best one is the best of
+    missing: list[str]  # steps that were not run yet, or for too few seeds
 
     def bars(self) -> list[Bar]:
         return [self.start, *self.steps, self.end]
@@ -67,13 +69,15 @@ def cells(results: Results) -> list[dict]:
     return [point for point in points if any(row["axes"] == point for row in results["runs"])]
 
 
-def values(results: Results, arm: str, cell: Mapping, measure: str = "last") -> dict[Seeds, float]:
-    """Top-1 in percent of an arm's runs at a point of the grid, by their seeds."""
-    rows = [row for row in results["runs"] if row["arm"] == arm and row["axes"] == cell and measure in row]
-    return {(row["seed"], row["subset_seed"]): row[measure]["top1"] for row in rows}
+def values(results: Results, arm: str, cell: Mapping, measure: str = "last", key: str = "top1") -> dict[Seeds, float]:
+    """Top-1 (or what ``key`` says) in percent of an arm's runs at a point of the grid, by their seeds."""
+    rows = [row for row in results["runs"] if row["arm"] == arm and row["axes"] == cell]
+    return {(row["seed"], row["subset_seed"]): row[measure][key] for row in rows if key in row.get(measure, {})}
 
 
-def contrast(results: Results, terms: Mapping[str, float], cell: Mapping, seeds: Sequence[Seeds] | None = None):
+def contrast(
+    results: Results, terms: Mapping[str, float], cell: Mapping, seeds: Sequence[Seeds] | None = None
+) -> dict[Seeds, float]:
     """``sum of coefficient * top-1`` over the terms, for each of ``seeds``, by default those that all terms have.
 
     A term is an arm, or ``arm.best`` and the like for another measure than the last epoch's. Seeds whose runs were not
@@ -82,7 +86,15 @@ def contrast(results: Results, terms: Mapping[str, float], cell: Mapping, seeds:
     parts = {term: _term_values(results, term, cell) for term in terms}
     if seeds is None:
         seeds = _common_seeds(results, terms, cell)
-    return [sum(weight * parts[term][key] for term, weight in terms.items()) for key in seeds]
+    return {key: sum(weight * parts[term][key] for term, weight in terms.items()) for key in seeds}
+
+
+def independent(by_seeds: Mapping[Seeds, float]) -> list[float]:
+    """What an interval is over: the runs where they share one cut, else the cuts' means."""
+    cuts: dict[int, list[float]] = {}
+    for (_, cut), value in by_seeds.items():
+        cuts.setdefault(cut, []).append(value)
+    return list(by_seeds.values()) if len(cuts) == 1 else [_mean(found) for found in cuts.values()]
 
 
 def arm_of(term: str) -> str:
@@ -107,43 +119,52 @@ def _common_seeds(results: Results, terms: Collection[str], cell: Mapping) -> li
 
 
 def pairs(results: Results) -> list[tuple[str, str]]:
-    """What is compared: every arm with the one that the sweep names, and the pairs that it asks for."""
+    """What is compared: every arm with the one that the sweep names, if it does, and the pairs that it asks for."""
     against = results["against"]
-    usual = [(arm, against) for arm in results["arms"] if arm != against]
+    usual = [(arm, against) for arm in results["arms"] if arm != against] if against else []
     return list(dict.fromkeys([*usual, *map(tuple, results["pairs"])]))
 
 
 def waterfall(results: Results, cell: Mapping) -> Waterfall | None:
-    """The steps that the sweep's ``waterfall`` names; None where not even its start, one step and one seed were run.
+    """The steps that the sweep's ``waterfall`` names, over the seeds that all of them have; None where none was run.
 
-    The end is the arm with the highest mean at the last epoch, measured as ``end`` says; the remainder is what the
-    steps, added up, leave of the way to it.
+    A step that would leave fewer than two seeds of several is missing. The end is the arm with the highest mean at the
+    last epoch, of all arms that have these seeds, measured as ``end`` says; the remainder is what the steps, added up,
+    leave of the way to it.
     """
-    plan = results["waterfall"]
-    start, wanted = {plan["start"]: 1.0}, plan["steps"]
-    have = {name: terms for name, terms in wanted.items() if all(_term_values(results, term, cell) for term in terms)}
-    terms = {*start, *(term for step in have.values() for term in step)}
-    tried = {arm_of(term) for term in terms}
-    seeds = _common_seeds(results, [*terms, *(f"{arm}.{plan['end']}" for arm in tried)], cell)
-    if not have or not seeds:
+    plan, end = results["waterfall"], f".{results['waterfall']['end']}"
+    start = {plan["start"]: 1.0}
+    terms, have = {*start, plan["start"] + end}, {}
+    seeds = _common_seeds(results, terms, cell)
+    for name, step in plan["steps"].items():
+        left = _common_seeds(results, [*terms, *step], cell)
+        if len(left) >= max(1, min(2, len(seeds))):
+            terms, seeds, have[name] = {*terms, *step}, left, step
+    if not have:
         return None
-    best = max(sorted(tried), key=lambda arm: _mean(contrast(results, {arm: 1.0}, cell, seeds)))
-    end = {f"{best}.{plan['end']}": 1.0}
-    left = dict(end)
+    tried = [
+        arm for arm in results["arms"] if len(_shared(results, [*terms, arm, arm + end], cell, seeds)) == len(seeds)
+    ]
+    best = max(tried, key=lambda arm: _mean(contrast(results, {arm: 1.0}, cell, seeds).values()))
+    rest = {best + end: 1.0}
     for step in (start, *have.values()):
         for term, weight in step.items():
-            left[term] = left.get(term, 0.0) - weight
+            rest[term] = rest.get(term, 0.0) - weight
 
     def bar(name: str, terms: Mapping[str, float]) -> Bar:
-        return Bar(name, estimate(contrast(results, terms, cell, seeds)))
+        return Bar(name, estimate(independent(contrast(results, terms, cell, seeds))))
 
-    steps = [bar(name, terms) for name, terms in have.items()]
-    final = bar(f"{best}, {MEASURES[plan['end']]}", end)
-    missing = [name for name in wanted if name not in have]
-    return Waterfall(bar(plan["start"], start), [*steps, bar("remainder", left)], final, missing)
+    steps = [*(bar(name, step) for name, step in have.items()), bar("remainder", rest)]
+    final = bar(f"{best}, {MEASURES[plan['end']]}", {best + end: 1.0})
+    missing = [name for name in plan["steps"] if name not in have]
+    return Waterfall(bar(plan["start"], start), steps, final, len(tried), missing)
 
 
-def _mean(numbers: Sequence[float]) -> float:
+def _shared(results: Results, terms: Collection[str], cell: Mapping, seeds: Sequence[Seeds]) -> set[Seeds]:
+    return set(_common_seeds(results, terms, cell)) & set(seeds)
+
+
+def _mean(numbers: Collection[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
@@ -168,18 +189,14 @@ def arm_table(results: Results, cell: Mapping) -> Table:
     for arm in results["arms"]:
         if not values(results, arm, cell):
             continue
-        found = estimate(list(values(results, arm, cell).values()))
-        others = [list(values(results, arm, cell, measure).values()) for measure in measures]
-        parts = [_last(results, arm, cell, key) for key in (*GROUPS, "ece")]
+        found = estimate(independent(values(results, arm, cell)))
+        others = [independent(values(results, arm, cell, measure)) for measure in measures]
+        parts = [independent(values(results, arm, cell, "last", key)) for key in (*GROUPS, "ece")]
         shown = [arm, str(found.count), _spread(found), _interval(found)]
         shown += [_spread(estimate(part)) if part else "-" for part in (*others, *parts)]
         rows.append([Cell(text) for text in shown])
-    return Table(f"Arms{_at(cell)}: mean ± deviation over n runs, in percent", head, rows)
-
-
-def _last(results: Results, arm: str, cell: Mapping, key: str) -> list[float]:
-    rows = [row for row in results["runs"] if row["arm"] == arm and row["axes"] == cell]
-    return [row["last"][key] for row in rows if key in row["last"]]
+    over = "runs" if len(results["subset_seeds"]) == 1 else "cuts"
+    return Table(f"Arms{_at(cell)}: mean ± deviation over n {over}, in percent", head, rows)
 
 
 def pair_table(results: Results, cell: Mapping) -> Table | None:
@@ -188,9 +205,11 @@ def pair_table(results: Results, cell: Mapping) -> Table | None:
     for first, second in pairs(results):
         found = contrast(results, {first: 1.0, second: -1.0}, cell)
         if found:
-            change = estimate(found)
-            shown = (f"{first} - {second}", str(change.count), _signed(change.mean), _interval(change, signed=True))
-            rows.append([Cell(text, change.excludes_zero and text != shown[1]) for text in shown])
+            change = estimate(independent(found))
+            bold = change.excludes_zero
+            shown = (_signed(change.mean), _interval(change, signed=True))
+            name, count = Cell(f"{first} - {second}", bold), Cell(str(change.count))
+            rows.append([name, count, *(Cell(text, bold) for text in shown)])
     caption = f"Paired differences{_at(cell)}, top-1 of the last epoch, in points; bold: the interval excludes 0"
     return Table(caption, ["difference", "n", "mean", "95 % interval"], rows) if rows else None
 
@@ -203,10 +222,13 @@ def waterfall_table(results: Results, cell: Mapping) -> Table | None:
     rows = [[bar.name, _signed(bar.change.mean), _interval(bar.change, signed=True)] for bar in found.bars()]
     for number, whole in ((0, found.start), (-1, found.end)):
         rows[number] = [whole.name, f"{whole.change.mean:.2f}", _interval(whole.change)]
-    rows += [[name, "not run", "-"] for name in found.missing]
+    rows += [[name, "too few runs", "-"] for name in found.missing]
     published = results["waterfall"].get("published")
     rows += [["published", f"{published:g}", "-"]] if published is not None else []
-    caption = f"From {found.start.name} to the best arm{_at(cell)}, over {found.start.change.count} common seeds"
+    caption = (
+        f"From {found.start.name} to the best of {found.tried} arms{_at(cell)}, over the "
+        f"{found.start.change.count} seeds that all steps have (paired differences and claims use all that a pair has)"
+    )
     return Table(caption, ["step", "top-1", "95 % interval"], [[Cell(text) for text in row] for row in rows])
 
 
@@ -228,6 +250,7 @@ def _reproduced(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, s
     least, most = published_range(claim["published"])
     figure = f"{least:g} lies" if least == most else f"one of {least:g} to {most:g} lies"
     rule = f"rule: {figure} in the 95 % prediction interval of one run of {claim['arm']}"
+    rule += f"; on {results['images']}" if results["images"] else ""
     if interval is None:
         return "not decided", f"{len(found)} runs; {rule}"
     low, high = interval
@@ -248,10 +271,10 @@ def _matters(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, str]
     rule = f"rule: the 95 % interval of {first} - {second} excludes 0 and {at_least}"
     if len(found) < 2:
         return "not decided", f"{len(found)} pairs; {rule}"
-    change = estimate(found)
+    change = estimate(independent(found))
     verdict = change.excludes_zero and change.mean >= claim["at_least"]
     seeds = set.intersection(*(set(results["seeds"][arm_of(term)]) for term in claim["pair"]))
-    count = _of(change.count, len(seeds), results, "pairs")
+    count = _of(len(found), len(seeds), results, "pairs")
     return _word(verdict), f"{_signed(change.mean)} {_interval(change, signed=True)}, {count}; {rule}"
 
 
@@ -265,14 +288,19 @@ def choice(results: Results) -> list[str]:
     """Which arm the held-out images choose, where the sweep asks for it; on how many candidates."""
     lines = []
     for cell in cells(results) if results["choose"] else []:
-        means = {arm: list(values(results, arm, cell, "val").values()) for arm in results["arms"]}
-        means = {arm: estimate(found) for arm, found in means.items() if found}
-        if means:
-            best = max(means, key=lambda arm: means[arm].mean)
-            lines.append(
-                f"chosen{_at(cell)} by the last epoch's top-1 on held-out training images: {best} "
-                f"({_spread(means[best])}, {means[best].count} seeds), out of {len(means)} candidates"
-            )
+        candidates = results["arms"]
+        seeds = _common_seeds(results, [f"{arm}.val" for arm in candidates], cell)
+        planned = min(len(results["seeds"][arm]) for arm in candidates) * len(results["subset_seeds"])
+        if len(seeds) < planned:
+            have = f"{len(seeds)} of {planned} seeds of all {len(candidates)} candidates"
+            lines.append(f"chosen{_at(cell)} by held-out training images: not decided ({have})")
+            continue
+        means = {arm: estimate(independent(contrast(results, {f"{arm}.val": 1.0}, cell, seeds))) for arm in candidates}
+        best = max(means, key=lambda arm: means[arm].mean)
+        lines.append(
+            f"chosen{_at(cell)} by the last epoch's top-1 on held-out training images: {best} "
+            f"({_spread(means[best])}, {len(seeds)} seeds), out of {len(means)} candidates"
+        )
     return lines
 
 
@@ -308,7 +336,8 @@ def markdown(results: Results) -> str:
     for caption, head, rows in tables(results):
         lines = [head, ["---"] * len(head), *([_marked(cell) for cell in row] for row in rows)]
         blocks.append(f"{caption}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-    said = [*claims(results), *choice(results), *(f"failed: {name}: {why}" for name, why in results["failed"].items())]
+    said = [*claims(results), *choice(results), *unrecorded(results)]
+    said += [f"failed: {name}: {why}" for name, why in results["failed"].items()]
     blocks += ["\n".join(f"* {line}" for line in said)] * bool(said)
     return "\n\n".join(blocks) + "\n"
 
@@ -328,16 +357,29 @@ def _provenance(results: Results) -> str:
     return (
         f"Sweep `{results['sweep']}`: {len(rows)} of {results['planned']} runs"
         + (f", on {results['images']}" if results["images"] else "")
+        + "".join(f", {key} {value}" for key, value in results["overridden"].items())
         + f". Device: {several(lambda row: row['cpu'] if row['device'] == 'cpu' else row['device'])}; "
         f"torch {several(lambda row: row['versions'].get('torch', ''))}; "
-        f"commit {several(_commit)}; {hours:.1f} hours of training."
+        f"commit {', '.join(sorted({_short(start['commit']) for row in rows for start in row['starts']})) or '-'}; "
+        f"{hours:.1f} hours of training."
     )
 
 
-def _commit(row: Row) -> str:
-    """Short, and with a mark where the source was not as committed."""
-    name, _, dirty = row["commit"].partition("-")
-    return name[:10] + f"-{dirty}" * bool(dirty)
+def _short(commit: str) -> str:
+    """With a mark where the source was not as committed."""
+    name, _, dirty = commit.partition("-")
+    return (name[:10] or "unknown") + f"-{dirty}" * bool(dirty)
+
+
+def unrecorded(results: Results) -> list[str]:
+    """Runs of whose first epochs nothing says by which commit and on which machine they were trained."""
+    lines = []
+    for row in results["runs"]:
+        first = row["starts"][0]["epoch"] if row["starts"] else row["epochs"]
+        begun = row["forked"]["epoch"] if row["forked"] else 0
+        if first > begun:
+            lines.append(f"{row['run']}: nothing is recorded of how epochs {begun} to {first - 1} were trained")
+    return lines
 
 
 def latex(results: Results) -> str:
