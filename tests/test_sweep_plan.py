@@ -1,0 +1,316 @@
+"""What a sweep plans and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, failure
+from utils import sweep
+
+DIGITS = ROOT / "config/digits/digits_imb005.yaml"
+OPTIONS = {"num_epochs": 2, "batch_size": 64, "lr_steps": [1, 9], "warmup_epochs": 0}
+ARMS = {"plain": {}, "arb": {"loss": "arb", "class_counts": "batch"}}
+LATE = {"late": {"fork": {"arm": "plain", "epoch": 1}, "lr_steps": [8, 9], "seeds": [0]}}
+WATERFALL = {
+    **{
+        "start": "plain",
+        "steps": {"arb": {"arb": 1, "plain": -1}, "schedule": {"late": 1, "plain": -1}},
+        "end": "best",
+    },
+    "published": 50,
+}
+
+
+def written(folder: Path, name: str = "tiny", **changes: object) -> Path:
+    """A sweep's file: two arms, two seeds; a change to None takes a key out."""
+    told = {"cfg": str(DIGITS), "options": OPTIONS, "seeds": [0, 1], "arms": ARMS, **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in told.items() if value is not None}, sort_keys=False))
+    return path
+
+
+def planned(path: Path, *overrides: str, home: str = "saved") -> list[sweep.Run]:
+    return sweep.plan(sweep.read_sweep(path), Path(home) / path.stem, overrides)
+
+
+def names(runs) -> list[str]:
+    return [run.name for run in runs]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def test_seeds_are_outermost_and_arms_innermost(tmp_path):
+    path = written(
+        tmp_path, axes={"imb_factor": [0.1, 0.05]}, subset_seeds=[0, 3], arms={"a": {}, "b": {"seeds": [1, 2]}}
+    )
+    assert names(planned(path)) == [
+        f"{arm}_imb_factor{factor}_seed{seed}{subset}"
+        for subset in ("", "_subset3")
+        for seed, arms in ((0, "a"), (1, "ab"), (2, "b"))
+        for factor in (0.1, 0.05)
+        for arm in arms
+    ]
+    run = planned(path)[-1]
+    assert (run.cfg.seed, run.cfg.subset_seed, run.cfg.imb_factor) == (2, 3, 0.05)
+    assert (run.seed, run.arm, run.cell) == (2, "b", {"imb_factor": 0.05})
+    assert run.cfg.name == run.name and run.cfg.save_dir == "saved/tiny" and run.cfg.resume == "auto"
+
+
+def test_arms_of_a_seed_have_the_same_configuration_but_for_what_they_say(tmp_path):
+    plain, arb = planned(written(tmp_path))[:2]
+    assert {key for key in plain.cfg if plain.cfg[key] != arb.cfg[key]} == {"name", "loss"}  # batch is the default
+    assert (plain.cfg.num_epochs, plain.cfg.lr_steps) == (2, [1, 9])
+
+
+def test_without_seeds_there_is_one(tmp_path):
+    assert names(planned(written(tmp_path, seeds=None))) == ["plain_seed0", "arb_seed0"]
+
+
+def test_an_arm_has_its_own_configuration_beside_the_sweep_s_file(tmp_path):
+    (tmp_path / "own.yaml").write_text(f"_BASE_: {DIGITS}\nmomentum: 0.8\n")
+    runs = planned(written(tmp_path / "deeper", cfg="../own.yaml", arms={"a": None, "b": {"cfg": str(DIGITS)}}))
+    assert [run.cfg.momentum for run in runs[:2]] == [0.8, 0.9]
+
+
+def test_a_fork_inherits_what_its_parent_says(tmp_path):
+    arms = {**ARMS, "late": {"fork": {"arm": "arb", "epoch": 1}, "lr_steps": [8, 9]}}
+    plain, arb, late = planned(written(tmp_path, arms=arms))[:3]
+    assert late.parent is arb and late.forked_after == 1
+    assert {key for key in arb.cfg if arb.cfg[key] != late.cfg[key]} == {"name", "lr_steps", "keep_epochs"}
+    assert (plain.cfg.keep_epochs, arb.cfg.keep_epochs, late.cfg.keep_epochs) == ([], [1], [])
+    seeds = {**ARMS, "arb": {**ARMS["arb"], "seeds": [5]}, "late": arms["late"]}
+    assert names(planned(written(tmp_path, arms=seeds)))[-2:] == ["arb_seed5", "late_seed5"]
+
+
+def test_odd_values_of_yaml_mean_what_they_mean_elsewhere(tmp_path):
+    text = f"""
+cfg: {DIGITS}
+options: {{num_epochs: 2e0, imb_factor: null}}
+axes: {{weight_decay: [2e-4, 5.0e-4], lr_steps: [[1, 2], [3, 4]]}}
+arms:
+  old: {{arbloss: True, arb_loss_use_global_class_cnt: True}}
+  text: {{alpha: "5e-1", logit_clamp: ~}}
+pairs: [[old, text]]
+claims: {{1: {{pair: [old, text], at_least: 5e-1}}, of one: {{arm: old, published: 8e1, at: {{weight_decay: 2e-4}}}}}}
+waterfall: {{start: text, steps: {{x: {{old: 1e0, text: -1}}}}, end: last, published: 83}}
+"""
+    (tmp_path / "odd.yaml").write_text(text)
+    runs = planned(tmp_path / "odd.yaml")
+    assert names(runs)[:3] == [
+        *("old_weight_decay0.0002_lr_steps1-2_seed0", "text_weight_decay0.0002_lr_steps1-2_seed0"),
+        "old_weight_decay0.0002_lr_steps3-4_seed0",
+    ]
+    assert [run.cell["weight_decay"] for run in runs[::4]] == [2e-4, 5e-4]
+    assert (runs[0].cfg.loss, runs[0].cfg.class_counts, runs[0].cfg.num_epochs) == ("arb", "global", 2)
+    assert (runs[1].cfg.alpha, runs[1].cfg.logit_clamp, runs[1].cfg.imb_factor) == (0.5, None, None)
+    compared = sweep.read_sweep(tmp_path / "odd.yaml").compared
+    assert compared["claims"]["1"]["at_least"] == 0.5 and compared["waterfall"]["steps"] == {
+        "x": {"old": 1.0, "text": -1.0}
+    }
+    assert compared["claims"]["of one"] == {"arm": "old", "published": 80.0, "at": {"weight_decay": 2e-4}}
+    assert json.loads(json.dumps(compared)) == compared
+
+
+@pytest.mark.parametrize(
+    "option", [("lr", 0.2), ("mixup", True), ("momentum", 0.8), ("imb_factor", 0.1), ("eval_every", 2)]
+)
+def test_hashes_change_with_what_is_trained(tmp_path, option):
+    before = {run.name: run.hash for run in planned(written(tmp_path))}
+    after = {run.name: run.hash for run in planned(written(tmp_path, options=OPTIONS | dict([option])))}
+    assert before.keys() == after.keys() and not set(before.values()) & set(after.values())
+    assert len(set(before.values())) == 4  # of every arm and seed another
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("data_path", "/elsewhere"),
+        ("workers", 0),
+        ("print_freq", 7),
+        ("device", "cpu"),
+        ("momentum", 0.9),
+        ("diagnostics", 1),
+    ],
+)
+def test_hashes_do_not_change_with_paths_and_defaults(tmp_path, option):
+    before = {run.name: run.hash for run in planned(written(tmp_path))}
+    assert {run.name: run.hash for run in planned(written(tmp_path, options=OPTIONS | dict([option])))} == before
+    assert {run.name: run.hash for run in planned(written(tmp_path, "other"), home="elsewhere")} == before
+    assert {run.name: run.hash for run in planned(written(tmp_path), *map(str, option))} == before
+
+
+def test_the_hash_of_a_fork_is_of_its_parent_and_its_epoch_too(tmp_path):
+    def late(epoch, **options):
+        arms = {"plain": options, "late": {"fork": {"arm": "plain", "epoch": epoch}, "lr_steps": [8, 9], "lr": 0.1}}
+        return planned(written(tmp_path, options=OPTIONS | {"num_epochs": 3}, arms=arms))[1].hash
+
+    assert len({late(1), late(2), late(1, lr=0.2)}) == 3 and late(1) == late(1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_of_the_repository_can_be_planned(path):
+    runs = planned(path)
+    assert len({run.name for run in runs}) == len({run.hash for run in runs}) == len(runs) > 1
+    arms = sweep.read_sweep(path).arms
+    assert {run.arm for run in runs} == set(arms) and all(run.arm in "".join(names(runs)) for run in runs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+FORK = {"arm": "plain", "epoch": 1}
+REFUSED = {
+    "an unknown key": ({"arm": {}}, "unknown key 'arm'; a sweep has cfg, options"),
+    "no arms": ({"arms": {}}, "a sweep has arms: {name: {option: value"),
+    "no cfg": ({"cfg": None}, "plain: has no cfg, and neither has the sweep"),
+    "a missing cfg": ({"cfg": "nowhere.yaml"}, "nowhere.yaml: no such configuration file"),
+    "an unknown option": ({"arms": {"a": {"lrr": 1}}}, "tiny: a: unknown key 'lrr'; the nearest known one is 'lr'"),
+    "an option out of range": ({"arms": {"a": {"lr": -1}}}, "tiny: a: lr: -1 must be a number > 0"),
+    "an unknown loss": ({"arms": {"a": {"loss": "arbb"}}}, "tiny: a: loss"),
+    "an unknown backbone": ({"arms": {"a": {"backbone": "resnet33"}}}, "tiny: a: backbone"),
+    "switches that disagree": ({"arms": {"a": {"arbloss": True, "loss": "ce"}}}, "disagree; keep one"),
+    "options that are none": ({"arms": {"a": 3}}, "a: must be a mapping of options, not 3"),
+    "options of another kind": ({"options": [1]}, "options: must be a mapping, not [1]"),
+    "a name with a dot": ({"arms": {"a.b": {}}}, "'a.b' must be a name of letters"),
+    "a name that is a number": ({"arms": {1: {}}}, "1 must be a name of letters"),
+    "a seed in an arm": ({"arms": {"a": {"seed": 1}}}, "a: seed is set for every run by the sweep itself; give seeds"),
+    "a seed in the options": ({"options": {"seed": 1}}, "options: seed is set for every run"),
+    "a checkpoint to resume": ({"options": {"resume": "x"}}, "options: resume is set for every run"),
+    "seeds that are no list": ({"seeds": 3}, "seeds: must be a list, not 3"),
+    "seeds that are words": ({"seeds": ["a"]}, "seeds: must be a list of different whole numbers >= 0, not ['a']"),
+    "seeds given twice": ({"seeds": [1, 1]}, "seeds: must be a list of different whole numbers"),
+    "no seeds": ({"arms": {"a": {"seeds": []}}}, "a: seeds: must be a list of different whole numbers >= 0, not []"),
+    "one seed without brackets": ({"arms": {"a": {"seeds": 0}}}, "a: seeds: must be a list"),
+    "a negative seed": ({"seeds": [-1]}, "seeds: must be a list of different whole numbers >= 0"),
+    "subset seeds": ({"subset_seeds": [True]}, "subset_seeds: must be a list of different whole numbers"),
+    "an axis of nothing": ({"axes": {"lr": []}}, "axes: lr: must be an option with a list of values"),
+    "an unknown axis": ({"axes": {"lrr": [1]}}, "axes: lrr: must be an option"),
+    "seeds as an axis": ({"axes": {"seed": [1]}}, "axes: seed: must be an option"),
+    "a wrong value of an axis": ({"axes": {"imb_factor": [100]}}, "axes: imb_factor: 100 must lie in (0, 1]"),
+    "a value twice": ({"axes": {"imb_factor": [0.1, "1e-1"]}}, "'1e-1' is there twice"),
+    "an arm that sets an axis": ({"axes": {"lr": [1]}, "arms": {"a": {"lr": 2}}}, "a: lr is an axis already"),
+    "options that set an axis": ({"axes": {"num_epochs": [3]}}, "options: num_epochs is an axis already"),
+    "an unknown arm to compare with": (
+        {"against": "nobody"},
+        "'nobody' is compared and is no arm; there are plain, arb",
+    ),
+    "a measure to compare with": ({"against": "plain.best"}, "'plain.best' is compared and is no arm"),
+    "an unknown arm in a pair": ({"pairs": [["arb", "nobody"]]}, "'nobody' is compared and is no arm"),
+    "a pair of three": ({"pairs": [["arb", "plain", "x"]]}, "pairs are [arm, another arm]"),
+    "an arm against itself": ({"pairs": [["arb", "arb"]]}, "is no pair"),
+    "an unknown measure": ({"pairs": [["arb.worst", "arb"]]}, "'arb.worst': a term is an arm, or arm.last or arm."),
+    "an unknown arm in a claim": ({"claims": {"c": {"arm": "x", "published": 1}}}, "'x' is compared and is no arm"),
+    "a claim without a figure": ({"claims": {"c": {"arm": "arb"}}}, "is no claim"),
+    "a claim with words": ({"claims": {"c": {"arm": "arb", "published": "high"}}}, "could not convert"),
+    "a range upside down": ({"claims": {"c": {"arm": "arb", "published": [9, 1]}}}, "is not [lowest, highest]"),
+    "a claim on one arm": ({"claims": {"c": {"pair": ["arb"], "at_least": 1}}}, "is no pair"),
+    "a claim off the grid": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"lr": 1}}}}, "is on no axis"),
+    "a claim off any option": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"x": 1}}}}, "wrong: 'x'"),
+    "an unknown arm in a step": (
+        {"waterfall": {"start": "plain", "steps": {"s": {"x": 1}}, "end": "last"}},
+        "'x' is compared and is no arm",
+    ),
+    "an unknown end": ({"waterfall": WATERFALL | {"end": "worst"}}, "is no waterfall"),
+    "a waterfall without steps": ({"waterfall": WATERFALL | {"steps": {}}}, "is no waterfall"),
+    "a step without arms": ({"waterfall": WATERFALL | {"steps": {"s": {}}}}, "a step without arms"),
+    "a published word": ({"waterfall": WATERFALL | {"published": "x"}}, "could not convert"),
+    "a choice without held-out images": ({"choose": True}, "choose: True needs val_per_class above 0"),
+    "a choice that is no flag": ({"choose": "yes"}, "choose: must be True or False, not 'yes'"),
+    "a fork of a later arm": (
+        {"arms": {"late": {"fork": FORK}, "plain": {}}},
+        "late: fork: must be {arm: an arm above",
+    ),
+    "a fork of itself": ({"arms": {"plain": {"fork": FORK}}}, "(above: none)"),
+    "a fork at no epoch": (
+        {"arms": {**ARMS, "late": {"fork": {"arm": "plain"}}}},
+        "late: fork: must be {arm: an arm above",
+    ),
+    "a fork at half an epoch": ({"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 1.5}}}}, "epoch: number >= 1"),
+    "a fork after the end": (
+        {"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 2}}}},
+        "late: fork: epoch 2 must lie in",
+    ),
+    "a fork of a seed that is not there": (
+        {"arms": {**ARMS, "late": {"fork": FORK, "seeds": [7]}}},
+        "late: seed 7 would fork a run of plain that the sweep does not have",
+    ),
+    "a fork on other data": (
+        {"arms": {**ARMS, "late": {"fork": FORK, "imb_factor": 0.1}}},
+        "its imb_factor is another",
+    ),
+    "a fork of a fork before it": (
+        {
+            "options": OPTIONS | {"num_epochs": 5},
+            "arms": {"plain": {}, "b": {"fork": FORK | {"epoch": 3}}, "c": {"fork": {"arm": "b", "epoch": 2}}},
+        },
+        "c: fork: epoch 2 must lie in the 5 epochs of b (after its own 3)",
+    ),
+    "a fork with class means that its parent has not": (
+        {"arms": {"plain": {}, "late": {"fork": FORK, "nc_within": 0.01}}},
+        "late: a fork goes on with its parent's data and network, and its nc_within is another",
+    ),
+    "runs of one name": ({"axes": {"data_path": ["a/b", "a-b"]}}, "two runs would be called plain_data_patha-b_seed0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_wrong_sweep_is_refused_in_one_line(changes, said, tmp_path, capsys):
+    result = failure(capsys, sweep.main, written(tmp_path, **changes), "--save_dir", tmp_path / "saved")
+    assert (result.code, len(result.lines)) == (2, 1), result.said
+    assert said in result.said and result.said.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("arms: {a: {}, a: {lr: 1}}", "a is given twice; keep one"),
+        ("arms: {a: {lr: 1, lr: 2}}", "lr is given twice; keep one"),
+        ("arms: [a", "cannot be read"),
+        ("", "a sweep has arms"),
+        ("- a", "a sweep has arms"),
+        ("arms: &a {x: *a}", "cannot be read"),
+        ("arms: {a: 2026-99-99}", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_sweeps_are_refused(text, said, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text(text)
+    result = failure(capsys, sweep.main, tmp_path / "x.yaml")
+    assert (result.code, len(result.lines)) == (2, 1) and f"x.yaml: {said}" in result.said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jobs", "0"], "invalid whole number above 0 value: '0'"),
+        (["--jobs", "1.5"], "invalid whole number above 0 value"),
+        (["--minutes", "nan"], "invalid number above 0 value"),
+        (["--nonsense"], "usage: python -m utils.sweep SWEEP.yaml"),
+        (["lr"], "options come in pairs, such as 'data_path D'; 'lr' stands alone"),
+        (["seed", "3"], "command line: seed is set for every run by the sweep itself"),
+        (["fork", "x"], "command line: fork is set for every run by the sweep itself"),
+        (["imb_factor", "0.1"], "command line: imb_factor is set for every run by the sweep itself"),
+        (["loss", "ce"], "command line: loss is what plain and arb differ in"),
+        (["momentumm", "1"], "unknown key 'momentumm'; the nearest known one is 'momentum'"),
+        (["--publish", "lr", "1"], "--publish takes no options"),
+        (["--publish"], "only sweeps in config/sweeps are published"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(arguments, said, tmp_path, capsys):
+    path = written(tmp_path, axes={"imb_factor": [0.1, 0.05]})
+    result = failure(capsys, sweep.main, path, "--save_dir", tmp_path / "saved", *arguments)
+    assert (result.code, len(result.lines)) == (2, 1) and said in result.said
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_folder_that_cannot_hold_the_sweep_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    result = failure(capsys, sweep.main, written(tmp_path), "--save_dir", tmp_path / "file")
+    assert (result.code, len(result.lines)) == (2, 1) and str(tmp_path / "file") in result.said
+    missing = failure(capsys, sweep.main, tmp_path / "none.yaml")
+    assert (missing.code, len(missing.lines)) == (2, 1) and "none.yaml: no such sweep" in missing.said
