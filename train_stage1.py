@@ -116,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 evaluated = (model, test, held_out, data.class_counts, groups, cfg.precision, new_shift(cfg, data))
                 epochs = range(state.epoch, cfg.num_epochs)
                 if epochs:
-                    write_settings(folder, settings, state, data, device)
+                    write_settings(folder, settings)
+                    record_start(folder, state, data, device)
                 with keeper.until_signal():
                     for epoch in epochs:
                         row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
@@ -715,14 +716,24 @@ def schedule_in_words(cfg: CfgNode) -> str:
     )
 
 
-def write_settings(folder: Path, settings: Mapping, state: TrainState, data: Data, device: torch.device) -> None:
-    """``config.yaml``: with this file alone the run can be repeated; ``starts.jsonl``: with what it was, how far."""
+def write_settings(folder: Path, settings: Mapping) -> None:
+    """``config.yaml``: with this file alone the run can be repeated."""
+    if distributed.is_main():
+        write_text(folder / "config.yaml", dump_config(settings))
+
+
+def record_start(folder: Path, state: TrainState, data: Data, device: torch.device) -> None:
+    """A line of ``starts.jsonl``: from where the run goes on, with which commit, on which machine, on which data."""
     if not distributed.is_main():
         return
-    write_text(folder / "config.yaml", dump_config(settings))
     start = {
-        **{"epoch": state.epoch, "step": state.step, "commit": commit(), "processes": distributed.world_size()},
-        **{"data": data.checksum(), "class_counts": data.class_counts.tolist(), **machine(device)},
+        "epoch": state.epoch,
+        "step": state.step,
+        "commit": commit(),
+        "processes": distributed.world_size(),
+        "data": data.checksum(),
+        "class_counts": data.class_counts.tolist(),
+        **machine(device),
     }
     with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")

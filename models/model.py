@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class Model(nn.Module):
     """Images [B, 3, H, W] -> features [B, D] -> logits [B, C].
 
-    Features are what the classifier's rows multiply: its ``neck``, where it has one, is applied to the backbone's.
+    Features are what the classifier's rows multiply: its ``neck`` is applied to what comes out of the backbone.
     Training calls ``forward`` only: a parallel wrapper synchronises gradients there and nowhere else.
     """
 
@@ -18,8 +18,7 @@ class Model(nn.Module):
         self.block: nn.Module | None = None  # PlacesModel has one
 
     def features(self, images: Tensor) -> Tensor:
-        neck = getattr(self.classifier, "neck", None)
-        return self.pooled(images) if neck is None else neck(self.pooled(images))
+        return self.classifier.neck(self.pooled(images))
 
     def pooled(self, images: Tensor) -> Tensor:
         """What the convolutions make of the images, [B, D]."""

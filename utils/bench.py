@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_stage1, for all that is compared
 
@@ -43,7 +43,7 @@ from datasets.streaming import Crops, StreamedPixels
 from methods import build_method
 from models import build_model
 from utils import distributed
-from utils.command_line import exit_code
+from utils.command_line import Parser, exit_code
 from utils.config import read_config
 from utils.errors import InputError
 from utils.files import write_text
@@ -109,15 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 write_text(args.json, json.dumps(report, indent=2) + "\n")
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line, as for every other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message}; --help says what there is")
-
-
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser("python -m utils.bench", description="Measures the trainer beside the usual loop and the bound.")
+    description = "Measures the trainer beside the usual loop and the bound."
+    parser = Parser(prog="python -m utils.bench", description=description, hint="; --help says what there is")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; by default all of them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with each round's numbers")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="of every comparison")
@@ -561,7 +555,7 @@ began = time.perf_counter()
 import torch, torchvision
 torch_there = time.perf_counter()
 import json, sys, train_stage1
-from utils.command_line import exit_code
+from utils.command_line import Parser, exit_code
 trainer_there = time.perf_counter()
 
 class Done(Exception):

@@ -12,11 +12,16 @@ from utils.errors import DivergenceError, InputError, Interrupted, LostProcessEr
 from utils.signals import NAMES
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One line, as for every other bad input, instead of argparse's usage."""
 
+    def __init__(self, *, hint: str, **options: str):
+        """``hint``: what follows the message, and says what would be right; ``options``: of argparse."""
+        super().__init__(**options)
+        self.hint = hint
+
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message} (usage: {self.prog} --cfg FILE [key value ...], such as lr 0.05)")
+        raise InputError(f"command line: {message}{self.hint}")
 
 
 def parse(description: str, arguments: Sequence[str] | None = None, **options: dict) -> argparse.Namespace:
@@ -24,7 +29,8 @@ def parse(description: str, arguments: Sequence[str] | None = None, **options: d
 
     ``options``: a script's own, from name to the keywords of ``add_argument``.
     """
-    parser = _Parser(description=description)
+    parser = Parser(description=description, hint="")
+    parser.hint = f" (usage: {parser.prog} --cfg FILE [key value ...], such as lr 0.05)"
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, see config/")
     for name, keywords in options.items():
         parser.add_argument(f"--{name}", **keywords)

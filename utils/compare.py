@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from methods.neural_collapse import balance_metrics
 from train_stage1 import method_in_words, schedule_in_words
 from utils import plots
 from utils.checkpoint import changed_options, read_checkpoint
-from utils.command_line import exit_code
+from utils.command_line import Parser, exit_code
 from utils.config import read_config
 from utils.epoch_arrays import read_arrays
 from utils.errors import InputError
@@ -129,15 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{out}: {', '.join(runs)}; {len(content) / 1e6:.1f} MB")
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line, as for every other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message} (usage: python -m utils.compare RUN [RUN ...] --out page.html)")
-
-
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m utils.compare", description="One page for one or many runs.")
+    prog = "python -m utils.compare"
+    hint = f" (usage: {prog} RUN [RUN ...] --out page.html)"
+    parser = Parser(prog=prog, description="One page for one or many runs.", hint=hint)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as saved/<name>_<time>")
     parser.add_argument("--out", required=True, metavar="FILE", help="the page, an HTML file")
     return parser.parse_args(arguments)

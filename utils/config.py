@@ -340,7 +340,15 @@ def _file_sources(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, di
     return [*_file_sources(path.parent / base, (*seen, path.resolve())), (str(path), source)]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class RepeatedKey(yaml.constructor.ConstructorError):
+    """A mapping has a key twice."""
+
+    def __init__(self, key: object, mark: yaml.Mark):
+        super().__init__(None, None, f"key {key!r} is given twice", mark)
+        self.key = key
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, except that a key given twice is an error and not silently the last one."""
 
     def construct_mapping(self, node, deep=False):
@@ -348,7 +356,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+                raise RepeatedKey(key, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -356,7 +364,7 @@ def _read_yaml(path: Path) -> dict:
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such configuration file (give the path of a YAML file, see config/)")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # PyYAML lets through whatever its constructors meet: KeyError, OverflowError, ...
@@ -401,15 +409,28 @@ def _parse(key: str, value: Any, where: str) -> Any:
     """The checked value of one key; ``2e-4`` and ``None`` are text to YAML 1.1 and mean a number and null."""
     if key in OBSOLETE:
         return value
-    option = Option(False, flag, "") if key in OLD_SWITCHES else OPTIONS[key]
-    if isinstance(value, str) and not _is_text(option):
-        # What is no Python literal is plain text, such as a choice.
-        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            value = ast.literal_eval(value)
+    value = _literal(key, value)
     try:
-        return option.parse(value)
+        return _option(key).parse(value)
     except ValueError as error:
         raise ConfigError(f"{where}: {key}: {_shown(value)} {error}") from None
+
+
+def parse_option(key: str, value: Any) -> Any:
+    """The checked value of one option, as YAML gave it. Raises ``ValueError`` ("must be ...")."""
+    return _option(key).parse(_literal(key, value))
+
+
+def _option(key: str) -> Option:
+    return Option(False, flag, "") if key in OLD_SWITCHES else OPTIONS[key]
+
+
+def _literal(key: str, value: Any) -> Any:
+    """Text as the number, list, ... that it spells; what is no Python literal is plain text, such as a choice."""
+    if isinstance(value, str) and not _is_text(_option(key)):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(value)
+    return value
 
 
 def _shown(value: Any) -> str:

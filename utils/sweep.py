@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,7 +31,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 from utils import distributed, plots
-from utils.command_line import exit_code
+from utils.command_line import Parser, exit_code
 from utils.config import dump_config
 from utils.errors import InputError, Interrupted
 from utils.files import write_text
@@ -113,16 +113,10 @@ def _claimed(home: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line, as for every other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        usage = "python -m utils.sweep SWEEP.yaml [--jobs N] [--minutes N] [key value ...]"
-        raise InputError(f"command line: {message} (usage: {usage})")
-
-
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser("python -m utils.sweep", description="Runs a grid of configurations; makes tables with intervals.")
+    prog, description = "python -m utils.sweep", "Runs a grid of configurations; makes tables with intervals."
+    hint = f" (usage: {prog} SWEEP.yaml [--jobs N] [--minutes N] [key value ...])"
+    parser = Parser(prog=prog, description=description, hint=hint)
     parser.add_argument("sweep", metavar="SWEEP", help="YAML file, see config/sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
     parser.add_argument(
@@ -229,9 +223,12 @@ class Crew:
 
     def _start_what_may(self) -> bool:
         """Starts runs while there is room; False where none is left that could be."""
+        room = self.jobs - len(self.working)
+        if not room:
+            return True
         self._give_up()
         ready = [run for run in self.waiting if self._ready(run)]
-        for run in ready[: self.jobs - len(self.working)]:
+        for run in ready[:room]:
             self.waiting.remove(run)
             self._start(run)
         return bool(ready)

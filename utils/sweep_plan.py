@@ -3,8 +3,6 @@
 A part of :mod:`utils.sweep`, which starts the runs.
 """
 
-import ast
-import contextlib
 import glob
 import hashlib
 import itertools
@@ -22,7 +20,7 @@ from yacs.config import CfgNode
 
 import train_stage1
 from utils.checkpoint import INCIDENTAL, fork_of
-from utils.config import OPTIONS, read_config
+from utils.config import OPTIONS, RepeatedKey, UniqueKeyLoader, parse_option, read_config
 from utils.errors import InputError
 from utils.run_log import read_rows
 from utils.sweep_tables import MEASURES, arm_of
@@ -152,25 +150,13 @@ def read_sweep(path: Path) -> Sweep:
 
 def _load(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
-        twice = _given_twice(yaml.compose(text, yaml.SafeLoader))
-        content = yaml.safe_load(text)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+        json.dumps(content, default=str)  # not possible where an alias makes a mapping hold itself
+        return content
+    except RepeatedKey as error:
+        raise InputError(f"{path}: {error.key} is given twice; keep one") from None
     except Exception as error:  # PyYAML lets through whatever its constructors meet
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if twice is not None:
-        raise InputError(f"{path}: {twice} is given twice; keep one")
-    return content
-
-
-def _given_twice(node: yaml.Node | None) -> str | None:
-    """A key that some mapping in ``node`` has more than once, of which YAML would silently take the last one."""
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        inside = [value for _, value in node.value]
-    else:
-        twice, inside = None, node.value if isinstance(node, yaml.SequenceNode) else []
-    return twice if twice is not None else next(filter(None, map(_given_twice, inside)), None)
 
 
 def _along(path: Path, axis: str, values: Any) -> list:
@@ -180,19 +166,12 @@ def _along(path: Path, axis: str, values: Any) -> list:
     found = []
     for value in values:
         try:
-            found.append(_value(axis, value))
+            found.append(parse_option(axis, value))
         except ValueError as error:
             raise InputError(f"{path}: axes: {axis}: {value!r} {error}") from None
         if found[-1] in found[:-1]:
             raise InputError(f"{path}: axes: {axis}: {value!r} is there twice; keep one")
     return found
-
-
-def _value(option: str, value: Any) -> Any:
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, TypeError, SyntaxError):
-            value = ast.literal_eval(value)
-    return OPTIONS[option].parse(value)
 
 
 def _check_options(path: Path, where: str, options: Mapping, axes: Mapping) -> None:
@@ -287,7 +266,7 @@ def _claim(given: Any, axes: Mapping[str, list]) -> dict[str, Any]:
     """``at``: the point of the grid that it is of, if it is not of every one."""
     told = {}
     if "at" in given:
-        told["at"] = {axis: _value(axis, value) for axis, value in given["at"].items()}
+        told["at"] = {axis: parse_option(axis, value) for axis, value in given["at"].items()}
         if any(value not in axes.get(axis, []) for axis, value in told["at"].items()):
             raise ValueError(f"at: {given['at']!r} is on no axis")
     if given.keys() - {"at"} == {"arm", "published"}:
@@ -318,7 +297,9 @@ def _steps(given: Mapping) -> dict[str, Any]:
         raise ValueError("a step without arms")
     published = given.get("published")
     return {
-        **{"start": str(given["start"]), "steps": steps, "end": given["end"]},
+        "start": str(given["start"]),
+        "steps": steps,
+        "end": given["end"],
         "published": None if published is None else _number(published),
     }
 
