@@ -85,6 +85,7 @@ def test_what_a_run_leaves_behind(finished):
         "logs/digits_imb005_arbloss_mixup.txt",
         "config.yaml",
         "metrics.jsonl",
+        "starts.jsonl",
         "summary.json",
         "predictions/0.npz",
         "predictions/1.npz",
@@ -551,6 +552,7 @@ from pathlib import Path
 import torch
 import train_stage1
 from torch import nn
+from models.classifier import LinearClassifier
 from models.model import Model
 from tests.conftest import keeper_of
 from utils import distributed
@@ -565,7 +567,7 @@ def work(folder):
         data = train_stage1.load_data(cfg, cfg.class_map, device)
         torch.manual_seed(0)
         # No batch norm: each process would normalise by its own share.
-        model = Model(nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Tanh()), nn.Linear(8, 10))
+        model = Model(nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Tanh()), LinearClassifier(8, 10))
         method = train_stage1.new_method(cfg, data)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
         loader = data.train_loader(17, 0, device, distributed.rank(), distributed.world_size())
