@@ -27,6 +27,7 @@ from utils import config, sweep
 from utils.command_line import exit_code
 from utils.config import load_config
 from utils.errors import InputError
+from utils.intervals import estimate
 from utils.signals import Signals
 from utils.sweep_tables import fill_readme, markdown
 
@@ -486,6 +487,21 @@ def test_the_figure_over_imbalance_is_of_the_ratios(tiny):
     ]
     assert drawn["arb"].get_ydata() == pytest.approx(means)
     assert drawn["arb"].get_xdata() == pytest.approx([10, 20], rel=0.02) and set(drawn) == {"plain", "arb", "late"}
+
+
+def test_the_figure_s_intervals_are_over_cuts_where_there_are_several_like_the_table_s(tiny):
+    asked, runs, _ = of_tiny(tiny)
+    results = sweep.results_of(asked, runs)
+    one = next(row for row in results["runs"] if row["arm"] == "arb")
+    rows = [copy.deepcopy(one) for _ in range(4)]
+    for number, row in enumerate(rows):
+        row["axes"], row["seed"], row["subset_seed"] = {"imb_factor": 0.1}, number % 2, number // 2
+        row["last"]["top1"] = [80.0, 82.0, 90.0, 92.0][number]
+    results |= {"axes": {"imb_factor": [0.1]}, "subset_seeds": [0, 1], "runs": rows, "waterfall": {}}
+    curve = sweep._over_imbalance(results, {})["arb"]
+    means = estimate([81.0, 91.0])
+    assert (curve["means"], curve["lows"], curve["highs"]) == ([86.0], [means.low], [means.high])
+    assert f"[{means.low:.2f}, {means.high:.2f}]" in markdown(results)
 
 
 @pytest.fixture

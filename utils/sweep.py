@@ -50,7 +50,7 @@ from utils.sweep_plan import (
     summary_of,
     telling,
 )
-from utils.sweep_tables import cells, fill_readme, latex, markdown, values, waterfall
+from utils.sweep_tables import cells, fill_readme, independent, latex, markdown, values, waterfall
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = Path("config/sweeps/results")  # of the sweeps in config/sweeps, under ROOT
@@ -446,9 +446,9 @@ def _over_imbalance(results: Mapping[str, Any], point: Mapping[str, Any]) -> dic
     for arm in results["arms"]:
         found = {}
         for factor in filter(None, results["axes"]["imb_factor"]):  # None: the data as they are
-            top1 = list(values(results, arm, {**point, "imb_factor": factor}).values())
+            top1 = values(results, arm, {**point, "imb_factor": factor})
             if top1:
-                found[1 / factor] = estimate(top1)
+                found[1 / factor] = estimate(independent(top1))
         if found:
             told = found.values()
             curves[arm] = {"ratios": list(found), "means": [one.mean for one in told]}
