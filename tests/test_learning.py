@@ -20,20 +20,21 @@ def last_epoch(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["test"]
 
 
-def test_arb_loss_with_mixup_lifts_the_tail_of_the_digits(tmp_path):
-    """Paired seeds: few-shot accuracy is higher in every pair, by 5 points and more on average."""
+def test_arb_loss_lifts_the_tail_of_the_digits(tmp_path):
+    """Both with mixup, paired seeds: few-shot accuracy is higher in every pair, by 10 points and more on average."""
     differences = []
     for seed in range(3):
+        options = ["seed", seed, *SCHEDULE, "batch_size", 32, "mixup", True]
         folders = [
-            train(tmp_path / f"{arm}{seed}", "seed", seed, *SCHEDULE, "batch_size", 32, cfg=f"config/digits/{arm}.yaml")
+            train(tmp_path / f"{arm}{seed}", *options, cfg=f"config/digits/{arm}.yaml")
             for arm in ("digits_imb005_arbloss_mixup", "digits_imb005")
         ]
         arb, plain = (last_epoch(folder) for folder in folders)
         assert arb["top1"] > 85
-        assert plain["top1"] > 80
+        assert plain["top1"] > 70
         differences.append(arb["few"] - plain["few"])
     assert min(differences) > 0
-    assert sum(differences) / len(differences) > 5
+    assert sum(differences) / len(differences) > 10
 
 
 def lower_end(differences):
