@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -396,6 +397,17 @@ def test_an_arm_that_fails_is_named_and_stops_no_other(tmp_path):
     assert "* failed: no-data_seed0: " in (home / "table.md").read_text()
 
 
+def test_what_runs_of_two_arms_die_of_at_once_stops_the_sweep(tmp_path):
+    """As where the images are not where they should be: nobody wants to hear that once for each of 88 runs."""
+    path = written(tmp_path, arms={name: {} for name in "abcdef"})
+    done = swept(tmp_path, path, "dataset", "folder", "data_path", tmp_path / "nowhere", "imb_factor", "null")
+    assert done.code == 2 and done.out.count("failed ") == done.out.count("start ") == 2
+    (line,) = done.err.splitlines()
+    assert str(tmp_path / "nowhere") in line and line.endswith(
+        "(runs of two arms have ended so at once; no other was started)"
+    )
+
+
 @contextlib.contextmanager
 def going_on(folder: Path) -> Iterator:
     """A sweep whose only run is being trained, for as long as the block lasts."""
@@ -542,6 +554,31 @@ def test_publishing_puts_results_beside_the_sweep_and_tables_into_the_readme(rep
     assert state_of(home) == before
     publish(repository, home)
     assert (repository / "README.md").read_text() == readme
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        (
+            "# Title\n",
+            "has no place for the tables; put the lines <!-- results of tiny --> and <!-- end of results -->",
+        ),
+        (
+            "<!-- results of tiny -->\n<!-- end of results -->\n<!-- results of tinny -->\n<!-- end of results -->\n",
+            "has a place for results of tinny, which is no sweep in config/sweeps",
+        ),
+    ],
+)
+def test_a_readme_without_the_right_places_is_refused_before_anything_is_written(repository, tiny, page, said):
+    (repository / "README.md").write_text(page)
+    with pytest.raises(InputError, match=re.escape(f"README.md: {said}")):
+        publish(repository, tiny / "saved/tiny")
+    assert (repository / "README.md").read_text() == page and not (repository / sweep.PUBLISHED).exists()
+
+
+def test_results_have_the_keys_that_published_files_are_asked_for(tiny):
+    asked, runs, _ = of_tiny(tiny)
+    assert sweep.results_of(asked, runs).keys() == sweep.RESULTS
 
 
 def test_what_failed_is_published_too(repository, copied):

@@ -23,6 +23,18 @@ WATERFALL = {
 }
 
 
+# A few lines that stand for 10^14 numbers.
+LAUGHS = "\n".join(
+    [
+        f"cfg: {DIGITS}",
+        "arms: {a: {}}",
+        "seeds:",
+        "  - &n0 [1]",
+        *(f"  - &n{n} [{', '.join([f'*n{n - 1}'] * 10)}]" for n in range(1, 15)),
+    ]
+)
+
+
 def written(folder: Path, name: str = "tiny", **changes: object) -> Path:
     """A sweep's file: two arms, two seeds; a change to None takes a key out."""
     told = {"cfg": str(DIGITS), "options": OPTIONS, "seeds": [0, 1], "arms": ARMS, **changes}
@@ -188,9 +200,11 @@ REFUSED = {
     "one seed without brackets": ({"arms": {"a": {"seeds": 0}}}, "a: seeds: must be a list"),
     "a negative seed": ({"seeds": [-1]}, "seeds: must be a list of different whole numbers >= 0"),
     "subset seeds": ({"subset_seeds": [True]}, "subset_seeds: must be a list of different whole numbers"),
-    "an axis of nothing": ({"axes": {"lr": []}}, "axes: lr: must be an option with a list of values"),
-    "an unknown axis": ({"axes": {"lrr": [1]}}, "axes: lrr: must be an option"),
-    "seeds as an axis": ({"axes": {"seed": [1]}}, "axes: seed: must be an option"),
+    "an axis of nothing": ({"axes": {"lr": []}}, "axes: lr: must be a list of values, not []"),
+    "an unknown axis": ({"axes": {"lrr": [1]}}, "axes: unknown key 'lrr'; the nearest known one is 'lr'"),
+    "seeds as an axis": ({"axes": {"seed": [1]}}, "axes: seed is set for every run by the sweep itself; give seeds"),
+    "an old switch as an axis": ({"axes": {"arbloss": [True]}}, "axes: arbloss is a switch of the originals"),
+    "an axis without brackets": ({"axes": {"lr": 1}}, "axes: lr: must be a list of values, not 1"),
     "a wrong value of an axis": ({"axes": {"imb_factor": [100]}}, "axes: imb_factor: 100 must lie in (0, 1]"),
     "a value twice": ({"axes": {"imb_factor": [0.1, "1e-1"]}}, "'1e-1' is there twice"),
     "an arm that sets an axis": ({"axes": {"lr": [1]}, "arms": {"a": {"lr": 2}}}, "a: lr is an axis already"),
@@ -201,25 +215,44 @@ REFUSED = {
     ),
     "a measure to compare with": ({"against": "plain.best"}, "'plain.best' is compared and is no arm"),
     "an unknown arm in a pair": ({"pairs": [["arb", "nobody"]]}, "'nobody' is compared and is no arm"),
-    "a pair of three": ({"pairs": [["arb", "plain", "x"]]}, "pairs are [arm, another arm]"),
-    "an arm against itself": ({"pairs": [["arb", "arb"]]}, "is no pair"),
+    "a pair of three": ({"pairs": [["arb", "plain", "x"]]}, "pairs: must be [arm, another arm], not ['arb', 'plain', "),
+    "an arm against itself": ({"pairs": [["arb", "arb"]]}, "pairs: must be [arm, another arm], not ['arb', 'arb']"),
     "an unknown measure": ({"pairs": [["arb.worst", "arb"]]}, "'arb.worst': a term is an arm, or arm.last or arm."),
     "an unknown arm in a claim": ({"claims": {"c": {"arm": "x", "published": 1}}}, "'x' is compared and is no arm"),
-    "a claim without a figure": ({"claims": {"c": {"arm": "arb"}}}, "is no claim"),
-    "a claim with words": ({"claims": {"c": {"arm": "arb", "published": "high"}}}, "could not convert"),
-    "a range upside down": ({"claims": {"c": {"arm": "arb", "published": [9, 1]}}}, "is not [lowest, highest]"),
-    "a claim on one arm": ({"claims": {"c": {"pair": ["arb"], "at_least": 1}}}, "is no pair"),
-    "a claim off the grid": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"lr": 1}}}}, "is on no axis"),
-    "a claim off any option": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"x": 1}}}}, "wrong: 'x'"),
+    "a claim without a figure": ({"claims": {"c": {"arm": "arb"}}}, "claims: c: must be {arm: an arm, published: "),
+    "a claim with words": ({"claims": {"c": {"arm": "arb", "published": "high"}}}, "claims: c: must be {arm: an arm"),
+    "a range upside down": ({"claims": {"c": {"arm": "arb", "published": [9, 1]}}}, "number or [lowest, highest]}"),
+    "a claim on one arm": ({"claims": {"c": {"pair": ["arb"], "at_least": 1}}}, "{pair: [arm, another arm], at_least"),
+    "a claim off the grid": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"lr": 1}}}}, "at: {axis: one"),
+    "a claim off any option": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"x": 1}}}}, "at: {axis: one"),
     "an unknown arm in a step": (
         {"waterfall": {"start": "plain", "steps": {"s": {"x": 1}}, "end": "last"}},
         "'x' is compared and is no arm",
     ),
-    "an unknown end": ({"waterfall": WATERFALL | {"end": "worst"}}, "is no waterfall"),
-    "a waterfall without steps": ({"waterfall": WATERFALL | {"steps": {}}}, "is no waterfall"),
-    "a step without arms": ({"waterfall": WATERFALL | {"steps": {"s": {}}}}, "a step without arms"),
-    "a published word": ({"waterfall": WATERFALL | {"published": "x"}}, "could not convert"),
+    "an unknown end": ({"waterfall": WATERFALL | {"end": "worst"}}, "end: one of last, cross_fitted, best, val"),
+    "a waterfall without steps": ({"waterfall": WATERFALL | {"steps": {}}}, "waterfall: must be {start: an arm"),
+    "a step without arms": ({"waterfall": WATERFALL | {"steps": {"s": {}}}}, "steps: {name: {arm: weight, ...}, ...}"),
+    "a published word": ({"waterfall": WATERFALL | {"published": "x"}}, "published: number}"),
     "a choice without held-out images": ({"choose": True}, "choose: True needs val_per_class above 0"),
+    "an arm that is a list": ({"claims": {"c": {"arm": ["arb"], "published": 1}}}, "claims: c: must be {arm: an arm"),
+    "an arm that is a number": ({"pairs": [[1, "arb"]]}, "pairs: must be [arm, another arm], not [1, 'arb']"),
+    "a number of thousands of digits": (
+        {"claims": {"c": {"arm": "arb", "published": 10**3000}}},
+        "claims: c: must be {arm: an arm",
+    ),
+    "a waterfall that starts at a measure": (
+        {"waterfall": WATERFALL | {"start": "plain.best"}, "arms": ARMS | LATE},
+        "'plain.best' is compared and is no arm",
+    ),
+    "a waterfall to held-out images that there are not": (
+        {"waterfall": WATERFALL | {"end": "val"}, "arms": ARMS | LATE},
+        "end: val needs val_per_class above 0, and plain has none",
+    ),
+    "a pair on held-out images that there are not": (
+        {"pairs": [["plain.val", "arb.val"]]},
+        "plain.val needs val_per_class above 0, and plain has none",
+    ),
+    "many seeds": ({"seeds": [1] * 50_000}, "seeds: must be a list of different whole numbers >= 0, not [1, 1, "),
     "a choice that is no flag": ({"choose": "yes"}, "choose: must be True or False, not 'yes'"),
     "a fork of a later arm": (
         {"arms": {"late": {"fork": FORK}, "plain": {}}},
@@ -262,40 +295,46 @@ REFUSED = {
 def test_a_wrong_sweep_is_refused_in_one_line(changes, said, tmp_path, capsys):
     result = failure(capsys, sweep.main, written(tmp_path, **changes), "--save_dir", tmp_path / "saved")
     assert (result.code, len(result.lines)) == (2, 1), result.said
-    assert said in result.said and result.said.startswith("error: ")
+    assert said in result.said and result.said.startswith("error: ") and len(result.said) < 1000
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("arms: {a: {}, a: {lr: 1}}", "a is given twice; keep one"),
-        ("arms: {a: {lr: 1, lr: 2}}", "lr is given twice; keep one"),
+        ("arms: {a: {}, a: {lr: 1}}", "line 1: a is given twice; keep one"),
+        ("arms:\n  a: {lr: 1}\n  b: {lr: 1, lr: 2}", "line 3: lr is given twice; keep one"),
         ("arms: [a", "cannot be read"),
         ("", "a sweep has arms"),
         ("- a", "a sweep has arms"),
-        ("arms: &a {x: *a}", "cannot be read"),
+        ("arms: &a {x: *a}", "x: has no cfg"),
+        (f"cfg: {DIGITS}\narms: &a {{x: *a}}", "x: unknown key 'x'"),
+        (f"cfg: {DIGITS}\narms: {{a: &a {{lr: *a}}}}", "a: lr: {"),
+        (LAUGHS, "seeds: must be a list of different whole numbers >= 0, not ["),
         ("arms: {a: 2026-99-99}", "cannot be read"),
     ],
 )
 def test_files_that_are_no_sweeps_are_refused(text, said, tmp_path, capsys):
     (tmp_path / "x.yaml").write_text(text)
     result = failure(capsys, sweep.main, tmp_path / "x.yaml")
-    assert (result.code, len(result.lines)) == (2, 1) and f"x.yaml: {said}" in result.said
+    assert (result.code, len(result.lines)) == (2, 1) and said in result.said
+    assert "error: x: " in result.said or "x.yaml" in result.said
+    assert len(result.said) < 2000
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--jobs", "0"], "invalid whole number above 0 value: '0'"),
-        (["--jobs", "1.5"], "invalid whole number above 0 value"),
-        (["--minutes", "nan"], "invalid number above 0 value"),
+        (["--jobs", "0"], "must be a whole number above 0, not '0'"),
+        (["--jobs", "1.5"], "must be a whole number above 0, not '1.5'"),
+        (["--minutes", "nan"], "must be a number above 0, not 'nan'"),
         (["--nonsense"], "usage: python -m utils.sweep SWEEP.yaml"),
         (["lr"], "options come in pairs, such as 'data_path D'; 'lr' stands alone"),
         (["seed", "3"], "command line: seed is set for every run by the sweep itself"),
         (["fork", "x"], "command line: fork is set for every run by the sweep itself"),
         (["imb_factor", "0.1"], "command line: imb_factor is set for every run by the sweep itself"),
         (["loss", "ce"], "command line: loss is what plain and arb differ in"),
+        (["arbloss", "True"], "arbloss is a switch of the originals; give the option that it stands for"),
         (["momentumm", "1"], "unknown key 'momentumm'; the nearest known one is 'momentum'"),
         (["--publish", "lr", "1"], "--publish takes no options"),
         (["--publish"], "only sweeps in config/sweeps are published"),
@@ -312,5 +351,8 @@ def test_a_folder_that_cannot_hold_the_sweep_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     result = failure(capsys, sweep.main, written(tmp_path), "--save_dir", tmp_path / "file")
     assert (result.code, len(result.lines)) == (2, 1) and str(tmp_path / "file") in result.said
-    missing = failure(capsys, sweep.main, tmp_path / "none.yaml")
-    assert (missing.code, len(missing.lines)) == (2, 1) and "none.yaml: no such sweep" in missing.said
+    for name in ("none", "n" * 300):
+        missing = failure(capsys, sweep.main, tmp_path / f"{name}.yaml")
+        assert (missing.code, len(missing.lines)) == (2, 1) and f"{name}.yaml: no such sweep" in missing.said
+    nothing = failure(capsys, sweep.main)
+    assert (nothing.code, len(nothing.lines)) == (2, 1) and "which sweep? (usage: python" in nothing.said

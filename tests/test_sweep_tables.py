@@ -213,7 +213,7 @@ def test_a_difference_matters_where_it_is_certain_and_large_enough(differences, 
 
 
 def test_a_claim_on_too_few_runs_is_not_decided():
-    assert claimed({"a": [70.0]}, arm="a", published=70.0).startswith("not decided (1 runs; ")
+    assert claimed({"a": [70.0]}, arm="a", published=70.0).startswith("not decided (1 run; ")
     found = results(
         {"a": [70.0, 71.0]}, claims={"c": {"arm": "b", "published": 70.0}, "d": {"pair": ["a", "b"], "at_least": 0}}
     )
@@ -439,10 +439,10 @@ def test_epochs_of_which_nothing_is_recorded_are_named():
     late = [{"epoch": 19, "step": 3, "commit": "e" * 40, "date": ""}]
     rows = [row("a", 0, 70.0), row("a", 1, 70.0, starts=late), row("a", 2, 70.0, starts=[])]
     rows += [row("b", 0, 70.0, starts=late, forked={"run": "a_seed0", "epoch": 19})]
-    said = [line for line in markdown(results(rows)).splitlines() if "nothing is recorded" in line]
+    said = [line for line in markdown(results(rows)).splitlines() if "are not known" in line]
     assert said == [
-        "* a_seed1: nothing is recorded of how epochs 0 to 18 were trained",
-        "* a_seed2: nothing is recorded of how epochs 0 to 199 were trained",
+        "* a_seed1: commit and machine of epochs 0 to 18 are not known; starts were not recorded then",
+        "* a_seed2: commit and machine of epochs 0 to 199 are not known; starts were not recorded then",
     ]
 
 
@@ -568,7 +568,9 @@ def test_published_files_that_are_missing_or_damaged_are_named(tmp_path):
     folder.mkdir(parents=True)
     (folder / "cut.json").write_text('{"runs": [')
     (folder / "other.json").write_text("[]")
-    for name, said in (("cut", "cannot be read"), ("other", "holds no results")):
+    whole = json.loads((ROOT / sweep.PUBLISHED / "quick_digits.json").read_text())
+    (folder / "less.json").write_text(json.dumps({key: whole[key] for key in whole if key != "failed"}))
+    for name, said in (("cut", "cannot be read"), ("other", "does not hold what"), ("less", "does not hold what")):
         with pytest.raises(InputError, match=f"{name}.json: {said}"):
             sweep.published(name, tmp_path)
     assert sweep.published("none", tmp_path) is None

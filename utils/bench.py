@@ -555,7 +555,7 @@ began = time.perf_counter()
 import torch, torchvision
 torch_there = time.perf_counter()
 import json, sys, train_stage1
-from utils.command_line import Parser, exit_code
+from utils.command_line import exit_code
 trainer_there = time.perf_counter()
 
 class Done(Exception):

@@ -301,7 +301,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNod
     notes: list[str] = []
     switches: dict[str, bool] = {}  # the originals' loss switches, as the sources so far left them
     for where, source in [*_file_sources(Path(path)), ("command line", _pairs(overrides))]:
-        parsed = {key: _parse(key, value, where) for key, value in source.items() if _known(key, where)}
+        parsed = {key: _parse(key, value, where) for key, value in source.items() if known(key, where)}
         notes += _obsolete_notes(where, parsed)
         settings, switches = _translate(parsed, values, switches, where, notes)
         values |= settings
@@ -353,10 +353,11 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         merge = "tag:yaml.org,2002:merge"
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RepeatedKey(key, node.start_mark)
+        nodes = [key for key, _ in node.value if key.tag != merge]
+        keys = [self.construct_object(key, deep=True) for key in nodes]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise RepeatedKey(key, nodes[number].start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -398,7 +399,8 @@ def _is_text(option: Option) -> bool:
     return option.parse in (text, folder_name, folder_path)
 
 
-def _known(key: Any, where: str) -> bool:
+def known(key: Any, where: str) -> bool:
+    """Whether there is such a key, which raises :class:`ConfigError` where there is none; ``where``: it was given."""
     if key in (*OPTIONS, *OLD_SWITCHES, *OBSOLETE):
         return True
     near = difflib.get_close_matches(str(key), [*OPTIONS, *OLD_SWITCHES], n=1, cutoff=0.0)
@@ -413,7 +415,7 @@ def _parse(key: str, value: Any, where: str) -> Any:
     try:
         return _option(key).parse(value)
     except ValueError as error:
-        raise ConfigError(f"{where}: {key}: {_shown(value)} {error}") from None
+        raise ConfigError(f"{where}: {key}: {shown(value)} {error}") from None
 
 
 def parse_option(key: str, value: Any) -> Any:
@@ -433,7 +435,7 @@ def _literal(key: str, value: Any) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """``value`` as it was given, cut short: a few aliases in YAML can stand for gigabytes."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 3, 200, 200

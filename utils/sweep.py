@@ -50,7 +50,7 @@ from utils.sweep_plan import (
     summary_of,
     telling,
 )
-from utils.sweep_tables import cells, fill_readme, independent, latex, markdown, values, waterfall
+from utils.sweep_tables import BEGIN, END, MARKS, cells, fill_readme, independent, latex, markdown, values, waterfall
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = Path("config/sweeps/results")  # of the sweeps in config/sweeps, under ROOT
@@ -59,6 +59,10 @@ GRACE = 60.0  # seconds that runs have for their checkpoints when the sweep is s
 PAUSE = 1.0  # seconds between two looks at the runs
 OVERHEAD = 1.2  # of a run over its training, where only that was measured: evaluation, start
 # What starts.jsonl says of a run; the values are those of a run that has none.
+RESULTS = {  # the keys of results.json
+    *("sweep", "images", "overridden", "arms", "seeds", "subset_seeds", "axes", "against", "pairs", "claims"),
+    *("waterfall", "choose", "planned", "failed", "defaults", "runs"),
+}
 ORIGIN = {"commit": "", "device": "", "cpu": "", "threads": None, "processes": None, "versions": {}, "data": ""}
 
 
@@ -115,9 +119,10 @@ def _claimed(home: Path) -> Iterator[int]:
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     prog, description = "python -m utils.sweep", "Runs a grid of configurations; makes tables with intervals."
-    hint = f" (usage: {prog} SWEEP.yaml [--jobs N] [--minutes N] [key value ...])"
+    more = "[--jobs N] [--minutes N] [--save_dir FOLDER] [--images TEXT] [--publish]"
+    hint = f" (usage: {prog} SWEEP.yaml {more} [key value ...])"
     parser = Parser(prog=prog, description=description, hint=hint)
-    parser.add_argument("sweep", metavar="SWEEP", help="YAML file, see config/sweeps/")
+    parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="YAML file, see config/sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
     parser.add_argument(
         "--jobs",
@@ -134,17 +139,19 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--publish", action="store_true", help=f"run nothing: what is finished goes to {PUBLISHED} and the README"
     )
-    return parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    if args.sweep is None:
+        parser.error("which sweep?")
+    return args
 
 
 def _positive(kind: type, words: str):
     def parse(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
+        with contextlib.suppress(ValueError):
+            if kind(text) > 0:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be a {words}, not {text!r}")
 
-    parse.__name__ = words  # argparse says it: invalid ... value
     return parse
 
 
@@ -289,7 +296,11 @@ class Crew:
             elif worker.stopped:
                 self._say(f"stopped {run.name} after {run.epochs_done()} epochs; it is kept")
             else:
-                self._fail(run, _why(code, run.home / "started" / f"{run.name}.txt"))
+                why = _why(code, run.home / "started" / f"{run.name}.txt")
+                others = [self.failed.get(other.name) for other in self.runs if other.arm != run.arm]
+                self._fail(run, why)
+                if code == 2 and not run.epochs_done() and why in others:  # no arm's own fault, then
+                    raise InputError(f"{why} (runs of two arms have ended so at once; no other was started)")
 
     def _stop(self, why: str) -> None:
         for worker in self.working:
@@ -471,6 +482,8 @@ def publish(sweep: Sweep, runs: Sequence[Run], home: Path, path: Path, images: s
     """
     if path.resolve().parent != (root / "config/sweeps").resolve():
         raise InputError(f"{path}: only sweeps in config/sweeps are published")
+    readme = root / README
+    _check_marks(readme, sweep.name, root)
     results, target = results_of(sweep, runs, images=images), root / PUBLISHED / f"{sweep.name}.json"
     before = published(sweep.name, root)
     if before:
@@ -489,10 +502,21 @@ def publish(sweep: Sweep, runs: Sequence[Run], home: Path, path: Path, images: s
     write_text(target, json.dumps(results, indent=1) + "\n")
     for name, figure in figures(results):
         plots.save_png(figure, target.with_name(f"{sweep.name}_{name}.png"))
-    readme = root / README
     write_text(readme, fill_readme(readme.read_text(encoding="utf-8"), lambda name: published(name, root)))
     print(f"{target}: {len(results['runs'])} of {len(runs)} runs; {readme.name} is up to date")
     return 0
+
+
+def _check_marks(readme: Path, name: str, root: Path) -> None:
+    """The README has a place for the sweep's tables, and for no tables of a sweep that does not exist."""
+    places = [found["name"] for found in MARKS.finditer(readme.read_text(encoding="utf-8"))]
+    for place in places:
+        if not (root / "config/sweeps" / f"{place}.yaml").is_file():
+            raise InputError(f"{readme.name}: has a place for results of {place}, which is no sweep in config/sweeps")
+    if name not in places:
+        raise InputError(
+            f"{readme.name}: has no place for the tables; put the lines {BEGIN}{name} --> and {END} where they belong"
+        )
 
 
 def published(name: str, root: Path = ROOT) -> dict[str, Any] | None:
@@ -504,8 +528,8 @@ def published(name: str, root: Path = ROOT) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read; publish that sweep, or take the file out of git ({error})") from None
-    if not isinstance(found, dict) or not {"images", "defaults", "runs"} <= found.keys():
-        raise InputError(f"{path}: holds no results; take the file out of git")
+    if not isinstance(found, dict) or not found.keys() >= RESULTS:
+        raise InputError(f"{path}: does not hold what a sweep's results are; take the file out of git")
     return found
 
 

@@ -8,10 +8,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from yacs.config import CfgNode
 
 import train_stage1
 from utils.checkpoint import INCIDENTAL, fork_of
-from utils.config import OPTIONS, RepeatedKey, UniqueKeyLoader, parse_option, read_config
+from utils.config import OLD_SWITCHES, OPTIONS, RepeatedKey, UniqueKeyLoader, known, parse_option, read_config, shown
 from utils.errors import InputError
 from utils.run_log import read_rows
 from utils.sweep_tables import MEASURES, arm_of
@@ -42,6 +43,16 @@ OF_AN_ARM = ("cfg", "seeds", "fork")  # what an arm says beside options
 SET_HERE = ("name", "save_dir", "seed", "subset_seed", "resume", "fork", "keep_epochs")  # for each run, by the sweep
 SUMMARY = {"last epoch": "last", "cross-fitted best": "cross_fitted", "best on the test set": "best"}
 DEFAULTS = {key: option.default for key, option in OPTIONS.items() if key not in INCIDENTAL}
+PAIR = "[arm, another arm]"
+CLAIM = (
+    "{arm: an arm, published: number or [lowest, highest]} or {pair: [arm, another arm], at_least: number}, with at: "
+    "{axis: one of its values} where it is of one point of the axes"
+)
+WATERFALL = (
+    "{start: an arm, steps: {name: {arm: weight, ...}, ...}, end: one of "
+    + ", ".join(MEASURES)
+    + ", published: number}"
+)
 IN_WORDS = {dict: "a mapping", list: "a list", str: "text", bool: "True or False"}
 
 
@@ -128,7 +139,7 @@ class Run:
 
 def read_sweep(path: Path) -> Sweep:
     """Reads a sweep's file. Raises :class:`InputError`."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's, False for any name that cannot be
         raise InputError(f"{path}: no such sweep (give the path of a YAML file, see config/sweeps/)")
     content = _load(path)
     if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
@@ -137,7 +148,7 @@ def read_sweep(path: Path) -> Sweep:
         if key not in KEYS:
             raise InputError(f"{path}: unknown key {key!r}; a sweep has {', '.join(KEYS)}")
         if not isinstance(value, KEYS[key]):
-            raise InputError(f"{path}: {key}: must be {IN_WORDS[KEYS[key]]}, not {value!r}")
+            raise InputError(f"{path}: {key}: must be {IN_WORDS[KEYS[key]]}, not {shown(value)}")
     axes = {axis: _along(path, axis, values) for axis, values in content.get("axes", {}).items()}
     _check_options(path, "options", content.get("options", {}), axes)
     arms: dict[str, Arm] = {}
@@ -150,31 +161,34 @@ def read_sweep(path: Path) -> Sweep:
 
 def _load(path: Path) -> Any:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-        json.dumps(content, default=str)  # not possible where an alias makes a mapping hold itself
-        return content
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except RepeatedKey as error:
-        raise InputError(f"{path}: {error.key} is given twice; keep one") from None
+        line = error.problem_mark.line + 1
+        raise InputError(f"{path}, line {line}: {error.key} is given twice; keep one") from None
     except Exception as error:  # PyYAML lets through whatever its constructors meet
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _along(path: Path, axis: str, values: Any) -> list:
     """An axis's values as the configuration will have them: 1e-2, which is text to YAML, is a number."""
-    if not isinstance(values, list) or not values or axis not in OPTIONS or axis in SET_HERE:
-        raise InputError(f"{path}: axes: {axis}: must be an option with a list of values")
+    known(axis, f"{path}: axes")
+    _check_options(path, "axes", [axis])
+    if axis not in OPTIONS:
+        raise InputError(f"{path}: axes: {axis} is a switch of the originals; give the option that it stands for")
+    if not isinstance(values, list) or not values:
+        raise InputError(f"{path}: axes: {axis}: must be a list of values, not {shown(values)}")
     found = []
     for value in values:
         try:
             found.append(parse_option(axis, value))
         except ValueError as error:
-            raise InputError(f"{path}: axes: {axis}: {value!r} {error}") from None
+            raise InputError(f"{path}: axes: {axis}: {shown(value)} {error}") from None
         if found[-1] in found[:-1]:
-            raise InputError(f"{path}: axes: {axis}: {value!r} is there twice; keep one")
+            raise InputError(f"{path}: axes: {axis}: {shown(value)} is there twice; keep one")
     return found
 
 
-def _check_options(path: Path, where: str, options: Mapping, axes: Mapping) -> None:
+def _check_options(path: Path, where: str, options: Iterable[str], axes: Collection[str] = ()) -> None:
     """Refuses what the sweep itself sets for every run."""
     for key in options:
         if key in SET_HERE:
@@ -189,14 +203,14 @@ def _check_options(path: Path, where: str, options: Mapping, axes: Mapping) -> N
 def _check_seeds(path: Path, what: str, seeds: Any) -> None:
     numbers = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not numbers or not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"{path}: {what}: must be a list of different whole numbers >= 0, not {seeds!r}")
+        raise InputError(f"{path}: {what}: must be a list of different whole numbers >= 0, not {shown(seeds)}")
 
 
 def _arm(path: Path, content: Mapping, name: str, options: Any, before: Mapping[str, Arm]) -> Arm:
     if not isinstance(name, str) or not re.fullmatch(r"\w+(-\w+)*", name):
-        raise InputError(f"{path}: arms: {name!r} must be a name of letters, digits and _")
+        raise InputError(f"{path}: arms: {shown(name)} must be a name of letters, digits and _")
     if options is not None and not isinstance(options, dict):
-        raise InputError(f"{path}: {name}: must be a mapping of options, not {options!r}")
+        raise InputError(f"{path}: {name}: must be a mapping of options, not {shown(options)}")
     options = dict(options or {})
     given = {key: options.pop(key, None) for key in OF_AN_ARM}
     _check_options(path, name, options, content.get("axes", {}))
@@ -220,34 +234,28 @@ def _fork(path: Path, name: str, given: Any, before: Mapping[str, Arm]) -> tuple
     whole = isinstance(given, dict) and given.keys() == {"arm", "epoch"}
     if not whole or type(given["epoch"]) is not int or given["epoch"] < 1 or str(given["arm"]) not in before:
         raise InputError(
-            f"{path}: {name}: fork: must be {{arm: an arm above, epoch: number >= 1}}, not {given!r}"
+            f"{path}: {name}: fork: must be {{arm: an arm above, epoch: number >= 1}}, not {shown(given)}"
             + f" (above: {', '.join(before) or 'none'})"
         )
-    return given["arm"], given["epoch"]
+    return str(given["arm"]), given["epoch"]
 
 
 def _compared(path: Path, content: Mapping, arms: Mapping[str, Arm], axes: Mapping[str, list]) -> dict[str, Any]:
     """What is compared, with numbers as numbers; every name in it is an arm's."""
     told = {"against": next(iter(arms)), "pairs": [], "claims": {}, "waterfall": {}, "choose": False}
     told = {key: content.get(key, default) for key, default in told.items()}
-    try:
-        told["pairs"] = [_pair(pair) for pair in told["pairs"]]
-        told["claims"] = {str(name): _claim(claim, axes) for name, claim in told["claims"].items()}
-        told["waterfall"] = _steps(told["waterfall"]) if told["waterfall"] else {}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{path}: pairs are [arm, another arm]; claims {{arm, published}} or {{pair, at_least}}, with at: {{axis: "
-            f"value}} for one point; a waterfall has start, steps {{name: {{arm: weight}}}}, end "
-            f"({', '.join(MEASURES)}) and published (wrong: {error})"
-        ) from None
-    plain = [
-        *[told["against"]] * bool(told["against"]),
-        *(claim["arm"] for claim in told["claims"].values() if "arm" in claim),
-    ]
+    told["pairs"] = [_checked(f"{path}: pairs", _pair, PAIR, pair) for pair in told["pairs"]]
+    told["claims"] = {
+        str(name): _checked(f"{path}: claims: {name}", partial(_claim, axes=axes), CLAIM, claim)
+        for name, claim in told["claims"].items()
+    }
+    if told["waterfall"]:
+        told["waterfall"] = _checked(f"{path}: waterfall", _steps, WATERFALL, told["waterfall"])
+    plain = [told["against"], told["waterfall"].get("start"), *(claim.get("arm") for claim in told["claims"].values())]
     terms = list(itertools.chain(*told["pairs"], *(claim.get("pair", []) for claim in told["claims"].values())))
     if told["waterfall"]:
-        terms += [told["waterfall"]["start"], *itertools.chain(*told["waterfall"]["steps"].values())]
-    for name in (*plain, *(arm_of(str(term)) for term in terms)):
+        terms += itertools.chain(*told["waterfall"]["steps"].values())
+    for name in (*filter(None, plain), *map(arm_of, terms)):
         if name not in arms:
             raise InputError(f"{path}: {name!r} is compared and is no arm; there are {', '.join(arms)}")
     for term in terms:
@@ -256,45 +264,53 @@ def _compared(path: Path, content: Mapping, arms: Mapping[str, Arm], axes: Mappi
     return told
 
 
-def _pair(given: Any) -> list[str]:
-    if not isinstance(given, list) or len(given) != 2 or given[0] == given[1]:
-        raise ValueError(f"{given!r} is no pair")
-    return given
+def _checked(where: str, parse: Callable[[Any], Any], right: str, given: Any) -> Any:
+    """What ``parse`` makes of it; it raises whatever it meets in what is wrong."""
+    try:
+        return parse(given)
+    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError):
+        raise InputError(f"{where}: must be {right}, not {shown(given)}") from None
 
 
-def _claim(given: Any, axes: Mapping[str, list]) -> dict[str, Any]:
+def _pair(given: list) -> list[str]:
+    first, second = given
+    if not isinstance(given, list) or not isinstance(first, str) or not isinstance(second, str) or first == second:
+        raise ValueError
+    return [first, second]
+
+
+def _claim(given: Mapping, axes: Mapping[str, list]) -> dict[str, Any]:
     """``at``: the point of the grid that it is of, if it is not of every one."""
     told = {}
     if "at" in given:
         told["at"] = {axis: parse_option(axis, value) for axis, value in given["at"].items()}
         if any(value not in axes.get(axis, []) for axis, value in told["at"].items()):
-            raise ValueError(f"at: {given['at']!r} is on no axis")
-    if given.keys() - {"at"} == {"arm", "published"}:
+            raise ValueError
+    if given.keys() - {"at"} == {"arm", "published"} and isinstance(given["arm"], str):
         return {"arm": given["arm"], "published": _figure(given["published"])} | told
     if given.keys() - {"at"} == {"pair", "at_least"}:
         return {"pair": _pair(given["pair"]), "at_least": _number(given["at_least"])} | told
-    raise ValueError(f"{given!r} is no claim")
+    raise ValueError
 
 
 def _figure(given: Any) -> float | list[float]:
     """A published one: a number, or [lowest, highest] of several."""
     if not isinstance(given, list):
         return _number(given)
-    if len(given) != 2 or not _number(given[0]) <= _number(given[1]):
-        raise ValueError(f"{given!r} is not [lowest, highest]")
-    return [_number(value) for value in given]
+    least, most = map(_number, given)
+    if least > most:
+        raise ValueError
+    return [least, most]
 
 
 def _steps(given: Mapping) -> dict[str, Any]:
     known = {"start", "steps", "end", "published"}
-    if given.keys() - known or given["end"] not in MEASURES or not given["steps"]:
-        raise ValueError(f"{dict(given)!r} is no waterfall")
     steps = {
         str(name): {str(term): _number(weight) for term, weight in terms.items()}
         for name, terms in given["steps"].items()
     }
-    if not all(steps.values()):
-        raise ValueError("a step without arms")
+    if given.keys() - known or given["end"] not in MEASURES or not steps or not all(steps.values()):
+        raise ValueError
     published = given.get("published")
     return {
         "start": str(given["start"]),
@@ -307,7 +323,7 @@ def _steps(given: Mapping) -> dict[str, Any]:
 def _number(value: Any) -> float:
     """5e-1 is text to YAML."""
     if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError
     return float(value)
 
 
@@ -321,6 +337,8 @@ def plan(sweep: Sweep, home: Path, overrides: Sequence[str] = ()) -> list[Run]:
     for key in overrides[::2]:
         if key in SET_HERE or key in sweep.axes:
             raise InputError(f"command line: {key} is set for every run by the sweep itself")
+        if key in OLD_SWITCHES:
+            raise InputError(f"command line: {key} is a switch of the originals; give the option that it stands for")
     found: dict[str, Run] = {}
     points = [dict(zip(sweep.axes, point, strict=True)) for point in itertools.product(*sweep.axes.values())]
     order = sorted({seed for arm in sweep.arms.values() for seed in arm.seeds})
@@ -330,10 +348,21 @@ def plan(sweep: Sweep, home: Path, overrides: Sequence[str] = ()) -> list[Run]:
             if run.name in found:
                 raise InputError(f"{sweep.name}: two runs would be called {run.name}; give other names")
             found[run.name] = run
-            if sweep.compared["choose"] and not run.cfg.val_per_class:
-                raise InputError(f"{sweep.name}: choose: True needs val_per_class above 0, and {arm.name} has none")
+            _check_held_out(sweep, run)
     _check_overrides(sweep, overrides[::2])
     return list(found.values())
+
+
+def _check_held_out(sweep: Sweep, run: Run) -> None:
+    """Without held-out images there is no accuracy on them to choose by or to compare."""
+    told = sweep.compared
+    terms = itertools.chain(*told["pairs"], *(claim.get("pair", []) for claim in told["claims"].values()))
+    if told["waterfall"]:
+        terms = itertools.chain(terms, *told["waterfall"]["steps"].values())
+    wanted = {"choose: True": told["choose"], "end: val": told["waterfall"].get("end") == "val"}
+    wanted[f"{run.arm}.val"] = f"{run.arm}.val" in terms
+    for what in (what for what, is_wanted in wanted.items() if is_wanted and not run.cfg.val_per_class):
+        raise InputError(f"{sweep.name}: {what} needs val_per_class above 0, and {run.arm} has none")
 
 
 def _check_overrides(sweep: Sweep, keys: Sequence[str]) -> None:

@@ -250,11 +250,10 @@ def _reproduced(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, s
     least, most = published_range(claim["published"])
     figure = f"{least:g} lies" if least == most else f"one of {least:g} to {most:g} lies"
     rule = f"rule: {figure} in the 95 % prediction interval of one run of {claim['arm']}"
-    rule += f"; on {results['images']}" if results["images"] else ""
     if interval is None:
-        return "not decided", f"{len(found)} runs; {rule}"
+        return "not decided", f"{_counted(len(found), 'run')}; {rule}"
     low, high = interval
-    count = _of(len(found), len(results["seeds"][claim["arm"]]), results, "runs")
+    count = _of(len(found), len(results["seeds"][claim["arm"]]), results, "run")
     return _word(low <= most and least <= high), f"[{low:.2f}, {high:.2f}], {count}; {rule}"
 
 
@@ -270,18 +269,22 @@ def _matters(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, str]
     at_least = f"the mean is at least {claim['at_least']:g} points"
     rule = f"rule: the 95 % interval of {first} - {second} excludes 0 and {at_least}"
     if len(found) < 2:
-        return "not decided", f"{len(found)} pairs; {rule}"
+        return "not decided", f"{_counted(len(found), 'pair')}; {rule}"
     change = estimate(independent(found))
     verdict = change.excludes_zero and change.mean >= claim["at_least"]
     seeds = set.intersection(*(set(results["seeds"][arm_of(term)]) for term in claim["pair"]))
-    count = _of(len(found), len(seeds), results, "pairs")
+    count = _of(len(found), len(seeds), results, "pair")
     return _word(verdict), f"{_signed(change.mean)} {_interval(change, signed=True)}, {count}; {rule}"
 
 
 def _of(count: int, seeds: int, results: Results, what: str) -> str:
     """How many there are; with how many were planned, where that is more: a verdict on less is not the last word."""
     planned = seeds * len(results["subset_seeds"])
-    return f"{count} {what}" if count >= planned else f"only {count} of {planned} {what} so far"
+    return _counted(count, what) if count >= planned else f"only {count} of {_counted(planned, what)} so far"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def choice(results: Results) -> list[str]:
@@ -378,7 +381,8 @@ def unrecorded(results: Results) -> list[str]:
         first = row["starts"][0]["epoch"] if row["starts"] else row["epochs"]
         begun = row["forked"]["epoch"] if row["forked"] else 0
         if first > begun:
-            lines.append(f"{row['run']}: nothing is recorded of how epochs {begun} to {first - 1} were trained")
+            epochs = f"epochs {begun} to {first - 1}"
+            lines.append(f"{row['run']}: commit and machine of {epochs} are not known; starts were not recorded then")
     return lines
 
 
