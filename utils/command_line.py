@@ -16,12 +16,15 @@ class Parser(argparse.ArgumentParser):
     """One line, as for every other bad input, instead of argparse's usage."""
 
     def __init__(self, *, hint: str, **options: str):
-        """``hint``: what follows the message, and says what would be right; ``options``: of argparse."""
+        """``hint``: what follows the message, and says what would be right, ``%(prog)s`` being the program's name.
+
+        ``options``: of argparse.
+        """
         super().__init__(**options)
         self.hint = hint
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message}{self.hint}")
+        raise InputError(f"command line: {message}{self.hint % {'prog': self.prog}}")
 
 
 def parse(description: str, arguments: Sequence[str] | None = None, **options: dict) -> argparse.Namespace:
@@ -29,8 +32,7 @@ def parse(description: str, arguments: Sequence[str] | None = None, **options: d
 
     ``options``: a script's own, from name to the keywords of ``add_argument``.
     """
-    parser = Parser(description=description, hint="")
-    parser.hint = f" (usage: {parser.prog} --cfg FILE [key value ...], such as lr 0.05)"
+    parser = Parser(description=description, hint=" (usage: %(prog)s --cfg FILE [key value ...], such as lr 0.05)")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, see config/")
     for name, keywords in options.items():
         parser.add_argument(f"--{name}", **keywords)

@@ -58,11 +58,11 @@ README = "README.md"
 GRACE = 60.0  # seconds that runs have for their checkpoints when the sweep is stopped
 PAUSE = 1.0  # seconds between two looks at the runs
 OVERHEAD = 1.2  # of a run over its training, where only that was measured: evaluation, start
-# What starts.jsonl says of a run; the values are those of a run that has none.
 RESULTS = {  # the keys of results.json
     *("sweep", "images", "overridden", "arms", "seeds", "subset_seeds", "axes", "against", "pairs", "claims"),
     *("waterfall", "choose", "planned", "failed", "defaults", "runs"),
 }
+# What starts.jsonl says of a run; the values are those of a run that has none.
 ORIGIN = {"commit": "", "device": "", "cpu": "", "threads": None, "processes": None, "versions": {}, "data": ""}
 
 

@@ -43,6 +43,7 @@ OF_AN_ARM = ("cfg", "seeds", "fork")  # what an arm says beside options
 SET_HERE = ("name", "save_dir", "seed", "subset_seed", "resume", "fork", "keep_epochs")  # for each run, by the sweep
 SUMMARY = {"last epoch": "last", "cross-fitted best": "cross_fitted", "best on the test set": "best"}
 DEFAULTS = {key: option.default for key, option in OPTIONS.items() if key not in INCIDENTAL}
+# What a part of the file must be, in words.
 PAIR = "[arm, another arm]"
 CLAIM = (
     "{arm: an arm, published: number or [lowest, highest]} or {pair: [arm, another arm], at_least: number}, with at: "
@@ -252,9 +253,7 @@ def _compared(path: Path, content: Mapping, arms: Mapping[str, Arm], axes: Mappi
     if told["waterfall"]:
         told["waterfall"] = _checked(f"{path}: waterfall", _steps, WATERFALL, told["waterfall"])
     plain = [told["against"], told["waterfall"].get("start"), *(claim.get("arm") for claim in told["claims"].values())]
-    terms = list(itertools.chain(*told["pairs"], *(claim.get("pair", []) for claim in told["claims"].values())))
-    if told["waterfall"]:
-        terms += itertools.chain(*told["waterfall"]["steps"].values())
+    terms = _terms(told)
     for name in (*filter(None, plain), *map(arm_of, terms)):
         if name not in arms:
             raise InputError(f"{path}: {name!r} is compared and is no arm; there are {', '.join(arms)}")
@@ -262,6 +261,12 @@ def _compared(path: Path, content: Mapping, arms: Mapping[str, Arm], axes: Mappi
         if term.partition(".")[1] and term.partition(".")[2] not in MEASURES:
             raise InputError(f"{path}: {term!r}: a term is an arm, or arm.{' or arm.'.join(MEASURES)}")
     return told
+
+
+def _terms(compared: Mapping[str, Any]) -> list[str]:
+    """All that differences are made of: an arm, or ``arm.best`` and the like."""
+    of_claims = (claim.get("pair", []) for claim in compared["claims"].values())
+    return list(itertools.chain(*compared["pairs"], *of_claims, *compared["waterfall"].get("steps", {}).values()))
 
 
 def _checked(where: str, parse: Callable[[Any], Any], right: str, given: Any) -> Any:
@@ -304,12 +309,16 @@ def _figure(given: Any) -> float | list[float]:
 
 
 def _steps(given: Mapping) -> dict[str, Any]:
-    known = {"start", "steps", "end", "published"}
     steps = {
         str(name): {str(term): _number(weight) for term, weight in terms.items()}
         for name, terms in given["steps"].items()
     }
-    if given.keys() - known or given["end"] not in MEASURES or not steps or not all(steps.values()):
+    if (
+        given.keys() - {"start", "steps", "end", "published"}
+        or given["end"] not in MEASURES
+        or not steps
+        or not all(steps.values())
+    ):
         raise ValueError
     published = given.get("published")
     return {
@@ -356,12 +365,13 @@ def plan(sweep: Sweep, home: Path, overrides: Sequence[str] = ()) -> list[Run]:
 def _check_held_out(sweep: Sweep, run: Run) -> None:
     """Without held-out images there is no accuracy on them to choose by or to compare."""
     told = sweep.compared
-    terms = itertools.chain(*told["pairs"], *(claim.get("pair", []) for claim in told["claims"].values()))
-    if told["waterfall"]:
-        terms = itertools.chain(terms, *told["waterfall"]["steps"].values())
-    wanted = {"choose: True": told["choose"], "end: val": told["waterfall"].get("end") == "val"}
-    wanted[f"{run.arm}.val"] = f"{run.arm}.val" in terms
-    for what in (what for what, is_wanted in wanted.items() if is_wanted and not run.cfg.val_per_class):
+    wanted = {
+        "choose: True": told["choose"],
+        "end: val": told["waterfall"].get("end") == "val",
+        f"{run.arm}.val": f"{run.arm}.val" in _terms(told),
+    }
+    what = next((what for what, is_wanted in wanted.items() if is_wanted), None)
+    if what and not run.cfg.val_per_class:
         raise InputError(f"{sweep.name}: {what} needs val_per_class above 0, and {run.arm} has none")
 
 
