@@ -1,4 +1,4 @@
-"""Class folders: ``<data_path>/train/<class>/*.{png,jpg,jpeg}`` and ``<data_path>/test/<class>/...``.
+"""Class folders: ``<data_path>/train/<class>/<images>`` and ``<data_path>/test/<class>/<images>``.
 
 Classes are the folders under ``train``, in alphabetical order. ``val`` is read where there is no ``test``.
 """
@@ -14,15 +14,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from datasets.decoding import open_rgb
+from datasets.decoding import FORMATS, open_rgb
 from datasets.folders import hidden, walk
 from datasets.source import DataError, Source, Split, as_text
 from datasets.streaming import Request, Workers
 
-EXTENSIONS = (".png", ".jpg", ".jpeg")
-OTHERS = frozenset(Image.registered_extensions()) - set(EXTENSIONS)
+EXTENSIONS = frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
+OTHERS = frozenset(Image.registered_extensions()) - EXTENSIONS
 CHUNK, CHUNK_BYTES = 256, 2**20  # what a worker decodes at once at most: its shared memory may be 64 MiB in all
-LAYOUT = "train/<class>/*.{png,jpg,jpeg} and test/<class>/*.{png,jpg,jpeg}"
+LAYOUT = "train/<class>/<images> and test/<class>/<images>"
 
 
 def decode(path: str, size: int) -> np.ndarray:
@@ -72,7 +72,7 @@ def _classes(folder: Path) -> list[str]:
     names = sorted(entry.name for entry in entries if os.path.isdir(entry))
     if not names:
         raise DataError(f"data_path: {folder} has no class folders; expected are {LAYOUT}")
-    loose = [entry for entry in entries if entry.name not in names and entry.suffix.lower() in {*EXTENSIONS, *OTHERS}]
+    loose = [entry for entry in entries if entry.name not in names and entry.suffix.lower() in EXTENSIONS | OTHERS]
     if loose:
         raise DataError(f"{min(loose)}: lies in no class folder; expected are {LAYOUT}")
     return names
@@ -81,7 +81,7 @@ def _classes(folder: Path) -> list[str]:
 def _images(folder: Path) -> list[str]:
     """All images in ``folder``, in the order of torchvision's ImageFolder.
 
-    Those that would be passed over in silence, such as .webp, are named; other files are nobody's business.
+    Those of a format that is not read are named; other files are nobody's business.
     """
     found = []
     for where, files in sorted(walk(folder)):
@@ -90,7 +90,7 @@ def _images(folder: Path) -> list[str]:
             if hidden(file):
                 continue
             if extension in OTHERS:
-                raise DataError(f"{Path(where, file)}: images must be png, jpg or jpeg; convert it or move it away")
+                raise DataError(f"{Path(where, file)}: images must be {', '.join(FORMATS)}; convert it or move it away")
             if extension in EXTENSIONS:
                 found.append(os.path.join(where, file))
     return found
