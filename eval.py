@@ -9,22 +9,11 @@ from yacs.config import CfgNode
 
 from datasets import Data
 from datasets.loaders import EvalLoader
-from train_stage1 import (
-    FIXED,
-    check,
-    class_groups,
-    class_map,
-    find_checkpoint,
-    load_data,
-    new_model,
-    new_shift,
-    post_hoc_in_words,
-)
-from utils import distributed, plots
+from utils import distributed
+from utils.build import check, class_groups, load_data, new_model, new_shift
 from utils.checkpoint import CheckpointError, changed_options, load_content
 from utils.command_line import exit_code, parse
 from utils.config import read_config
-from utils.decompose import decompose, decomposition_text, write_decomposition
 from utils.evaluation import (
     calibration_line,
     class_table,
@@ -38,7 +27,11 @@ from utils.evaluation import (
 )
 from utils.metrics import Predictions, class_accuracy, report
 from utils.precision import float32_products
-from utils.run_log import folder_of, new_folder
+from utils.report import plots
+from utils.report.decompose import decompose, decomposition_text, write_decomposition
+from utils.run.describe import post_hoc_in_words
+from utils.run.log import folder_of, new_folder
+from utils.run.resume import FIXED, class_map, find_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,7 +100,7 @@ def write_figures(
 def compare_classifiers(
     cfg: CfgNode, data: Data, model: nn.Module, test: EvalLoader, groups: Mapping[str, Mapping], folder: Path
 ) -> None:
-    """Representation or classifier? See :mod:`utils.decompose`; from raw logits, groups by the headline rule."""
+    """Representation or classifier? See :mod:`utils.report.decompose`; from raw logits, groups by the headline rule."""
     train = data.plain_train_loader(test.targets.device, distributed.rank(), distributed.world_size())
     fitted = gather_outputs(model, train, cfg.precision, with_logits=False)
     scored = gather_outputs(model, test, cfg.precision)

@@ -316,7 +316,7 @@ def post_hoc_shift(class_counts: Tensor | Sequence[float], tau: float) -> Tensor
 
     It is meant for a network trained with plain cross-entropy: a loss that has the prior in it (ARB-Loss, logit
     adjustment) has corrected it already. A class without training images counts as one with a single image, as in
-    :mod:`utils.decompose`: its prior 0 would win every image.
+    :mod:`utils.report.decompose`: its prior 0 would win every image.
     """
     counts = torch.as_tensor(class_counts).double()
     return (tau * (counts.clamp(min=1) / counts.sum()).log()).float()

@@ -16,15 +16,18 @@ equal. No scalar is NaN.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from utils import distributed
 from utils.distributed import all_reduce_sum
 from utils.errors import DivergenceError, InputError
+from utils.evaluation import feature_batches, until_signal
+from utils.metrics import shot_accuracy
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -315,3 +318,21 @@ def _distances(vectors: Tensor, geometries: Mapping[str, _Geometry]) -> dict[str
             part = (products - geometry.rows(start, start + ROWS)).square_()
             squares[name] += float(part.diagonal().sum() + 2 * part.triu_(1).sum())
     return {name: math.sqrt(square) for name, square in squares.items()}
+
+
+def collapse(
+    model: nn.Module, plain: Collection, groups: dict, precision: str, signal: Callable[[], int]
+) -> dict[str, float]:
+    """Neural collapse on the training images without augmentation, see :func:`measure`; NC1 by group beside it.
+
+    Features are kept in the host's memory: a second pass of all images through the network would cost more.
+    """
+    distributed.broadcast_buffers(model)
+    batches = [(h.cpu(), y.cpu()) for h, _, y in feature_batches(model, plain, precision, signal)]
+    rows, bias = model.classifier.rows(), model.classifier.fc.bias
+    measured = measure(lambda: until_signal(batches, signal), rows.detach(), bias)
+    per_class = measured.pop("nc1_per_class")
+    headline = next(iter(groups.values()))
+    by_group = shot_accuracy(per_class, ~per_class.isnan(), headline)  # means, of whatever it is given
+    measured |= {f"nc1_{name}": value for name, value in by_group.items()}
+    return {key: value for key, value in measured.items() if math.isfinite(value)}

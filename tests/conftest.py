@@ -14,8 +14,8 @@ from datasets.loaders import TrainLoader
 from tests.trees import PATTERNS, make_tree
 from utils.checkpoint import TrainState
 from utils.command_line import exit_code
-from utils.keeper import Keeper
-from utils.run_log import RunLog
+from utils.run.keeper import Keeper
+from utils.run.log import RunLog
 from utils.signals import NAMES, Signals
 from utils.step import Step
 

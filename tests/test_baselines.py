@@ -18,11 +18,13 @@ import eval as eval_script
 import train_stage1
 from methods.losses import drw_weights, ldam_margins, post_hoc_shift
 from tests.conftest import ROOT, assert_same_run, content, history, keeper_of, train
-from utils import compare
+from utils import build
+from utils.compare import page as compare
 from utils.config import load_config
 from utils.evaluation import predict
 from utils.precision import new_scaler
-from utils.run_log import RunLog, new_folder
+from utils.run import describe
+from utils.run.log import RunLog, new_folder
 from utils.step import RecordedStep, Step
 
 CE = "config/digits/digits_imb005.yaml"
@@ -51,10 +53,10 @@ def test_a_baseline_s_file_builds_and_its_first_line_says_what_it_is(path):
         assert (cfg.mixup, cfg.alpha, cfg.weight_decay, cfg.lr_step_factors) == (True, 1.0, 2e-4, [0.1, 0.01])
     counts = torch.linspace(5000, 50, cfg.num_classes).long()
     data = SimpleNamespace(num_classes=cfg.num_classes, class_counts=counts)
-    model = train_stage1.new_model(cfg, data)
-    method = train_stage1.new_method(cfg, data, model)
-    train_stage1.new_optimizer(cfg, model, method)
-    words = train_stage1.method_in_words(cfg)
+    model = build.new_model(cfg, data)
+    method = build.new_method(cfg, data, model)
+    build.new_optimizer(cfg, model, method)
+    words = describe.method_in_words(cfg)
     says = {
         "balanced_softmax": ["Balanced Softmax (logit adjustment, tau 1)"],
         "logit_adjustment_post_hoc": ["evaluated after post-hoc logit adjustment (logits less 1 log(n / N))"],
@@ -82,9 +84,9 @@ def test_the_settings_of_the_papers():
 
 def test_what_is_never_reached_or_corrects_twice_is_said_so():
     short = load_config(CE, [*map(str, NC), "num_epochs", "2", "nc_start_epoch", "2"])
-    assert train_stage1.method_in_words(short).count("never reached") == 2
+    assert describe.method_in_words(short).count("never reached") == 2
     arb = load_config("config/digits/digits_imb005_arbloss_mixup.yaml", ["post_hoc_tau", "1", "tau", "0.5"])
-    words = train_stage1.method_in_words(arb)
+    words = describe.method_in_words(arb)
     assert "batch class counts to the power 0.5" in words
     assert "the loss has corrected the prior already" in words
 
@@ -114,17 +116,17 @@ def test_a_run_with_class_means_goes_on_as_if_it_had_not_ended(tmp_path):
 
 def means_at_the_start() -> torch.Tensor:
     cfg = load_config(CE, [*map(str, NC)])
-    data = train_stage1.load_data(cfg, cfg.class_map, torch.device("cpu"))
-    return train_stage1.new_method(cfg, data, train_stage1.new_model(cfg, data)).regularizer.means.detach()
+    data = build.load_data(cfg, cfg.class_map, torch.device("cpu"))
+    return build.new_method(cfg, data, build.new_model(cfg, data)).regularizer.means.detach()
 
 
 def test_the_schedule_leaves_the_means_rate_alone():
     cfg = load_config(CE, [*map(str, NC), "lr", "0.3", "warmup_epochs", "0", "nc_means_lr", "0.2"])
-    data = train_stage1.load_data(cfg, cfg.class_map, torch.device("cpu"))
-    model = train_stage1.new_model(cfg, data)
-    optimizer = train_stage1.new_optimizer(cfg, model, train_stage1.new_method(cfg, data, model))
+    data = build.load_data(cfg, cfg.class_map, torch.device("cpu"))
+    model = build.new_model(cfg, data)
+    optimizer = build.new_optimizer(cfg, model, build.new_method(cfg, data, model))
     for epoch in (0, 30, 36):
-        rate = train_stage1.set_lr(optimizer, cfg, epoch)
+        rate = build.set_lr(optimizer, cfg, epoch)
         assert [group["lr"] for group in optimizer.param_groups] == [rate, 20.0]
     assert [(g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.9, 5e-4), (0.0, 0.0)]
 
@@ -150,18 +152,18 @@ def test_a_step_is_recorded_anew_where_something_sets_in(tmp_path, recorded):
     options = [*NC, "nc_start_epoch", 1, "batch_size", 160]
     cfg = load_config(CE, [*map(str, options)])
     device = torch.device("cpu")
-    data = train_stage1.load_data(cfg, cfg.class_map, device)
+    data = build.load_data(cfg, cfg.class_map, device)
     results = []
     for recording in (False, recorded):
-        model = train_stage1.new_model(cfg, data)
-        method = train_stage1.new_method(cfg, data, model)
-        optimizer = train_stage1.new_optimizer(cfg, model, method)
+        model = build.new_model(cfg, data)
+        method = build.new_method(cfg, data, model)
+        optimizer = build.new_optimizer(cfg, model, method)
         step = Step(model, method, optimizer, new_scaler("fp32", device), device)
         step = RecordedStep(step, record) if recording else step
         loader = data.train_loader(cfg.batch_size, 0, device)
         with RunLog(new_folder(str(tmp_path), "run"), "run") as run:
             for epoch in range(3):
-                train_stage1.set_lr(optimizer, cfg, epoch)
+                build.set_lr(optimizer, cfg, epoch)
                 train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), epoch, 0, 1000)
         results.append([*(p.detach().clone() for p in model.parameters()), method.regularizer.means.detach()])
     assert len(records) == (3 if recorded else 0)
@@ -182,11 +184,11 @@ def work(folder):
     options = ["nc_within", "0.05", "nc_between", "0.1", "batch_size", "61", "image_size", "8", "drw_epoch", "0"]
     cfg = load_config("config/digits/digits_imb005.yaml", options)
     with distributed.processes("cpu") as device:
-        data = train_stage1.load_data(cfg, cfg.class_map, device)
-        model = train_stage1.new_model(cfg, data)
-        method = train_stage1.new_method(cfg, data, model)
+        data = build.load_data(cfg, cfg.class_map, device)
+        model = build.new_model(cfg, data)
+        method = build.new_method(cfg, data, model)
         start = method.regularizer.means.detach().clone()
-        optimizer = train_stage1.new_optimizer(cfg, model, method)
+        optimizer = build.new_optimizer(cfg, model, method)
         loader = data.train_loader(cfg.batch_size, 0, device, distributed.rank(), distributed.world_size())
         step = Step(distributed.parallel(model, device), method, optimizer, new_scaler("fp32", device), device)
         draws = method.draws(loader.batch_sizes, 0, 0)
@@ -254,7 +256,7 @@ def test_everything_is_measured_with_other_classifiers(runs, name):
 
 def test_the_simplex_is_kept_as_it_began(runs):
     cfg = load_config(runs["simplex"] / "config.yaml")
-    initial = train_stage1.new_model(cfg, SimpleNamespace(num_classes=10)).classifier
+    initial = build.new_model(cfg, SimpleNamespace(num_classes=10)).classifier
     kept = content(runs["simplex"])["state_dict_classifier"]
     assert torch.equal(kept["fc.weight"], initial.fc.weight)
     assert not torch.equal(kept["neck.norm.weight"], initial.neck.norm.weight)
@@ -290,7 +292,7 @@ def test_the_weights_of_ldam_and_drw_are_those_of_the_training_set(runs):
     cfg = load_config(runs["ldam"] / "config.yaml")
     counts = content(runs["ldam"])["class_counts"]
     data = SimpleNamespace(class_counts=counts)
-    method = train_stage1.new_method(cfg, data)
+    method = build.new_method(cfg, data)
     assert torch.equal(method.criterion.margins, ldam_margins(counts))
     assert torch.equal(method.drw_weights, drw_weights(counts))
     assert method.criterion.options == {"scale": 30.0}
@@ -307,8 +309,8 @@ def test_post_hoc_adjustment_is_of_the_evaluation_alone(tmp_path):
     for key in ("state_dict_model", "state_dict_classifier"):
         assert all(torch.equal(value, b[key][name]) for name, value in a[key].items())
     cfg = load_config(CE)
-    data = train_stage1.load_data(cfg, cfg.class_map, torch.device("cpu"))
-    model = train_stage1.new_model(cfg, data)
+    data = build.load_data(cfg, cfg.class_map, torch.device("cpu"))
+    model = build.new_model(cfg, data)
     model.backbone.load_state_dict(b["state_dict_model"])
     model.classifier.load_state_dict(b["state_dict_classifier"])
     with torch.no_grad():

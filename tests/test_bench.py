@@ -16,7 +16,7 @@ from datasets.decoding import fast_decoder
 from datasets.source import ImageFiles
 from methods.losses import arb_loss, count_classes
 from tests.conftest import ROOT, failure
-from utils import bench
+from utils.bench import measure as bench
 from utils.config import read_config
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from PIL import Image
 import eval as eval_script
 from methods.neural_collapse import balance_metrics
 from tests.conftest import ARB, content, failure, history, train
-from utils import compare
+from utils.compare import page as compare
 from utils.config import dump_config, load_config
 from utils.evaluation import save_predictions
 from utils.files import write_text

@@ -8,8 +8,10 @@ import pytest
 import torch
 from sklearn.neighbors import NearestCentroid
 
-from utils import decompose as module
-from utils.decompose import (
+from utils.evaluation import Outputs
+from utils.metrics import groups_by_index, halves
+from utils.report import decompose as module
+from utils.report.decompose import (
     ADJUSTED,
     MODEL,
     NEAREST_MEAN,
@@ -22,8 +24,6 @@ from utils.decompose import (
     nearest_mean_classes,
     write_decomposition,
 )
-from utils.evaluation import Outputs
-from utils.metrics import groups_by_index, halves
 
 COUNTS = torch.tensor([200, 60, 20, 6])
 GROUPS = groups_by_index([[0, 1], [1, 3], [3, 4]], 4)

@@ -28,7 +28,7 @@ from torch import nn
 from utils import distributed
 from utils.errors import DivergenceError, InputError
 from utils.metrics import TrainMeter
-from utils.run_log import RunLog, new_folder
+from utils.run.log import RunLog, new_folder
 
 folder = Path(sys.argv[1])
 found = {}

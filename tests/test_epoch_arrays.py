@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from utils.epoch_arrays import EpochArrays, read_arrays
 from utils.errors import InputError
+from utils.run.epoch_arrays import EpochArrays, read_arrays
 
 FIXED = {"rows": np.array([3, 1])}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from utils.intervals import estimate, prediction_interval
+from utils.sweep.intervals import estimate, prediction_interval
 
 SAMPLES = [
     [70.1, 71.3],

@@ -15,10 +15,10 @@ from models.model import Model
 from tests.conftest import content
 from utils.checkpoint import TrainState
 from utils.errors import DivergenceError, InputError, Interrupted
-from utils.keeper import Keeper
 from utils.metrics import TrainMeter
 from utils.precision import new_scaler
-from utils.run_log import RunLog
+from utils.run.keeper import Keeper
+from utils.run.log import RunLog
 from utils.signals import Signals
 
 CPU = torch.device("cpu")

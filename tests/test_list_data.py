@@ -20,8 +20,10 @@ from datasets.class_order import class_map_for
 from models import build_model
 from tests.conftest import ROOT, assert_same_run, failure, train
 from tests.goldens.fill import fill_state_dict, wave_images
+from utils import build
 from utils.checkpoint import load_weights
 from utils.config import load_config
+from utils.run import resume
 
 # As the authors released them: (loss, counts, mixup alpha or None, batch, weight decay, epochs).
 CONFIGS = {
@@ -185,11 +187,11 @@ def test_a_checkpoint_is_evaluated_with_its_own_map_else_in_the_legacy_order(run
 
 def test_going_on_keeps_the_map_and_a_foreign_file_brings_the_legacy_one(run, tied, tmp_path):
     cfg = load_config(run / "config.yaml", ["resume", str(run / "ckps" / "current.pth.tar"), "class_map", "legacy"])
-    numbering = train_stage1.class_map(cfg, train_stage1.find_checkpoint(cfg))
-    assert train_stage1.load_data(cfg, numbering.choice, torch.device("cpu")).class_map.tolist() == list(range(365))
+    numbering = resume.class_map(cfg, resume.find_checkpoint(cfg))
+    assert build.load_data(cfg, numbering.choice, torch.device("cpu")).class_map.tolist() == list(range(365))
     assert numbering.notes == ["class map: the checkpoint's, class_map legacy is not needed"]
     cfg = load_config(run / "config.yaml", ["resume", str(foreign(run, tmp_path / "best.pth.tar"))])
-    numbering = train_stage1.class_map(cfg, train_stage1.find_checkpoint(cfg))
+    numbering = resume.class_map(cfg, resume.find_checkpoint(cfg))
     assert numbering == ("legacy", ["class map: legacy, the checkpoint has none"])
 
 

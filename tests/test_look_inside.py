@@ -12,9 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_stage1
+from methods import neural_collapse
 from methods.gradients import component_norms
 from methods.neural_collapse import nc_metrics
 from tests.conftest import ARB, ROOT, SHORT, assert_same_run, content, failure, train
+from utils import build, checkpoint
 from utils.config import load_config
 
 CE = "config/digits/digits_imb005.yaml"
@@ -68,10 +70,10 @@ def test_they_are_the_mean_over_the_steps_that_the_run_took(tmp_path, cfg):
     options = ["num_epochs", 1, "diagnostics", 3, "logit_clamp", "null", "class_counts", "global"]
     stored = np.load(train(tmp_path, *options, cfg=cfg) / "diagnostics.npz")
     cfg = load_config(cfg, [*SHORT, *map(str, options)])
-    data = train_stage1.load_data(cfg, cfg.class_map, CPU)
-    model, method = train_stage1.new_model(cfg, data), train_stage1.new_method(cfg, data)
-    optimizer = train_stage1.new_optimizer(cfg, model, method)
-    train_stage1.set_lr(optimizer, cfg, 0)
+    data = build.load_data(cfg, cfg.class_map, CPU)
+    model, method = build.new_model(cfg, data), build.new_method(cfg, data)
+    optimizer = build.new_optimizer(cfg, model, method)
+    build.set_lr(optimizer, cfg, 0)
     loader = data.train_loader(cfg.batch_size, cfg.seed, CPU)
     tables = []
     for number, (batch, draw) in enumerate(
@@ -102,9 +104,9 @@ def test_measuring_changes_nothing_that_is_trained(run, plain):
 def test_neural_collapse_every_so_many_epochs_and_in_the_last(run):
     assert [("nc" in row) for row in rows(run)] == [False, True, True]
     cfg = load_config(run / "config.yaml")
-    data = train_stage1.load_data(cfg, cfg.class_map, CPU)
-    model = train_stage1.new_model(cfg, data, content(run))
-    train_stage1.load_content(model, content(run), run)
+    data = build.load_data(cfg, cfg.class_map, CPU)
+    model = build.new_model(cfg, data, content(run))
+    checkpoint.load_content(model, content(run), run)
     images, targets = map(torch.cat, zip(*data.plain_train_loader(CPU), strict=True))
     with torch.no_grad():
         features = model.eval().features(images)
@@ -177,11 +179,11 @@ def test_two_processes_average_over_the_batches_of_both_and_agree_on_neural_coll
         np.testing.assert_allclose(first[name], second[name], rtol=1e-3, atol=1e-3, err_msg=name)
     assert rows(two)[0]["nc"].keys() == rows(one)[0]["nc"].keys()
     cfg = load_config(two / "config.yaml")
-    data = train_stage1.load_data(cfg, cfg.class_map, CPU)
-    model = train_stage1.new_model(cfg, data, content(two))
-    train_stage1.load_content(model, content(two), two)
-    groups = train_stage1.class_groups(cfg, data)
-    alone = train_stage1.collapse(model, data.plain_train_loader(CPU), groups, "fp32", lambda: 0)
+    data = build.load_data(cfg, cfg.class_map, CPU)
+    model = build.new_model(cfg, data, content(two))
+    checkpoint.load_content(model, content(two), two)
+    groups = build.class_groups(cfg, data)
+    alone = neural_collapse.collapse(model, data.plain_train_loader(CPU), groups, "fp32", lambda: 0)
     assert_same_collapse(rows(two)[0]["nc"], alone)
 
 
@@ -198,7 +200,7 @@ def test_a_signal_within_the_measurement_loses_nothing(tmp_path, monkeypatch, ca
     options = ["num_epochs", 1, "diagnostics", 2, "nc_every", 1]
     whole = train(tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
-        own = train_stage1.collapse
+        own = neural_collapse.collapse
 
         def stopped(*arguments):
             os.kill(os.getpid(), 15)

@@ -10,8 +10,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from utils import plots
 from utils.metrics import calibration_error, groups_by_count
+from utils.report import plots
 
 LONG = "digits_imb005_arbloss_mixup_20261121163420"  # as long as folders' names are
 

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 
-from utils.provenance import commit, machine
+from utils.run.provenance import commit, machine
 
 IDENTITY = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import ROOT
 from utils.errors import DivergenceError, InputError
-from utils.run_log import SCALAR_CLASSES, TIME, RunLog, count_lines, new_folder, progress_line
+from utils.run.log import SCALAR_CLASSES, TIME, RunLog, count_lines, new_folder, progress_line
 
 ROWS = [{"epoch": epoch, "train": {"loss": 1 / (epoch + 1)}} for epoch in range(4)]
 
@@ -209,7 +209,7 @@ def test_a_tensorboard_that_cannot_be_written_is_one_line(tmp_path, capfd):
 
 def test_when_nobody_reads_standard_output_any_more_the_log_goes_on(tmp_path):
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom utils.run_log import RunLog\n"
+        "import sys, time\nfrom pathlib import Path\nfrom utils.run.log import RunLog\n"
         "with RunLog(Path(sys.argv[1]), 'x') as run:\n"
         "    for number in range(5):\n"
         "        run.info(f'line {number}')\n        time.sleep(0.2)\n"
@@ -224,7 +224,7 @@ def test_when_nobody_reads_standard_output_any_more_the_log_goes_on(tmp_path):
 
 def test_a_folder_that_another_process_writes_is_refused_until_that_ends(tmp_path):
     script = (
-        "import sys\nfrom pathlib import Path\nfrom utils.run_log import RunLog\n"
+        "import sys\nfrom pathlib import Path\nfrom utils.run.log import RunLog\n"
         "with RunLog(Path(sys.argv[1]), 'x'):\n    print('ready', flush=True)\n    sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

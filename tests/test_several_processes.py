@@ -23,10 +23,11 @@ import train_stage1
 from datasets.loaders import EvalLoader
 from tests.conftest import ROOT, keeper_of
 from tests.trees import make_tree
-from utils import distributed
+from utils import build, distributed
 from utils.config import load_config
+from utils.evaluation import evaluate
 from utils.precision import new_scaler
-from utils.run_log import RunLog, new_folder
+from utils.run.log import RunLog, new_folder
 from utils.seed import generator
 from utils.step import Step
 
@@ -154,7 +155,7 @@ def work(path: Path) -> None:
     """One member's part in one group: its gradients, evaluations and buffers."""
     cfg = load_config(DIGITS, ["image_size", "8", "backbone", "resnet20", "val_per_class", "2"])
     with distributed.processes("cpu") as device:
-        data = train_stage1.load_data(cfg, cfg.class_map, device)
+        data = build.load_data(cfg, cfg.class_map, device)
         found = {"gradients": {}, "train": {}, "turn": turn(path.parent)}
         for name, (loss, counts, alpha, batch_size, arrangements) in SAME.items():
             for accumulate in (k for world_size, k in arrangements if world_size == distributed.world_size()):
@@ -185,10 +186,10 @@ def gradients(cfg, data, device: torch.device, folder: Path) -> tuple[dict, Tens
     data = dataclasses.replace(data, train=type(data.train)(data.train.images[few], data.train.targets[few]))
     rank, world_size = distributed.rank(), distributed.world_size()
     loader = data.train_loader(cfg.batch_size, cfg.seed, device, rank, world_size, cfg.accumulate)
-    model = Still(train_stage1.new_model(cfg, data))
+    model = Still(build.new_model(cfg, data))
     optimizer = Gradients(model)
     with RunLog(new_folder(str(folder / "saved"), "run"), "run") as run:
-        parallel, method = distributed.parallel(model, device), train_stage1.new_method(cfg, data)
+        parallel, method = distributed.parallel(model, device), build.new_method(cfg, data)
         step = Step(parallel, method, optimizer, new_scaler(cfg.precision, device), device)
         row = train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), 0, cfg.seed, print_freq=1000)
     kept = torch.stack(optimizer.kept)
@@ -200,18 +201,18 @@ def gradients(cfg, data, device: torch.device, folder: Path) -> tuple[dict, Tens
 def evaluations(cfg, data, device: torch.device) -> dict:
     """Reports and predictions by batch size, and the buffers; every process begins with statistics of its own."""
     shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    model = train_stage1.new_model(cfg, data)
+    model = build.new_model(cfg, data)
     for module in model.modules():
         module.momentum = 1.0  # of batch norm: one batch makes the statistics
     model(next(data.train_loader(200, 0, device).epoch(0)).images)
     for buffer in model.buffers():
         buffer += distributed.rank()
     pixels, held_out = data.test_loader(device).pixels, data.val_loader(device, **shares)
-    groups = train_stage1.class_groups(cfg, data)
+    groups = build.class_groups(cfg, data)
     found = {"report": {}, "predictions": {}, "targets": data.test.targets}
     for size in EVAL_BATCHES:
         test = EvalLoader(pixels, data.test.targets, size, device, **shares)
-        evaluation = train_stage1.evaluate(model, test, held_out, data.class_counts, groups, cfg.precision)
+        evaluation = evaluate(model, test, held_out, data.class_counts, groups, cfg.precision)
         found["report"][size] = json.dumps(evaluation.entries)
         found["predictions"][size] = tuple(evaluation.predictions)
     return {**found, "buffers": dict(model.named_buffers())}
@@ -410,7 +411,7 @@ def assert_only_block_and_classifier_moved(folder: Path, *overrides: object) -> 
     """The checkpoint against the initial weights, which its own seed gives again."""
     saved = torch.load(folder / "ckps" / "current.pth.tar", weights_only=True)
     cfg = load_config(PLACES, list(map(str, overrides)))
-    initial = train_stage1.new_model(cfg, SimpleNamespace(num_classes=365))
+    initial = build.new_model(cfg, SimpleNamespace(num_classes=365))
     backbone = initial.backbone.state_dict()
     frozen = {name: value for name, value in saved["state_dict_model"].items() if not name.startswith("fc.")}
     assert {name.removeprefix("module.") for name in frozen} == set(backbone)

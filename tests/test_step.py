@@ -11,7 +11,7 @@ from methods import build_method
 from methods.losses import arb_loss
 from methods.mixup import mix
 from models import build_model
-from train_stage1 import set_lr
+from utils.build import set_lr
 from utils.checkpoint import TrainState, read_checkpoint, restore, save_checkpoint
 from utils.config import load_config
 from utils.errors import InputError

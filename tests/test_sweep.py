@@ -24,13 +24,14 @@ from tests.conftest import ROOT, assert_same_run, content, failure, history
 from tests.test_several_processes import completed, processes_of, started, wait_for
 from tests.test_sweep_plan import ARMS, DIGITS, LATE, OPTIONS, WATERFALL, planned, written
 from tests.test_sweep_tables import FIELDS, check_published
-from utils import config, sweep
+from utils import config
 from utils.command_line import exit_code
 from utils.config import load_config
 from utils.errors import InputError
-from utils.intervals import estimate
 from utils.signals import Signals
-from utils.sweep_tables import fill_readme, markdown
+from utils.sweep import runner as sweep
+from utils.sweep.intervals import estimate
+from utils.sweep.tables import fill_readme, markdown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Real sweeps

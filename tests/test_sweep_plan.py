@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, failure
-from utils import sweep
+from utils.sweep import runner as sweep
 
 DIGITS = ROOT / "config/digits/digits_imb005.yaml"
 OPTIONS = {"num_epochs": 2, "batch_size": 64, "lr_steps": [1, 9], "warmup_epochs": 0}

@@ -11,10 +11,10 @@ import pytest
 from scipy import stats
 
 from tests.conftest import ROOT
-from utils import sweep
 from utils.config import OPTIONS
 from utils.errors import InputError
-from utils.sweep_tables import (
+from utils.sweep import runner as sweep
+from utils.sweep.tables import (
     arm_table,
     choice,
     claims,

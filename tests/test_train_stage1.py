@@ -40,10 +40,11 @@ from tests.conftest import (
     keeper_of,
     train,
 )
+from utils import build
 from utils.config import load_config
 from utils.errors import DivergenceError
 from utils.precision import new_scaler
-from utils.run_log import RunLog
+from utils.run.log import RunLog
 from utils.step import Step
 
 CPU = torch.device("cpu")
@@ -190,12 +191,12 @@ def test_two_methods_with_one_seed_see_identical_weights_batches_crops_and_lambd
     arms = []
     for path, overrides in ((ARB, []), (CE, ["mixup", "True", "loss", "focal_arb"])):
         cfg = load_config(path, overrides)
-        data = train_stage1.load_data(cfg, cfg.class_map, CPU)
+        data = build.load_data(cfg, cfg.class_map, CPU)
         loader = data.train_loader(cfg.batch_size, cfg.seed, CPU)
-        method = train_stage1.new_method(cfg, data)
+        method = build.new_method(cfg, data)
         batches = [batch for epoch in (0, 7) for batch in loader.epoch(epoch)]
         draws = [draw for epoch in (0, 7) for draw in method.draws(loader.batch_sizes, cfg.seed, epoch)]
-        arms.append((train_stage1.new_model(cfg, data).state_dict(), batches, draws))
+        arms.append((build.new_model(cfg, data).state_dict(), batches, draws))
     (weights, batches, draws), (other_weights, other_batches, other_draws) = arms
     assert_same_tensors(weights, other_weights)
     assert len(batches) == len(draws) == 30
@@ -455,8 +456,8 @@ class ScalarReads(TorchDispatchMode):
 def one_epoch(cfg, batch_size, run, lr=0.1):
     """An epoch by the trainer's own loop, in batches of ``batch_size``, with one log line."""
     cfg = load_config(cfg)
-    data = train_stage1.load_data(cfg, cfg.class_map, CPU)
-    model, method = train_stage1.new_model(cfg, data), train_stage1.new_method(cfg, data)
+    data = build.load_data(cfg, cfg.class_map, CPU)
+    model, method = build.new_model(cfg, data), build.new_method(cfg, data)
     loader = data.train_loader(batch_size, 0, CPU)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     step = Step(model, method, optimizer, new_scaler("fp32", CPU), CPU)
@@ -526,7 +527,7 @@ def test_own_class_folders_with_their_natural_counts(tmp_path, capsys):
     assert "162 training images in 3 classes (largest 120, smallest 12), 30 test images" in said
     assert history(folder)[0]["test"]["group_sizes"] == {"count": {"many": 1, "medium": 1, "few": 1}}
     cfg = load_config("config/folder/base.yaml", ["data_path", str(tmp_path / "images")])
-    assert train_stage1.load_data(cfg, cfg.class_map, CPU).class_counts.tolist() == [120, 12, 30]  # one, two, zero
+    assert build.load_data(cfg, cfg.class_map, CPU).class_counts.tolist() == [120, 12, 30]  # one, two, zero
 
 
 def test_two_processes_write_one_folder_and_train(tmp_path):
@@ -558,28 +559,28 @@ from tests.conftest import keeper_of
 from utils import distributed
 from utils.config import load_config
 from utils.precision import new_scaler
-from utils.run_log import RunLog, new_folder
+from utils.run.log import RunLog, new_folder
 from utils.step import Step
 
 def work(folder):
     cfg = load_config("config/digits/digits_imb005.yaml")
     with distributed.processes("cpu") as device:
-        data = train_stage1.load_data(cfg, cfg.class_map, device)
+        data = build.load_data(cfg, cfg.class_map, device)
         torch.manual_seed(0)
         # No batch norm: each process would normalise by its own share.
         model = Model(nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Tanh()), LinearClassifier(8, 10))
-        method = train_stage1.new_method(cfg, data)
+        method = build.new_method(cfg, data)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
         loader = data.train_loader(17, 0, device, distributed.rank(), distributed.world_size())
         with RunLog(new_folder(str(folder), "run"), "run") as run:
             parallel = distributed.parallel(model, device)
             step = Step(parallel, method, optimizer, new_scaler("fp32", device), device)
             row = train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), 0, 0, 1000)
-        normed = train_stage1.new_model(cfg, data)
+        normed = build.new_model(cfg, data)
         normed.backbone.bn1.running_mean += distributed.rank()
-        groups = train_stage1.class_groups(cfg, data)
+        groups = build.class_groups(cfg, data)
         test, counts = data.test_loader(device), data.class_counts
-        found = train_stage1.evaluate(normed, test, None, counts, groups, "fp32").entries
+        found = evaluation.evaluate(normed, test, None, counts, groups, "fp32").entries
         weights = {name: value.tolist() for name, value in model.state_dict().items()}
         content = {"train": row["train"], "weights": weights, "nll": found["test"]["nll"]}
         (folder / f"{distributed.rank()} of {distributed.world_size()}.json").write_text(json.dumps(content))

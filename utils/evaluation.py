@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from utils import distributed
 from utils.errors import DivergenceError, InputError, Interrupted
 from utils.files import atomic_file, write_text
-from utils.metrics import GROUPS, Predictions, class_accuracy
+from utils.metrics import GROUPS, Predictions, class_accuracy, half_accuracies, report
 from utils.precision import HALF, autocast
 
 NPZ_LIMIT = 50_000  # per-sample predictions are kept for test sets of at most this many images
@@ -162,6 +162,35 @@ def _nothing(device: torch.device) -> Predictions:
     """Predictions on no sample: the share of a process when there are fewer batches than processes."""
     kinds = (torch.int64, torch.float32, torch.bool, torch.float32, torch.int64)
     return Predictions(*(torch.empty(0, dtype=kind, device=device) for kind in kinds))
+
+
+class Evaluation(NamedTuple):
+    """One evaluation: what goes into the epoch's row, and what it was computed from."""
+
+    entries: dict  # "test", "halves" and, where training images are held out, "val"; see utils.metrics.report
+    predictions: Predictions  # on the test set
+
+
+def evaluate(
+    model: nn.Module,
+    test: Collection,
+    held_out: Collection | None,
+    class_counts: Tensor,
+    groups: dict,
+    precision: str,
+    shift: Tensor | None = None,
+    signal: Callable[[], int] = lambda: 0,
+) -> Evaluation:
+    """Evaluates the bare model, with rank 0's batch-norm statistics on every rank.
+
+    ``shift``, ``signal``: see :func:`predict`.
+    """
+    distributed.broadcast_buffers(model)
+    predictions = predict(model, test, precision, signal, shift)
+    entries = {"test": report(predictions, class_counts, groups), "halves": half_accuracies(predictions)}
+    if held_out is not None:
+        entries["val"] = report(predict(model, held_out, precision, signal, shift), class_counts, groups)
+    return Evaluation(entries, predictions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

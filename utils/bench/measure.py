@@ -33,7 +33,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-import train_stage1
 from datasets import Data, Images, find_spec
 from datasets.decoding import fast_decoder
 from datasets.loaders import Batch
@@ -42,16 +41,16 @@ from datasets.source import ImageFiles
 from datasets.streaming import Crops, StreamedPixels
 from methods import build_method
 from models import build_model
-from utils import distributed
-from utils.command_line import Parser, exit_code
+from utils import build, distributed
+from utils.command_line import Parser
 from utils.config import read_config
 from utils.errors import InputError
 from utils.files import write_text
 from utils.precision import PRECISIONS, autocast, float32_products, new_scaler
-from utils.provenance import machine
+from utils.run.provenance import machine
 from utils.step import compile_model, record_cuda_graph
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CIFAR = str(ROOT / "config/cifar10/cifar10_imb001_arbloss_mixup.yaml")
 IMAGENET = str(ROOT / "config/imagenet/imagenet_resnet50_arbloss_ugcc_mixup.yaml")
 MODES = [precision + way for way in ("", "+compile") for precision in PRECISIONS]
@@ -324,12 +323,12 @@ class Trainer:
         self.precision, self.seed, self.epoch = cfg.precision, cfg.seed, 0
         self.loader = data.train_loader(cfg.batch_size, cfg.seed, device)
         self.batches: Callable[[int], Iterable[Batch]] = self.loader.epoch
-        model = train_stage1.new_model(cfg, data).to(device)
-        method = train_stage1.new_method(cfg, data).to(device)
-        optimizer = train_stage1.new_optimizer(cfg, model, method)
-        scaler, parallel = new_scaler(cfg.precision, device), train_stage1.new_parallel(cfg, model, device)
-        self.step = train_stage1.new_step(cfg, parallel, method, optimizer, scaler, device)
-        train_stage1.set_lr(optimizer, cfg, 0)
+        model = build.new_model(cfg, data).to(device)
+        method = build.new_method(cfg, data).to(device)
+        optimizer = build.new_optimizer(cfg, model, method)
+        scaler, parallel = new_scaler(cfg.precision, device), build.new_parallel(cfg, model, device)
+        self.step = build.new_step(cfg, parallel, method, optimizer, scaler, device)
+        build.set_lr(optimizer, cfg, 0)
 
     def train(self, steps: int | None = None) -> None:
         """An epoch, or its first steps."""
@@ -701,7 +700,3 @@ PARTS: dict[str, Callable[[Bench], Part]] = {
     "startup": startup,
     "epoch": epoch,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))

@@ -1,7 +1,8 @@
 """What a sweep's results say: means with intervals, paired differences, claims that were written before the runs.
 
-``results`` is what ``results.json`` holds (see :func:`utils.sweep.results_of`); everything here follows from it alone,
-so a table in the README can be made again from the file beside it. Accuracies are in percent, differences in points.
+``results`` is what ``results.json`` holds (see :func:`utils.sweep.runner.results_of`); everything here follows from it
+alone, so a table in a README can be made again from the file beside it. Accuracies are in percent, differences in
+points.
 
 Two rows are compared by their paired difference: over the seeds (and subset seeds) that both have, on the same images.
 Runs that do not say what they were trained on (those of older versions) have means, and are compared with nothing.
@@ -14,8 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from utils.errors import InputError
-from utils.intervals import Estimate, estimate, prediction_interval
 from utils.metrics import GROUPS
+from utils.sweep.intervals import Estimate, estimate, prediction_interval
 
 MEASURES = {"last": "last epoch", "cross_fitted": "cross-fitted", "best": "best on the test set", "val": "held-out"}
 BEGIN, END = "<!-- results of ", "<!-- end of results -->"

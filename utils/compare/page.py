@@ -13,7 +13,6 @@ import contextlib
 import html
 import json
 import math
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,17 +28,17 @@ from yacs.config import CfgNode
 
 from datasets import find_spec
 from methods.neural_collapse import balance_metrics
-from train_stage1 import method_in_words, schedule_in_words
-from utils import plots
 from utils.checkpoint import changed_options, read_checkpoint
-from utils.command_line import Parser, exit_code
+from utils.command_line import Parser
 from utils.config import read_config
-from utils.epoch_arrays import read_arrays
 from utils.errors import InputError
 from utils.evaluation import NPZ_LIMIT, group_line
 from utils.files import write_text
 from utils.metrics import GROUPS, class_accuracy, group_calibration, group_sizes, shot_groups
-from utils.summary import summarise
+from utils.report import plots
+from utils.run.describe import method_in_words, schedule_in_words
+from utils.run.epoch_arrays import read_arrays
+from utils.run.summary import summarise
 
 # Runs that differ in one of these were not trained and tested on the same images.
 DATA = ("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class")
@@ -887,7 +886,3 @@ def picture(figure: Figure, alt: str, caption: str) -> str:
         f'src="data:image/png;base64,{content}">'
         f"<figcaption>{text(caption)}</figcaption></figure>"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))

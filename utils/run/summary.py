@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.epoch_arrays import read_arrays
 from utils.evaluation import table
 from utils.files import write_text
 from utils.metrics import GROUPS, calibration_error, class_accuracy, cross_fitted, halves, shot_accuracy
+from utils.run.epoch_arrays import read_arrays
 
 SHOWN = ("top1", *GROUPS, "ece")
 

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
-import train_stage1
+from utils import build
 from utils.checkpoint import INCIDENTAL, fork_of
 from utils.config import OLD_SWITCHES, OPTIONS, RepeatedKey, UniqueKeyLoader, known, parse_option, read_config, shown
 from utils.errors import InputError
-from utils.run_log import read_rows
-from utils.sweep_tables import MEASURES, arm_of
+from utils.run import resume
+from utils.run.log import read_rows
+from utils.sweep.tables import MEASURES, arm_of
 
 KEYS = {
     "cfg": str,
@@ -75,7 +76,7 @@ class Sweep:
     arms: dict[str, Arm]
     axes: dict[str, list]  # option -> values
     subset_seeds: list[int]
-    compared: dict[str, Any]  # against, pairs, claims, waterfall, choose: see utils.sweep_tables
+    compared: dict[str, Any]  # against, pairs, claims, waterfall, choose: see utils.sweep.tables
 
 
 @dataclass(frozen=True)
@@ -409,7 +410,7 @@ def _run(
     pairs = itertools.chain(*{**told, **ours, "resume": "auto", "keep_epochs": keep}.items())
     try:
         cfg, _ = read_config(arm.cfg, list(pairs))
-        train_stage1.check(cfg)
+        build.check(cfg)
     except InputError as error:
         said = str(error).removeprefix("command line: ")
         raise InputError(f"{sweep.name}: {arm.name}: {said}") from None
@@ -424,7 +425,7 @@ def _run(
             f"{arm.name}: fork: epoch {epoch} must lie in the {parent.cfg.num_epochs} epochs of {arm.fork[0]} (after "
             f"its own {parent.forked_after}) and before the end of {cfg.num_epochs}"
         )
-    other = [key for key in train_stage1.FIXED if cfg[key] != parent.cfg[key]]
+    other = [key for key in resume.FIXED if cfg[key] != parent.cfg[key]]
     other += ["nc_within"] * ((cfg.nc_within > 0) != (parent.cfg.nc_within > 0))  # whether there are class means
     if other:
         raise InputError(

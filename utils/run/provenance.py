@@ -13,7 +13,7 @@ import torch
 
 from utils import distributed
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine(device: torch.device) -> dict[str, Any]:

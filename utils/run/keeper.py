@@ -12,7 +12,7 @@ from utils import distributed
 from utils.checkpoint import TrainState, save_checkpoint
 from utils.errors import DivergenceError, Interrupted
 from utils.metrics import ADVICE, TrainMeter, check_weights
-from utils.run_log import RunLog
+from utils.run.log import RunLog
 from utils.signals import Signals
 
 

@@ -30,15 +30,16 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-from utils import distributed, plots
-from utils.command_line import Parser, exit_code
+from utils import distributed
+from utils.command_line import Parser
 from utils.config import dump_config
 from utils.errors import InputError, Interrupted
 from utils.files import write_text
-from utils.intervals import estimate
-from utils.run_log import read_rows
+from utils.report import plots
+from utils.run.log import read_rows
 from utils.signals import WITH_PARENT, Signals
-from utils.sweep_plan import (
+from utils.sweep.intervals import estimate
+from utils.sweep.plan import (
     DEFAULTS,
     SUMMARY,
     Run,
@@ -50,9 +51,9 @@ from utils.sweep_plan import (
     summary_of,
     telling,
 )
-from utils.sweep_tables import BEGIN, END, MARKS, cells, fill_readme, independent, latex, markdown, values, waterfall
+from utils.sweep.tables import BEGIN, END, MARKS, cells, fill_readme, independent, latex, markdown, values, waterfall
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = Path("config/sweeps/results")  # of the sweeps in config/sweeps, under ROOT
 README = "README.md"
 GRACE = 60.0  # seconds that runs have for their checkpoints when the sweep is stopped
@@ -531,7 +532,3 @@ def published(name: str, root: Path = ROOT) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not found.keys() >= RESULTS:
         raise InputError(f"{path}: does not hold what a sweep's results are; take the file out of git")
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))

@@ -1,0 +1,150 @@
+"""The first lines of a run's log: what is trained, on what, with which software."""
+
+import platform
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from yacs.config import CfgNode
+
+from datasets import Data
+from datasets.decoding import fast_decoder
+from methods.component_meter import chosen_rows
+from utils import distributed
+from utils.evaluation import group_line
+from utils.metrics import group_sizes
+from utils.run.log import RunLog
+from utils.step import RecordedStep, Step, WatchedStep
+
+
+def describe(
+    run: RunLog,
+    cfg: CfgNode,
+    data: Data,
+    groups: dict,
+    step: Step | RecordedStep | WatchedStep,
+    notes: Sequence[str],
+) -> None:
+    """The first lines of a run: what is trained, on what, with which software."""
+    run.info(
+        f"{cfg.name}: training {method_in_words(cfg)}; {schedule_in_words(cfg)}; "
+        f"seed {cfg.seed}, subset seed {cfg.subset_seed}"
+    )
+    counts, filled = data.class_counts, data.class_counts[data.class_counts > 0]
+    classes = f"{data.num_classes}" if len(filled) == len(counts) else f"{len(filled)} of {data.num_classes}"
+    run.info(
+        f"data: {cfg.dataset}, {int(counts.sum())} training images in {classes} classes "
+        f"(largest {int(filled.max())}, smallest {int(filled.min())}), "
+        + (f"{len(data.val.targets)} held out, " if data.val else "")
+        + f"{len(data.test.targets)} test images; model: {cfg.backbone}"
+    )
+    run.info(images_in_words(cfg, data, step.device))
+    run.info(group_line(group_sizes(groups)))
+    run.info(
+        f"device {step.device} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, Python {platform.python_version()}"
+    )
+    run.info(computing_in_words(cfg, step))
+    if cfg.diagnostics:
+        run.info(
+            f"diagnostics: every {cfg.diagnostics} steps, rows {chosen_rows(counts, cfg.diagnostics_rows)} in full"
+        )
+    if distributed.world_size() * cfg.accumulate > 1:
+        run.info(parts_in_words(cfg))
+    for note in notes:
+        run.info(f"note: {note}")
+    run.info(f"folder: {run.folder}")
+
+
+def computing_in_words(cfg: CfgNode, step: Step | RecordedStep | WatchedStep) -> str:
+    """Precision, and what is done to be fast."""
+    numbers = {
+        "fp32": "strict float32",
+        "tf32": "float32" + (", products in TF32" if step.device.type == "cuda" else " (TF32 is for CUDA only)"),
+        "bf16": "bfloat16, weights and loss in float32",
+        "fp16": "float16, weights and loss in float32, the loss scaled",
+    }[cfg.precision]
+    recorded = isinstance(step.step if isinstance(step, WatchedStep) else step, RecordedStep)
+    ways = ["compiled"] * cfg.compile + ["the step recorded as a CUDA graph"] * recorded
+    return f"computing: {'; '.join([numbers, *ways])}"
+
+
+def images_in_words(cfg: CfgNode, data: Data, device: torch.device) -> str:
+    """Where a step's images come from."""
+    way = "read"
+    if data.spec.lists:
+        way = f"decoded with {fast_decoder() if cfg.decoder == 'fast' else 'PIL'}"
+    where = f"in the memory of {device}" if data.on_device else f"{way} by {data.workers} workers of each process"
+    return f"images: {data.image_size} pixels, {where}"
+
+
+def parts_in_words(cfg: CfgNode) -> str:
+    """Into how many parts a step is divided, and what each part has for itself."""
+    several, count = distributed.world_size(), cfg.accumulate
+    passes = f" with {count} passes per step" if count > 1 else ""
+    batch_counts = cfg.loss.endswith("arb") and cfg.class_counts not in ("global", "batch_synced")
+    own = ["mixup pairs"] * cfg.mixup + ["batch counts"] * batch_counts
+    own += ["mean weight"] * (cfg.drw_epoch is not None) + ["counts in L_W"] * (cfg.nc_within > 0)
+    own += [] if cfg.sync_bn and count == 1 else ["batch-norm statistics"]
+    who = f"{several} processes{passes}" if several > 1 else f"{count} passes per step"
+    return f"{who}: each has its own {', '.join(own)}, so their number matters" if own else f"{who}"
+
+
+def method_in_words(cfg: CfgNode) -> str:
+    """Loss, what is added to it, mixup and data, as a sentence would have them."""
+    words = [loss_in_words(cfg)]
+    if cfg.drw_epoch is not None:
+        never = ", never reached" * (cfg.drw_epoch >= cfg.num_epochs)
+        words.append(f"deferred re-weighting from epoch {cfg.drw_epoch} (beta {cfg.drw_beta:g}{never})")
+    if cfg.nc_within > 0:
+        never = ", never reached" * (cfg.nc_start_epoch >= cfg.num_epochs)
+        parts = f"{cfg.nc_within:g} L_W + {cfg.nc_between:g} L_B"
+        words.append(f"{parts} from epoch {cfg.nc_start_epoch} (class means: lr {cfg.nc_means_lr:g}{never})")
+    if cfg.classifier != "linear":
+        kinds = {"cosine": f"cosine classifier times {cfg.cosine_scale:g}", "simplex": "fixed simplex classifier"}
+        words.append(kinds[cfg.classifier])
+    words.append(f"mixup alpha {cfg.alpha:g}" if cfg.mixup else "no mixup")
+    words += [post_hoc_in_words(cfg)] * (cfg.post_hoc_tau > 0)
+    cut = "as it is" if cfg.imb_factor is None else f"{cfg.imb_type}, imbalance factor {cfg.imb_factor:g}"
+    return ", ".join(words) + f", on {cfg.dataset} ({cut})"
+
+
+def post_hoc_in_words(cfg: CfgNode) -> str:
+    """And whether that corrects the prior a second time."""
+    twice = "; the loss has corrected the prior already" * (cfg.loss.endswith("arb") or cfg.loss == "logit_adjustment")
+    return f"evaluated after post-hoc logit adjustment (logits less {cfg.post_hoc_tau:g} log(n / N){twice})"
+
+
+def loss_in_words(cfg: CfgNode) -> str:
+    """The loss with its numbers."""
+    adjusted = "Balanced Softmax (logit adjustment, tau 1)" if cfg.tau == 1 else f"logit adjustment, tau {cfg.tau:g}"
+    name = {
+        "ce": "cross-entropy",
+        "arb": "ARB-Loss",
+        "focal_arb": "focal ARB-Loss",
+        "weighted_arb": "weighted ARB-Loss",
+        "las": f"label-aware smoothing ({cfg.smooth_head} to {cfg.smooth_tail}, {cfg.smooth_shape})",
+        "logit_adjustment": adjusted,
+        "ldam": f"LDAM (margins up to {cfg.ldam_max_margin:g})",
+        "dot_regression": "dot regression",
+    }.get(cfg.loss, cfg.loss)
+    if not cfg.loss.endswith("arb"):
+        return name
+    clamp = "not clamped" if cfg.logit_clamp is None else f"clamped to +-{cfg.logit_clamp:g}"
+    power = f" to the power {cfg.tau:g}" if cfg.loss == "arb" and cfg.tau != 1 else ""
+    return f"{name} with {cfg.class_counts} class counts{power}, logits {clamp}"
+
+
+def schedule_in_words(cfg: CfgNode) -> str:
+    """Optimizer and learning rate."""
+    if cfg.cos:
+        steps = "cosine"
+    else:
+        late = [step for step in cfg.lr_steps if step >= cfg.num_epochs]
+        steps = ", ".join(f"x{f:g} from epoch {s}" for s, f in zip(cfg.lr_steps, cfg.lr_step_factors, strict=True))
+        steps = f"{cfg.warmup_epochs} warm-up epochs, {steps}" + (f" ({late} never reached)" if late else "")
+    passes = f" in {cfg.accumulate} passes" if cfg.accumulate > 1 else ""
+    return (
+        f"SGD for {cfg.num_epochs} epochs, batch {cfg.batch_size}{passes}, lr {cfg.lr:g}, {steps}, "
+        f"momentum {cfg.momentum:g}, weight decay {cfg.weight_decay:g}"
+    )

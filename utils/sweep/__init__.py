@@ -1,0 +1,1 @@
+"""Grids of runs, and tables with intervals: ``python -m utils.sweep SWEEP.yaml``."""

@@ -1,0 +1,9 @@
+"""python -m utils.sweep SWEEP.yaml [--jobs N] [key value ...]"""
+
+import sys
+
+from utils.command_line import exit_code
+from utils.sweep.runner import main
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
