@@ -224,7 +224,7 @@ COMMANDS = {
     ),
     "no CUDA here": (nothing, TRAIN + "device cuda", "device: cuda, but this machine has no usable CUDA device; ..."),
     "an unknown data set": (nothing, TRAIN + "dataset mnist", "dataset: 'mnist' is unknown; known are cifar10, ..."),
-    "an unknown backbone": (nothing, TRAIN + "backbone vgg", "backbone: 'vgg' is unknown; known are resnet20, ..."),
+    "an unknown backbone": (nothing, TRAIN + "backbone vgg", "backbone: 'vgg' is unknown; known are resnet8, ..."),
     "other classes": (nothing, TRAIN + "num_classes 9", "num_classes: 9, but digits in ... has 10"),
     "save_dir is a file": (
         lambda tmp: write(tmp / "file", ""),

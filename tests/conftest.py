@@ -1,9 +1,15 @@
-"""Shared by the end-to-end tests: short runs by the real scripts, and what they leave behind."""
+"""One thread per process, processor time per test, and short runs by the real scripts that tests share."""
 
 import json
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+
+# Before torch is loaded, for this process and all that tests start: two workers of one thread each are faster than one
+# of two, and far faster beside other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -21,7 +27,43 @@ from utils.step import Step
 
 ROOT = Path(__file__).parent.parent
 ARB = "config/digits/digits_imb005_arbloss_mixup.yaml"
-SHORT = ["batch_size", "64", "print_freq", "4"]  # 8 steps an epoch
+SHORT = ["backbone", "resnet8", "image_size", "8", "batch_size", "64", "print_freq", "4"]  # 8 steps an epoch
+SPENT = pytest.StashKey[dict[str, float]]()  # processor seconds by test
+
+
+def processor_seconds() -> float:
+    """Of this process and of all its children that have ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Note a test's processor time, with fixtures and children: a busy machine changes it less than its duration."""
+    before = processor_seconds()
+    try:
+        return (yield)
+    finally:
+        item.config.stash.setdefault(SPENT, {})[item.nodeid] = processor_seconds() - before
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its times to the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["processor_seconds"] = session.config.stash.get(SPENT, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    output = getattr(node, "workeroutput", {})
+    node.config.stash.setdefault(SPENT, {}).update(output.get("processor_seconds", {}))
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
+    spent = config.stash.get(SPENT, {})
+    dearest = sorted(spent.items(), key=lambda pair: -pair[1])[:25]
+    terminalreporter.section(f"{sum(spent.values()):.0f} s of processor time in {len(spent)} tests; the dearest")
+    for name, seconds in dearest if len(spent) > 25 else []:
+        terminalreporter.write_line(f"{seconds:8.2f} s  {name}")
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ def test_find_backbone_strips_the_suffix():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(InputError, match=r"'resnet33' is unknown; known are resnet20, resnet32"):
+    with pytest.raises(InputError, match=r"'resnet33' is unknown; known are resnet8, resnet20, resnet32"):
         build_model("cifar10", "resnet33", 10)
     with pytest.raises(InputError, match=r"'mnist' is unknown; known are cifar10, cifar100"):
         build_model("mnist", "resnet32", 10)

@@ -13,7 +13,7 @@ from models.resnet_cifar import DEPTHS, PadShortcut, build
 PARAMETERS = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7}
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", PARAMETERS)
 def test_parameters_are_as_published(depth):
     millions = (sum(p.numel() for p in build(depth).parameters()) + 650) / 1e6
     assert abs(millions - PARAMETERS[depth]) < (0.05 if depth == 110 else 0.01)

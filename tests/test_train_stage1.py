@@ -622,7 +622,7 @@ BAD_INPUT = [
     (["--cfg", CE, "alpha", -0.1], "alpha: -0.1 must be a number >= 0"),
     (["--cfg", CE, "num_epochs", 0], "num_epochs: 0 must be a whole number >= 1"),
     (["--cfg", CE, "workers", -1], "workers: -1 must be a whole number >= 0"),
-    (["--cfg", CE, "backbone", "resnet33"], "'resnet33' is unknown; known are resnet20, resnet32"),
+    (["--cfg", CE, "backbone", "resnet33"], "'resnet33' is unknown; known are resnet8, resnet20, resnet32"),
     (["--cfg", CE, "loss", "arc"], "'arc' is unknown; known are ce, arb"),
     (["--cfg", CE, "class_counts", "local"], "'local' is unknown; known are global, batch"),
     (["--cfg", CE, "dataset", "mnist"], "'mnist' is unknown; known are cifar10, cifar100, digits, folder"),

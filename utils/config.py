@@ -218,7 +218,7 @@ OPTIONS: dict[str, Option] = {
     "med_class_idx": Option(None, optional(class_range), "the same for medium-shot classes"),
     "tail_class_idx": Option(None, optional(class_range), "the same for few-shot classes"),
     # model
-    "backbone": Option("resnet32", text, "resnet20 ... resnet110 (CIFAR), resnet10 ... resnext101 (torchvision)"),
+    "backbone": Option("resnet32", text, "resnet8 ... resnet110 (CIFAR), resnet10 ... resnext101 (torchvision)"),
     "pretrained": Option(None, optional(flag_or_path), "torchvision backbones: True, False, a file; null: places only"),
     "classifier": Option("linear", choice("linear", "cosine", "simplex"), "linear, cosine, or a simplex that is fixed"),
     "cosine_scale": Option(30.0, number(0, above=True), "classifier: cosine multiplies cosines by this"),
