@@ -5,111 +5,78 @@ import sys
 import time
 from collections.abc import Sequence
 
-# Read when torch is loaded: a thread that waits gives its core away instead of spinning on it. Alone on a machine that
-# costs a few percent at most; beside other work it saves a run from becoming tens of times slower.
+# Read when torch is loaded. Waiting threads yield their core instead of spinning: a few percent slower at most on an
+# idle machine, tens of times faster on a busy one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tqdm import tqdm
 
 from datasets.loaders import TrainLoader
-from methods.neural_collapse import collapse
 from utils import distributed
 from utils.build import (
     check,
-    check_smallest_batch,
-    class_groups,
     load_data,
     new_component_meter,
-    new_method,
-    new_model,
-    new_optimizer,
-    new_parallel,
-    new_shift,
+    new_evaluator,
+    new_loaders,
     new_step,
+    new_training,
     set_lr,
 )
 from utils.command_line import exit_code, parse
-from utils.config import read_config
-from utils.evaluation import evaluate
-from utils.metrics import (
-    check_weights,
-)
-from utils.precision import float32_products, new_scaler
+from utils.config import option_help, read_config
+from utils.meter import check_weights
+from utils.precision import float32_products
 from utils.run.describe import describe
 from utils.run.keeper import Keeper
 from utils.run.log import RunLog, progress_line
-from utils.run.record import (
-    announce,
-    diagnostics_file,
-    finish,
-    publish,
-    record,
-    record_components,
-    record_start,
-    write_settings,
-)
-from utils.run.resume import class_map, find_checkpoint, origins, start
+from utils.run.provenance import provenance
+from utils.run.record import Recorder
+from utils.run.resume import class_map, find_checkpoint, start
 from utils.signals import Signals
-from utils.step import RecordedStep, Step, WatchedStep
+from utils.step import Step, StepWrapper
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse("Train one stage with ARB-Loss or a baseline.", arguments)
+    """Train one run. To go on reading: utils/build.py, utils/step.py, methods/method.py, methods/losses.py."""
+    args = parse("Train one stage with ARB-Loss or a baseline.", arguments, option_help())
     with Signals() as signals:
         with distributed.together():
             cfg, notes = read_config(args.cfg, args.overrides)
             check(cfg)
-            found = find_checkpoint(cfg)
-            numbering = class_map(cfg, found)
+            origin = find_checkpoint(cfg)
+            class_order = class_map(cfg, origin)
         with distributed.processes(cfg.device, cfg.deterministic) as device, float32_products(cfg.precision):
-            data = load_data(cfg, numbering.choice, device)
-            groups = class_groups(cfg, data)
-            shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-            loader = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **shares)
-            test, held_out = data.test_loader(device, **shares), data.val_loader(device, **shares)
-            plain = data.plain_train_loader(device, **shares, pixels=loader.pixels)
-            model = new_model(cfg, data, found.content).to(device)
-            check_smallest_batch(model, loader, data.image_size)
-            method = new_method(cfg, data, model).to(device)
-            optimizer = new_optimizer(cfg, model, method)
-            scaler = new_scaler(cfg.precision, device)
-            parallel = new_parallel(cfg, model, device)  # may refuse: before a folder is made
+            data = load_data(cfg, class_order.choice, device)
+            loaders = new_loaders(cfg, data, device)
+            training = new_training(cfg, data, loaders.train, device, origin.content)
+            evaluator = new_evaluator(cfg, data, training.model, loaders)
             components = new_component_meter(cfg, data, device)
-            parts = {"model": model, "method": method, "optimizer": optimizer, "scaler": scaler}
-            state, folder, settings, origin = start(cfg, found, data, len(loader), device, **parts)
-            found = found._replace(content=None)  # its weights are in the model now
-            step = new_step(cfg, parallel, method, optimizer, scaler, device, components)
+            state, folder, settings, start_notes = start(cfg, origin, data, training, len(loaders.train))
+            step = new_step(cfg, training, components)
 
-            with RunLog(folder, cfg.name, state.epoch, state.log_size) as run:
-                describe(run, cfg, data, groups, step, [*notes, *found.notes, *origin, *numbering.notes])
-                content = {**parts, **origins(data, settings, device)}
-                every = cfg.checkpoint_every_steps
-                keeper = Keeper(run, signals, state, loader, step.meter, every, content, components, cfg.keep_epochs)
-                arrays = diagnostics_file(folder, components, data, state.epoch)
-                evaluated = (model, test, held_out, data.class_counts, groups, cfg.precision, new_shift(cfg, data))
-                epochs = range(state.epoch, cfg.num_epochs)
-                if epochs:
-                    write_settings(folder, settings)
-                    record_start(folder, state, data, device)
+            with RunLog(folder, cfg.name, state.epoch, state.log_size) as log:
+                describe(log, cfg, data, evaluator.groups, step, [*notes, *start_notes, *class_order.notes])
+                recorder = Recorder(log, state, data, evaluator.groups, components)
+                if state.epoch >= cfg.num_epochs:  # a finished run was resumed
+                    return recorder.finish_again(evaluator.evaluate())
+                recorder.start(settings, device)
+                content = training.parts() | provenance(data, settings, device)
+                options = {"every": cfg.checkpoint_every_steps, "keep": cfg.keep_epochs, "components": components}
+                keeper = Keeper(log, signals, state, loaders.train, step.meter, content=content, **options)
                 with keeper.until_signal():
-                    for epoch in epochs:
-                        row = {"epoch": epoch, "lr": set_lr(optimizer, cfg, epoch)}
-                        row |= train_epoch(step, loader, run, keeper, epoch, cfg.seed, cfg.print_freq)
+                    for epoch in range(state.epoch, cfg.num_epochs):
+                        row = {"epoch": epoch, "lr": set_lr(training.optimizer, cfg, epoch)}
+                        row |= train_epoch(step, loaders.train, log, keeper, epoch, cfg.seed, cfg.print_freq)
                         if due(epoch, cfg.eval_every, cfg.num_epochs, cfg.eval_last):
-                            evaluation = evaluate(*evaluated, keeper.signal)
+                            evaluation = evaluator.evaluate(keeper.signal)
                             row |= evaluation.entries
-                            publish(run, epoch, evaluation, data)
+                            recorder.end_evaluation(epoch, evaluation)
                         if due(epoch, cfg.nc_every, cfg.num_epochs):
-                            row["nc"] = collapse(model, plain, groups, cfg.precision, keeper.signal)
-                        record(run, row, step.meter.clamp)
-                        record_components(run, epoch, components, arrays)
+                            row["nc"] = evaluator.neural_collapse(keeper.signal)
+                        recorder.end_epoch(row, step.meter.clamp)
                         keeper.end_epoch(row)
-                    if epochs:
-                        finish(run, state, evaluation, groups)
-                if not epochs:  # a finished run was resumed
-                    evaluation = evaluate(*evaluated)
-                    announce(run, evaluation)
-                    finish(run, state, evaluation, groups)
+                    recorder.finish(evaluation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,44 +84,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def due(epoch: int, every: int, num_epochs: int, last: int = 1) -> bool:
-    """After every ``every`` epochs and after each of the ``last``, the very last one anyway; 0: never."""
+    """True every ``every`` epochs, in the ``last`` epochs and in the final one; ``every`` 0 disables it."""
     return every > 0 and ((epoch + 1) % every == 0 or epoch >= num_epochs - max(last, 1))
 
 
 def train_epoch(
-    step: Step | RecordedStep | WatchedStep,
+    step: Step | StepWrapper,
     loader: TrainLoader,
-    run: RunLog,
+    log: RunLog,
     keeper: Keeper,
     epoch: int,
     seed: int,
     print_freq: int,
 ) -> dict[str, dict[str, float]]:
-    """Trains for one epoch, or what is left of it; returns the row's entries: mean loss, accuracies, counts, and time.
+    """Train for (the rest of) one epoch.
 
-    Accuracies in percent, see :meth:`TrainMeter.counts` for the counts.
+    Returns:
+        Entries of the row of ``metrics.jsonl``: "train" (mean loss, accuracies in percent, see also
+        :meth:`TrainMeter.counts`) and "timing".
     """
-    began = time.perf_counter() - keeper.state.seconds
+    began = time.perf_counter() - keeper.state.seconds  # as if the epoch had not been interrupted
     step.start_epoch(epoch)
-    first, meter, passes = keeper.start_epoch(), step.meter, loader.accumulate
+    first = keeper.start_epoch()
     keeper.between_steps(first, time.perf_counter() - began)
-    draws = step.method.draws(loader.batch_sizes, seed, epoch, passes, loader.device)[first * passes :]
+    draws = step.method.draws(loader.batch_sizes, seed, epoch, loader.accumulate, loader.device)
+    draws = draws[first * loader.accumulate :]
     batches = tqdm(loader.epoch(epoch, first), f"epoch {epoch}", len(draws), leave=False, disable=not show_progress())
-    for number, (batch, draw) in enumerate(zip(batches, draws, strict=True), first * passes):
+    for batch, draw in zip(batches, draws, strict=True):
         step(batch, draw)
-        if not batch.ends_step:
-            continue
-        done = number // passes
-        if done % print_freq == 0:
-            keeper.check()
-            per_step = (time.perf_counter() - began) / (done + 1)
-            run.info(progress_line(epoch, done, len(loader), per_step, meter.last_step(), meter.averages()))
-        keeper.between_steps(done + 1, time.perf_counter() - began)
+        if batch.ends_step:
+            done = batch.number + 1
+            if batch.number % print_freq == 0:
+                keeper.check()
+                per_step, last = (time.perf_counter() - began) / done, step.meter.last_step()
+                log.info(progress_line(epoch, batch.number, len(loader), per_step, last, step.meter.averages()))
+            keeper.between_steps(done, time.perf_counter() - began)
     keeper.check()
     check_weights(step.model, epoch)
     seconds = time.perf_counter() - began
     timing = {"train_seconds": seconds, "images_per_second": len(loader.targets) / seconds}
-    return {"train": {**meter.averages(), **meter.counts()}, "timing": timing}
+    return {"train": {**step.meter.averages(), **step.meter.counts()}, "timing": timing}
 
 
 def show_progress() -> bool:

@@ -21,11 +21,12 @@ from tests.conftest import ROOT, assert_same_run, content, history, keeper_of, t
 from utils import build
 from utils.compare import page as compare
 from utils.config import load_config
+from utils.cuda_graph import RecordedStep
 from utils.evaluation import predict
 from utils.precision import new_scaler
 from utils.run import describe
 from utils.run.log import RunLog, new_folder
-from utils.step import RecordedStep, Step
+from utils.step import Step
 
 CE = "config/digits/digits_imb005.yaml"
 FILES = sorted((ROOT / "config").glob("*/baselines/*.yaml"))

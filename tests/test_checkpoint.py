@@ -22,17 +22,17 @@ from models.model import Model
 from utils.checkpoint import (
     CheckpointError,
     TrainState,
-    environment,
     is_ours,
     load_weights,
-    newest_checkpoint,
     read_checkpoint,
     restore,
     save_checkpoint,
     stored_class_map,
 )
-from utils.metrics import SUMS
+from utils.meter import SUMS
 from utils.precision import new_scaler
+from utils.run.provenance import environment
+from utils.run.resume import newest_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's word on files that are refused
 

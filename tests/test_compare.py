@@ -21,9 +21,9 @@ from methods.neural_collapse import balance_metrics
 from tests.conftest import ARB, content, failure, history, train
 from utils.compare import page as compare
 from utils.config import dump_config, load_config
-from utils.evaluation import save_predictions
 from utils.files import write_text
 from utils.metrics import Predictions, calibration_error, half_accuracies, report, shot_groups
+from utils.report.text import save_predictions
 
 try:
     import resource

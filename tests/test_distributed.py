@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from utils import distributed
 from utils.errors import DivergenceError, InputError
-from utils.metrics import TrainMeter
+from utils.meter import TrainMeter
 from utils.run.log import RunLog, new_folder
 
 folder = Path(sys.argv[1])

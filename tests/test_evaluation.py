@@ -9,22 +9,20 @@ import torch
 from torch import nn
 
 from utils.errors import DivergenceError, InputError, Interrupted
-from utils.evaluation import (
+from utils.evaluation import feature_batches, gather_outputs, predict
+from utils.metrics import Predictions, report, shot_groups
+from utils.report.text import (
     NPZ_LIMIT,
     calibration_line,
     class_table,
     details,
-    feature_batches,
-    gather_outputs,
     group_line,
     mislas_lines,
     percent,
-    predict,
     save_predictions,
     table,
     write_report,
 )
-from utils.metrics import Predictions, report, shot_groups
 
 METRICS = {"top1": 85.25, "top5": 99.5, "many": 95.0, "medium": 86.0, "few": 74.0, "ece": 3.21}
 

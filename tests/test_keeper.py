@@ -15,7 +15,7 @@ from models.model import Model
 from tests.conftest import content
 from utils.checkpoint import TrainState
 from utils.errors import DivergenceError, InputError, Interrupted
-from utils.metrics import TrainMeter
+from utils.meter import TrainMeter
 from utils.precision import new_scaler
 from utils.run.keeper import Keeper
 from utils.run.log import RunLog

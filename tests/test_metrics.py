@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.errors import DivergenceError, InputError
+from utils.meter import SUMS, TrainMeter, check_weights
 from utils.metrics import (
-    SUMS,
     Predictions,
-    TrainMeter,
     calibration_error,
-    check_weights,
     class_accuracy,
     cross_fitted,
     group_calibration,

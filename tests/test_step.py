@@ -14,10 +14,11 @@ from models import build_model
 from utils.build import set_lr
 from utils.checkpoint import TrainState, read_checkpoint, restore, save_checkpoint
 from utils.config import load_config
+from utils.cuda_graph import RecordedStep
 from utils.errors import InputError
 from utils.precision import autocast, float32_products, new_scaler
 from utils.seed import seeded_weights
-from utils.step import RecordedStep, Step, WatchedStep, compile_model
+from utils.step import Step, WatchedStep, compile_model
 
 CPU = torch.device("cpu")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

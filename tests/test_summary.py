@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.evaluation import save_predictions
 from utils.metrics import Predictions, half_accuracies, report, shot_groups
+from utils.report.text import save_predictions
 from utils.run.summary import summarise, summary_table, write_summary
 
 TARGETS = [0] * 6 + [1] * 4 + [2] * 2  # halves by position within the class: 121212 1212 12

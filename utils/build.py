@@ -1,36 +1,88 @@
-"""From the configuration to data, model, method, optimizer and step: the one place where they meet."""
+"""Build data, model, method, optimizer and step from the configuration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from datasets import Data, build_data, find_spec
-from datasets.loaders import Batch, TrainLoader
+from datasets.loaders import Batch, EvalLoader, TrainLoader
 from methods import Method, build_method, check_names
 from methods.component_meter import ComponentMeter, chosen_rows
 from methods.losses import post_hoc_shift
 from methods.mixup import StepDraws
+from methods.neural_collapse import collapse
 from models import build_model, find_backbone
 from utils import distributed
+from utils.cuda_graph import RecordedStep
 from utils.errors import InputError
+from utils.evaluation import Evaluation, evaluate
 from utils.metrics import shot_groups
+from utils.precision import new_scaler
 from utils.schedule import lr_at
 from utils.seed import seeded_weights
-from utils.step import RecordedStep, Step, WatchedStep, compile_model
+from utils.step import Step, StepWrapper, WatchedStep, compile_model
+
+
+class Loaders(NamedTuple):
+    """Iterables over the data, for this process."""
+
+    train: TrainLoader
+    test: EvalLoader
+    val: EvalLoader | None  # held-out training images
+    plain: EvalLoader  # the training images without augmentation
+
+
+@dataclass
+class Training:
+    """What training changes, and a checkpoint restores."""
+
+    model: nn.Module  # the bare model
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    parallel: nn.Module  # the model as it is trained: compiled, wrapped by DistributedDataParallel
+    device: torch.device
+
+    def parts(self) -> dict[str, Any]:
+        """The parts that a checkpoint holds, as :func:`utils.checkpoint.save_checkpoint` takes them."""
+        return {name: getattr(self, name) for name in ("model", "method", "optimizer", "scaler")}
+
+
+@dataclass
+class Evaluator:
+    """Evaluates the model that is being trained."""
+
+    model: nn.Module
+    loaders: Loaders
+    class_counts: Tensor
+    groups: dict[str, dict[str, Tensor]]  # see :func:`class_groups`
+    precision: str
+    shift: Tensor | None
+
+    def evaluate(self, signal: Callable[[], int] = lambda: 0) -> Evaluation:
+        """See :func:`utils.evaluation.evaluate`."""
+        splits = (self.loaders.test, self.loaders.val)
+        return evaluate(self.model, *splits, self.class_counts, self.groups, self.precision, self.shift, signal)
+
+    def neural_collapse(self, signal: Callable[[], int]) -> dict[str, float]:
+        """See :func:`methods.neural_collapse.collapse`."""
+        return collapse(self.model, self.loaders.plain, self.groups, self.precision, signal)
 
 
 def check(cfg: CfgNode) -> None:
-    """Names that do not exist are refused before any data are read."""
+    """Reject unknown names before any data are read."""
     find_spec(cfg.dataset)
     find_backbone(cfg.backbone)
     check_names(cfg.loss, cfg.class_counts)
 
 
 def load_data(cfg: CfgNode, class_map: str | Sequence[int], device: torch.device) -> Data:
-    """``class_map``: see :class:`Numbering`; ``device``: where small images will live."""
+    """``class_map``: see :class:`utils.run.resume.ClassOrder`; ``device``: for images that are held in memory."""
     return build_data(
         cfg.dataset,
         cfg.data_path,
@@ -56,8 +108,32 @@ def class_groups(cfg: CfgNode, data: Data) -> dict[str, dict[str, Tensor]]:
     return shot_groups(cfg.shots, data.spec.shot_ranges if None in given else given, data.class_counts)
 
 
+def new_loaders(cfg: CfgNode, data: Data, device: torch.device) -> Loaders:
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    train = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **ranks)
+    plain = data.plain_train_loader(device, **ranks, pixels=train.pixels)
+    return Loaders(train, data.test_loader(device, **ranks), data.val_loader(device, **ranks), plain)
+
+
+def new_training(
+    cfg: CfgNode, data: Data, loader: TrainLoader, device: torch.device, content: Mapping | None = None
+) -> Training:
+    """``content``: of the checkpoint that weights will be restored from."""
+    model = new_model(cfg, data, content).to(device)
+    check_smallest_batch(model, loader, data.image_size)
+    method = new_method(cfg, data, model).to(device)
+    optimizer = new_optimizer(cfg, model, method)
+    scaler = new_scaler(cfg.precision, device)
+    return Training(model, method, optimizer, scaler, new_parallel(cfg, model, device), device)
+
+
+def new_evaluator(cfg: CfgNode, data: Data, model: nn.Module, loaders: Loaders) -> Evaluator:
+    groups, shift = class_groups(cfg, data), new_shift(cfg, data)
+    return Evaluator(model, loaders, data.class_counts, groups, cfg.precision, shift)
+
+
 def new_model(cfg: CfgNode, data: Data, content: Mapping | None = None) -> nn.Module:
-    """``content``: of a checkpoint that all weights will come from, which makes pretrained ones needless."""
+    """``content``: of the checkpoint that weights will be restored from: no pretrained ones are needed."""
     pretrained = cfg.pretrained if content is None else False
     with seeded_weights(cfg.seed):
         model = build_model(cfg.dataset, cfg.backbone, data.num_classes, pretrained, cfg.classifier, cfg.cosine_scale)
@@ -65,7 +141,7 @@ def new_model(cfg: CfgNode, data: Data, content: Mapping | None = None) -> nn.Mo
 
 
 def check_smallest_batch(model: nn.Module, loader: TrainLoader, image_size: int) -> None:
-    """Batch norm cannot normalise one value per channel: one image, where the network pools it down to one pixel."""
+    """Reject micro-batches of one image if a batch norm sees one value per channel (the image pooled to one pixel)."""
     if min(loader.batch_sizes) > 1:
         return
     copy = deepcopy(model).train()
@@ -80,7 +156,7 @@ def check_smallest_batch(model: nn.Module, loader: TrainLoader, image_size: int)
 
 
 def new_method(cfg: CfgNode, data: Data, model: nn.Module | None = None) -> Method:
-    """``model``: whose features the class means are of, where ``nc_within`` is set."""
+    """``model``: gives the width of the class means; needed with ``nc_within`` only."""
     return build_method(
         cfg.loss,
         cfg.class_counts,
@@ -108,22 +184,23 @@ def new_method(cfg: CfgNode, data: Data, model: nn.Module | None = None) -> Meth
 
 
 def new_shift(cfg: CfgNode, data: Data) -> Tensor | None:
-    """What evaluation subtracts from the logits, [C]; None: nothing."""
+    """Post-hoc logit adjustment, subtracted from the logits in evaluation: [C] or None."""
     return post_hoc_shift(data.class_counts, cfg.post_hoc_tau) if cfg.post_hoc_tau > 0 else None
 
 
 def new_optimizer(cfg: CfgNode, model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """SGD over whatever learns: frozen backbones do not, and a method may have groups of parameters of its own."""
+    """SGD over the trainable parameters of the model and the method's own parameter groups."""
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}, *method.parameter_groups()]
     return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
+    """Set and return the learning rate of ``epoch``."""
     lr = lr_at(epoch, cfg.lr, cfg.num_epochs, cfg.cos, cfg.lr_steps, cfg.lr_step_factors, cfg.warmup_epochs)
     for group in optimizer.param_groups:
-        if group.get("constant_lr"):  # of a method's own
+        if group.get("constant_lr"):
             continue
-        if isinstance(group["lr"], Tensor):  # where a recorded step reads it
+        if isinstance(group["lr"], Tensor):  # read by a CUDA graph
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
@@ -131,36 +208,28 @@ def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
 
 
 def new_parallel(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
-    """What is trained: ``model``, compiled and over all processes where that is asked for."""
+    """Compile ``model`` if the configuration says so, and wrap it for several processes."""
     if cfg.compile:
         compile_model(model, device)
     return distributed.parallel(model, device, cfg.sync_bn)
 
 
 def new_component_meter(cfg: CfgNode, data: Data, device: torch.device) -> ComponentMeter | None:
-    """None where ``diagnostics`` is off."""
+    """None if ``diagnostics`` is off."""
     rows = chosen_rows(data.class_counts, cfg.diagnostics_rows)
     return ComponentMeter(data.num_classes, rows, cfg.num_epochs - 1, device) if cfg.diagnostics else None
 
 
-def new_step(
-    cfg: CfgNode,
-    parallel: nn.Module,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-    components: ComponentMeter | None = None,
-) -> Step | RecordedStep | WatchedStep:
-    """A step is recorded where it is one pass of one process on CUDA, and watched where ``components`` are measured."""
-    options = (cfg.precision, cfg.compile, cfg.max_grad_norm, components is not None)
-    step = Step(parallel, method, optimizer, scaler, device, *options)
-    if cfg.cuda_graph and device.type == "cuda" and distributed.world_size() * cfg.accumulate == 1:
+def new_step(cfg: CfgNode, training: Training, components: ComponentMeter | None = None) -> Step | StepWrapper:
+    """Build the step: captured as a CUDA graph if possible, with diagnostics if there is a meter for ``components``."""
+    t, options = training, (cfg.precision, cfg.compile, cfg.max_grad_norm, components is not None)
+    step = Step(t.parallel, t.method, t.optimizer, t.scaler, t.device, *options)
+    if cfg.cuda_graph and t.device.type == "cuda" and distributed.world_size() * cfg.accumulate == 1:
         step = RecordedStep(step)
     if components is None:
         return step
 
     def watch(logits: Tensor, features: Tensor, batch: Batch, draws: StepDraws) -> None:
-        components.update(method.components(logits, features, batch.targets, draws, batch.step_targets))
+        components.update(t.method.components(logits, features, batch.targets, draws, batch.step_targets))
 
     return WatchedStep(step, watch, cfg.diagnostics)

@@ -1,38 +1,28 @@
-"""Checkpoints: written atomically, read without ever running code that a file carries.
+"""Checkpoints: written atomically, read without running code that a file may carry.
 
 The keys are MiSLAS's (``epoch state_dict_model state_dict_classifier [state_dict_block] best_acc1 its_ece``), so that
-its stage 2 reads our files, plus what going on exactly needs. Files hold tensors, plain containers and numbers only.
+its stage 2 reads our files, plus what exact resuming needs. Files hold tensors, plain containers and numbers only.
 """
 
 import math
 import os
 import pickle
-import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from utils import distributed
 from utils.errors import InputError
 from utils.files import atomic_file
-from utils.metrics import SUMS
+from utils.meter import SUMS
 
-# The parts of a model, by the key that MiSLAS gives each.
+# MiSLAS's key -> attribute of the model.
 PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dict_classifier": "classifier"}
-# Options that say nothing about what is trained.
-INCIDENTAL = (
-    *("name", "save_dir", "resume", "fork", "device", "workers", "print_freq", "checkpoint_every_steps", "keep_epochs"),
-    *("data_path", "data_on_device", "decoder", "class_map", "cuda_graph", "decompose"),
-    *("diagnostics", "diagnostics_rows", "nc_every"),
-)
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel / DistributedDataParallel and of torch.compile
 
 
@@ -42,16 +32,16 @@ class CheckpointError(InputError):
 
 @dataclass
 class TrainState:
-    """What the loop itself knows; everything else is a function of (seed, epoch)."""
+    """Progress of a run. Everything else that training depends on is a function of (seed, epoch)."""
 
     epoch: int = 0  # epochs finished
-    step: int = 0  # steps of the next one that are finished too
-    sums: torch.Tensor | None = None  # of those steps, see TrainMeter.rows
-    seconds: float = 0.0  # that they took
-    log_size: int | None = None  # bytes in the log; None: not known
-    best_acc1: float = -1.0  # percent, on the images that choose (``selected_on``)
-    its_ece: float = 0.0  # percent, on the test set, of that model
-    components: torch.Tensor | None = None  # sums of diagnostics of those steps, see ComponentMeter.rows
+    step: int = 0  # steps finished in the current epoch
+    sums: torch.Tensor | None = None  # of the current epoch, see TrainMeter.rows
+    seconds: float = 0.0  # spent on the current epoch
+    log_size: int | None = None  # bytes of the text log; None: unknown
+    best_acc1: float = -1.0  # percent, on the images that select the best epoch (``selected_on``)
+    its_ece: float = 0.0  # percent, on the test set, of the best epoch
+    components: torch.Tensor | None = None  # diagnostics of the current epoch, see ComponentMeter.rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,11 +63,16 @@ def save_checkpoint(
     fingerprint: str = "",
     environment: Mapping | None = None,
 ) -> None:
-    """Writes everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper.
+    """Write everything that a later ``resume`` needs.
 
-    ``class_counts``: int64 [C], training images per class; ``class_map``: int64 [C], label in the lists -> class, for
-    data sets that come as lists; ``class_names`` [C]; ``fingerprint`` of the data; ``environment``: see
-    :func:`environment`.
+    Args:
+        model: The bare module, not a parallel wrapper.
+        selected_on: The images that select the best epoch.
+        class_counts: int64 [C], training images per class.
+        class_map: int64 [C], label in the lists -> class; None for data sets without lists.
+        class_names: [C].
+        fingerprint: Hash of the data.
+        environment: See :func:`utils.run.provenance.environment`.
     """
     content = {
         "epoch": state.epoch,
@@ -103,12 +98,12 @@ def save_checkpoint(
     with atomic_file(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # how torch ends a file after a write that failed
+        except RuntimeError as error:  # torch hides the OSError of a failed write in the context
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _portable(state: dict) -> dict:
-    """An optimizer's state with learning rates as numbers: a recorded step keeps them in tensors on its device."""
+    """Convert learning rates to floats: for a CUDA graph the optimizer holds them as tensors on the device."""
     groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
     return state | {"param_groups": groups}
 
@@ -118,7 +113,11 @@ def _portable(state: dict) -> dict:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint as a dict, on the CPU. Raises :class:`CheckpointError`; never runs code in it."""
+    """Load a file of tensors and plain containers as a dict on the CPU, without running code in it.
+
+    Raises:
+        CheckpointError: One line that says what is wrong with the file.
+    """
     path = Path(path)
     if os.path.isdir(path):
         raise CheckpointError(f"{path}: is a folder; a run's last checkpoint is ckps/current.pth.tar in it")
@@ -132,7 +131,7 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         _check_sums(path)
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch has to say of a plain pickle comes as an error too
+            warnings.simplefilter("ignore")  # torch warns about a plain pickle and then raises
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise many types on a damaged file
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
@@ -146,7 +145,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def _check_sums(path: Path) -> None:
-    """Compares a zip file's check sums, which ``torch.load`` does not."""
+    """Verify the checksums of a zip file, which ``torch.load`` does not. Raises ``ValueError``."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
@@ -155,13 +154,13 @@ def _check_sums(path: Path) -> None:
 
 
 def is_ours(content: Mapping) -> bool:
-    """Whether a checkpoint holds all that going on exactly needs, not only weights."""
+    """Whether a checkpoint holds everything that exact resuming needs, not only weights."""
     whole = all(key in content for key in ("optimizer", "state_dict_method", "selected_on"))
     return whole and isinstance(content.get("config"), Mapping)
 
 
 def stored_class_map(content: Mapping, path: str | Path) -> torch.Tensor | None:
-    """The class map of a checkpoint, int64 [C]; None where it has none. Raises :class:`CheckpointError`."""
+    """Return the class map of a checkpoint, int64 [C], or None. Raises :class:`CheckpointError`."""
     stored = content.get("class_map")
     if stored is None:
         return None
@@ -174,66 +173,23 @@ def stored_class_map(content: Mapping, path: str | Path) -> torch.Tensor | None:
     return numbers.long()
 
 
-class Found(NamedTuple):
-    """What ``resume`` stands for."""
-
-    path: str  # empty: there is no checkpoint
-    content: dict | None
-    notes: list[str]  # lines for the log
-    forked: bool = False  # the state is another run's, and this one begins with it
-
-    def checksum(self) -> int:
-        """Of the file; 0 where there is none."""
-        return zlib.crc32(Path(self.path).read_bytes()) if self.path else 0
-
-
-def newest_checkpoint(save_dir: str, config: Mapping) -> Found:
-    """The last good checkpoint of the newest run of ``config`` under ``save_dir``; paths and the like may differ.
-
-    A run whose ``current`` is damaged goes on from its ``model_best``.
-    """
-    runs = [
-        path
-        for path in Path(save_dir).glob("*")
-        if re.fullmatch(re.escape(config["name"]) + r"_\d{14}(_\d+)?", path.name)
-    ]
-    kept = {run: [run / "ckps" / f"{name}.pth.tar" for name in ("current", "model_best")] for run in runs}
-    kept = {run: [path for path in paths if path.is_file()] for run, paths in kept.items()}
-    notes = []
-    for run in sorted(
-        filter(kept.get, kept), key=lambda run: max(p.stat().st_mtime_ns for p in kept[run]), reverse=True
-    ):
-        for path in kept[run]:
-            try:
-                content = read_checkpoint(path)
-            except CheckpointError as error:
-                notes.append(f"resume auto: passed over {error}")
-                continue
-            changed = changed_options(content, config)
-            if is_ours(content) and fork_of(content["config"]) != fork_of(config):
-                changed["fork"] = (content["config"].get("fork"), config["fork"])
-            if is_ours(content) and not changed:
-                return Found(str(path), content, notes)
-            why = f"has another {', '.join(changed)}" if changed else "is not this trainer's"
-            notes.append(f"resume auto: passed over {path}, which {why}")
-            break
-    return Found(
-        "", None, [*notes, f"resume auto: no checkpoint of this configuration in {save_dir}, training starts anew"]
-    )
-
-
 def load_weights(model: nn.Module, path: str | Path) -> dict:
-    """Loads backbone, block and classifier from our checkpoints or those of MiSLAS and ARBLOSS.
+    """Load backbone, block and classifier from a checkpoint of ours, of MiSLAS or of ARBLOSS.
 
-    Prefixes of wrappers are stripped; stage 2's learnable scaling ``s`` of the logits is folded into the classifier,
-    exactly: ``s * (W h + b) = (s W) h + (s b)``. Returns ``epoch``, ``best_acc1`` (percent or None), ``class_map``
-    (or None) and ``source``, which says in words what was read. Raises :class:`CheckpointError`.
+    Prefixes of wrappers are stripped. Stage 2's learnable scaling ``s`` of the logits is folded into the classifier,
+    which is exact: ``s * (W h + b) = (s W) h + (s b)``.
+
+    Returns:
+        ``epoch``, ``best_acc1`` (percent or None), ``class_map`` (or None) and ``source``, a description of the file.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit the model.
     """
     return load_content(model, read_checkpoint(path), path)
 
 
 def load_content(model: nn.Module, content: Mapping, path: str | Path) -> dict:
-    """:func:`load_weights` for a checkpoint that was read already."""
+    """:func:`load_weights` from the content of a checkpoint; ``path`` is for messages."""
     try:
         return _load_content(model, content, path)
     except CheckpointError:
@@ -275,15 +231,15 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> TrainState:
-    """Puts everything of our own checkpoint back into its place.
+    """Restore a run from a checkpoint of ours and return its progress.
 
-    Of the optimizer that is its momentum; its options (weight decay, ...) are those of this configuration.
+    Of the optimizer only the momentum is restored; weight decay and so on come from this configuration.
     """
     load_content(model, content, path)
     try:
         method.load_state_dict(content["state_dict_method"])
         _restore_momentum(content["optimizer"], optimizer)
-        if content.get("scaler"):  # empty but for fp16
+        if content.get("scaler"):  # empty except for fp16
             scaler.load_state_dict(content["scaler"] | {"scale": float(content["scaler"]["scale"])})
         return _state(content)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -291,13 +247,13 @@ def restore(
 
 
 def _restore_momentum(stored: Mapping, optimizer: torch.optim.Optimizer) -> None:
-    """Each weight's momentum, in the weight's own shape and layout: a fused optimizer trusts both, addresses and all.
+    """Copy each weight's momentum. Shapes and strides must match the weight's: the fused kernel does not check them.
 
-    Raises ``ValueError`` for a state that is none of SGD's over these weights.
+    Raises ``ValueError`` if the state is not one of SGD over these weights.
     """
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if sum(len(group["params"]) for group in stored["param_groups"]) != len(weights):
-        raise ValueError(f"its optimizer has another number of weights than the {len(weights)} that learn here")
+        raise ValueError(f"its optimizer does not have the {len(weights)} weights that are trained here")
     for index, weight in enumerate(weights):
         state = stored["state"].get(index, {})
         momentum = state.get("momentum_buffer")
@@ -306,7 +262,7 @@ def _restore_momentum(stored: Mapping, optimizer: torch.optim.Optimizer) -> None
         if momentum is None:
             continue
         if not (isinstance(momentum, torch.Tensor) and momentum.is_floating_point() and not momentum.is_sparse):
-            raise ValueError("a momentum is no tensor of numbers")
+            raise ValueError("a momentum is not a dense floating-point tensor")
         if momentum.shape != weight.shape:
             raise ValueError(f"a momentum has shape {tuple(momentum.shape)}, its weight {tuple(weight.shape)}")
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight).copy_(momentum)
@@ -329,53 +285,22 @@ def _state(content: Mapping) -> TrainState:
     if not all(map(math.isfinite, (state.seconds, state.best_acc1, state.its_ece))):
         raise ValueError("its time or its accuracy is not finite")
     if log_size is not None and (type(log_size) is not int or log_size < 0):
-        raise ValueError("its log_size is no number of bytes")
+        raise ValueError("its log_size is not a number of bytes")
     if state.step and not (_is_sums(sums) and sums.shape[1:] == (len(SUMS),)):
-        raise ValueError(f"it lies within an epoch, at step {state.step}, and has no sums of that epoch's steps")
+        raise ValueError(f"it is within an epoch, at step {state.step}, and has no sums of that epoch's steps")
     if components is not None and not _is_sums(components):
-        raise ValueError("its components are no sums of an epoch's diagnostics")
+        raise ValueError("its components are not sums of an epoch's diagnostics")
     return state
 
 
 def _is_sums(value: object) -> bool:
-    """Whether ``value`` is a row of sums for every process."""
+    """Whether ``value`` has one row of sums per process."""
     table = isinstance(value, torch.Tensor) and value.dtype == torch.float64 and value.dim() == 2
     return table and len(value) > 0
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
-    """All beside configuration and data that last bits depend on."""
-    return {
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability(),
-        "CPU threads": torch.get_num_threads(),
-        "processes": distributed.world_size(),
-    }
-
-
-def changed_options(content: Mapping, config: Mapping) -> dict[str, tuple]:
-    """Option -> (value in our checkpoint, value in ``config``) where they differ; paths and the like do not count."""
-    saved = content["config"] if is_ours(content) else {}
-    return {
-        key: (saved[key], config[key])
-        for key in config
-        if key in saved and key not in INCIDENTAL and not _same(saved[key], config[key])
-    }
-
-
-def fork_of(config: Mapping) -> list[str]:
-    """What a run began with, as the run's folder, ``ckps`` and the file: they stay when runs are moved."""
-    return list(Path(str(config.get("fork") or "")).parts[-3:])
-
-
-def _same(a: object, b: object) -> bool:
-    return not isinstance(a, torch.Tensor) and a == b  # an option is no tensor
-
-
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """MiSLAS's key -> the part of ``model`` that it stands for."""
+    """Return the parts of ``model`` by MiSLAS's keys."""
     return {key: getattr(model, part) for key, part in PARTS.items() if getattr(model, part, None) is not None}
 
 
@@ -414,7 +339,7 @@ def _shape(shapes: Mapping, name: str) -> str:
 
 
 def _numpy_scalars() -> list:
-    """The few NumPy names that MiSLAS's pickled ``its_ece`` uses, as NumPy 1 and NumPy 2 spell them."""
+    """NumPy types in MiSLAS's pickled ``its_ece``, under the names of NumPy 1 and NumPy 2."""
     scalar = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]

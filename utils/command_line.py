@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils import distributed
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
@@ -15,7 +15,7 @@ from utils.signals import NAMES
 class Parser(argparse.ArgumentParser):
     """One line, as for every other bad input, instead of argparse's usage."""
 
-    def __init__(self, *, hint: str, **options: str):
+    def __init__(self, *, hint: str, **options: Any):
         """``hint``: what follows the message, and says what would be right, ``%(prog)s`` being the program's name.
 
         ``options``: of argparse.
@@ -27,12 +27,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"command line: {message}{self.hint % {'prog': self.prog}}")
 
 
-def parse(description: str, arguments: Sequence[str] | None = None, **options: dict) -> argparse.Namespace:
+def parse(
+    description: str, arguments: Sequence[str] | None = None, epilog: str = "", **options: dict
+) -> argparse.Namespace:
     """``--cfg FILE [key value ...]``; ``--local-rank`` comes from torch.distributed.launch and is not needed.
 
-    ``options``: a script's own, from name to the keywords of ``add_argument``.
+    ``epilog``: text at the end of ``--help``, as it is. ``options``: a script's own, from name to the keywords of
+    ``add_argument``.
     """
-    parser = Parser(description=description, hint=" (usage: %(prog)s --cfg FILE [key value ...], such as lr 0.05)")
+    hint = " (usage: %(prog)s --cfg FILE [key value ...], such as lr 0.05)"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, hint=hint, epilog=epilog, formatter_class=layout)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, see config/")
     for name, keywords in options.items():
         parser.add_argument(f"--{name}", **keywords)

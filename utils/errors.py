@@ -1,22 +1,29 @@
-"""The errors that end a script with one line instead of a traceback."""
+"""Errors that end a script with one line instead of a traceback."""
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: the message names it and says, in one line, what would be right."""
+    """Invalid user input. The message is one line that names what is wrong and what would be right."""
+
+
+class ConfigError(InputError):
+    """A configuration that is missing, unreadable, contradictory or out of range."""
 
 
 class DivergenceError(ArithmeticError):
-    """Training produced numbers that are not finite."""
+    """Training produced values that are not finite."""
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run has ended, and this one cannot go on without it."""
+    """Another process of the run has exited, so this one cannot continue."""
 
 
 class Interrupted(BaseException):
-    """A signal has asked the process to end. As KeyboardInterrupt no ``Exception``, so that nothing else catches it."""
+    """A signal asked the process to stop.
+
+    Derives from ``BaseException``, like ``KeyboardInterrupt``, so that ``except Exception`` does not catch it.
+    """
 
     def __init__(self, number: int, message: str = ""):
-        """``number`` of the signal; ``message``: what was kept, and how to go on."""
+        """``number``: of the signal; ``message``: what was saved, and the command that resumes."""
         super().__init__(message)
         self.number = number

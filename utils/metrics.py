@@ -1,8 +1,8 @@
-"""Accuracy, groups and calibration: pure functions of predictions; and the running sums of training.
+"""Accuracy, groups and calibration: pure functions of predictions.
 
 Legend: N samples, C classes.
 
-Accuracies and calibration errors in reports are percent; ``calibration_error`` itself gives fractions of 1.
+Accuracies and calibration errors in reports are percent; ``calibration_error`` itself returns fractions of 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from utils import distributed
-from utils.errors import DivergenceError, InputError
+from utils.errors import InputError
 
-ADVICE = "a smaller lr, more warmup_epochs or max_grad_norm may help"
 GROUPS = ("many", "medium", "few")
-NEVER = torch.iinfo(torch.int64).max  # later than any step
 
 
 class Predictions(NamedTuple):
-    """What a model said of N samples, in the data set's order; all on the CPU."""
+    """Per-sample predictions in the data set's order, on the CPU."""
 
     classes: Tensor  # [N] int64, the most probable class
     confidences: Tensor  # [N] float32, its probability
@@ -30,7 +27,7 @@ class Predictions(NamedTuple):
     targets: Tensor  # [N] int64
 
     def select(self, chosen: Tensor) -> "Predictions":
-        """The samples at ``chosen`` (mask or indices)."""
+        """Select samples by mask or indices."""
         return Predictions(*(field[chosen] for field in self))
 
 
@@ -39,7 +36,7 @@ class Predictions(NamedTuple):
 
 
 def groups_by_index(ranges: Sequence[Sequence[int]], num_classes: int) -> dict[str, Tensor]:
-    """Boolean masks ``[C]`` of many / medium / few from their three ``[first, last + 1]`` index ranges."""
+    """Boolean masks ``[C]`` of many / medium / few from three index ranges ``[first, last + 1]``."""
     index = torch.arange(num_classes)
     return {name: (index >= a) & (index < b) for name, (a, b) in zip(GROUPS, ranges, strict=True)}
 
@@ -55,8 +52,13 @@ def shot_groups(
 ) -> dict[str, dict[str, Tensor]]:
     """Groups by every rule that applies, the headline rule first.
 
-    ``rule``: "index", "count", or None for "index" where there are ``ranges`` and "count" elsewhere. ``ranges``: three
-    ``[first, last + 1]`` or None. Raises :class:`InputError` for ranges that do not fit.
+    Args:
+        rule: Headline rule, "index" or "count"; None: "index" if there are ``ranges``, else "count".
+        ranges: Three ``[first, last + 1]``, or None.
+        class_counts: Training images per class, [C].
+
+    Raises:
+        InputError: The ranges do not fit the classes.
     """
     groups = {"count": groups_by_count(class_counts)}
     if ranges is not None:
@@ -76,7 +78,7 @@ def group_sizes(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[st
 
 
 def class_accuracy(classes: Tensor, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """(share of hits ``[C]`` float64, samples ``[C]`` int64); the share of a class without samples is NaN."""
+    """Return (accuracy ``[C]`` float64, samples ``[C]`` int64); accuracy is NaN for a class without samples."""
     totals = torch.bincount(targets, minlength=num_classes)
     hits = torch.bincount(targets[classes == targets], minlength=num_classes)
     return hits.double() / totals, totals
@@ -85,8 +87,8 @@ def class_accuracy(classes: Tensor, targets: Tensor, num_classes: int) -> tuple[
 def shot_accuracy(accuracy: Tensor, totals: Tensor, groups: Mapping[str, Tensor]) -> dict[str, float]:
     """Mean of class accuracies per group, in the unit of ``accuracy [C]``.
 
-    Classes without test samples (``totals [C]`` is 0) do not count; a group without any class left is absent from the
-    result: there is no number to give.
+    Classes without test samples (``totals [C]`` is 0) do not count; a group without any such class is absent from the
+    result.
     """
     result = {}
     for name, mask in groups.items():
@@ -103,8 +105,8 @@ def shot_accuracy(accuracy: Tensor, totals: Tensor, groups: Mapping[str, Tensor]
 def calibration_error(confidences: Tensor, predictions: Tensor, targets: Tensor, num_bins: int = 15) -> dict:
     """Expected and maximum calibration error over ``num_bins`` equal bins (low, high] (Guo et al., ICML 2017).
 
-    All arguments ``[N]``. Returns fractions of 1: ``ece``, ``mce`` (floats), ``bin_accuracy``, ``bin_confidence``
-    (float64 ``[num_bins]``, 0 where a bin is empty) and ``bin_count`` (int64). A confidence of 0 is in the first bin.
+    All arguments are ``[N]``. Returns fractions of 1: ``ece``, ``mce`` (floats), ``bin_accuracy``, ``bin_confidence``
+    (float64 ``[num_bins]``, 0 for an empty bin) and ``bin_count`` (int64). A confidence of 0 is in the first bin.
     """
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)[1:-1]
     confidences = confidences.double()
@@ -126,10 +128,10 @@ def calibration_error(confidences: Tensor, predictions: Tensor, targets: Tensor,
 def group_calibration(
     confidences: Tensor, classes: Tensor, targets: Tensor, groups: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
-    """Expected calibration error in percent over the samples whose label lies in a group, by every rule.
+    """Expected calibration error in percent of the samples whose label lies in a group, by every rule.
 
     ``confidences``, ``classes``, ``targets``: ``[N]``, see :class:`Predictions`. ``groups``: masks ``[C]``. A group
-    without samples is absent from the result. Bins as in :func:`calibration_error`.
+    without samples is absent from the result.
     """
     result = {}
     for rule, masks in groups.items():
@@ -143,15 +145,14 @@ def group_calibration(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A report
+# Report
 
 
 def report(predictions: Predictions, class_counts: Tensor, groups: Mapping[str, Mapping[str, Tensor]]) -> dict:
-    """Every scalar that is reported of one evaluation; accuracies and errors in percent, nll in nats.
+    """Compute all scalars of one evaluation; accuracies and errors in percent, nll in nats.
 
-    ``groups``: one set of group masks per rule, the headline rule first ("index" and "count", or "count" and "index").
-    Its many / medium / few stand at the top level too. ``macro`` is the mean of class accuracies, ``top1`` (micro)
-    the share of hits; they differ where the test set is uneven.
+    ``groups``: group masks by rule, the headline rule first; its many / medium / few are repeated at the top level.
+    ``macro`` is the mean of class accuracies; it differs from ``top1`` on an imbalanced test set.
     """
     num_classes = len(class_counts)
     accuracy, totals = class_accuracy(predictions.classes, predictions.targets, num_classes)
@@ -178,11 +179,11 @@ def report(predictions: Predictions, class_counts: Tensor, groups: Mapping[str, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Choosing an epoch without fooling oneself
+# Unbiased selection of an epoch
 
 
 def halves(targets: Tensor) -> Tensor:
-    """Cuts a test set into two class-balanced halves by position within the class: bool ``[N]``, True = second half."""
+    """Split a test set into two class-balanced halves, bool ``[N]``: alternating within a class, True = second half."""
     order = torch.argsort(targets, stable=True)
     starts = torch.cumsum(torch.bincount(targets), 0) - torch.bincount(targets)
     position = torch.empty_like(targets)
@@ -191,119 +192,22 @@ def halves(targets: Tensor) -> Tensor:
 
 
 def half_accuracies(predictions: Predictions) -> list[float]:
-    """Top-1 in percent on the two halves of :func:`halves`; an empty half (one sample per class) gives the whole's."""
+    """Top-1 in percent on each of the :func:`halves`; for an empty half (one sample per class) on all samples."""
     hits = (predictions.classes == predictions.targets).double()
     second = halves(predictions.targets)
     return [100 * float(hits[half].mean() if half.any() else hits.mean()) for half in (~second, second)]
 
 
 def cross_fitted(curves: Sequence[Sequence[float]]) -> tuple[float, list[int]]:
-    """Top-1 of the best epoch, chosen and scored on different halves of the test set.
+    """Top-1 of the best epoch, selected on one half of the test set and scored on the other.
 
-    ``curves``: one pair (first half, second half) per evaluation, see :func:`half_accuracies`. The evaluation that is
-    best on one half (the earliest of equals) is scored on the other, both ways; returns (mean of the two scores,
-    [position chosen on the first half, on the second]).
+    Args:
+        curves: (first half, second half) per evaluation, see :func:`half_accuracies`.
+
+    Returns:
+        Mean of the two scores (selected on the first half, on the second), and the two selected positions; of equals
+        the earliest is selected.
     """
     table = np.asarray(curves)
     chosen = [int(table[:, half].argmax()) for half in (0, 1)]
     return float((table[chosen[0], 1] + table[chosen[1], 0]) / 2), chosen
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running sums of training
-
-
-SUMS = ("loss", "top-1 hits", "top-5 hits", "samples", "clamped_logits", "skipped_steps")
-
-
-class TrainMeter:
-    """Sums over the steps of an epoch, kept on the device until somebody asks: a step never waits for a number.
-
-    Also keeps the first step whose loss or logits (as the model gave them, before any clamp) were not finite. All of it
-    is changed in place, so that a recorded step can do it.
-    """
-
-    def __init__(self, device: torch.device, clamp: float | None = None):
-        """``clamp``: logits beyond +-this are counted; None: the loss does not clamp."""
-        self.clamp = clamp
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-        self.last = torch.zeros(4, dtype=torch.float64, device=device)
-        self.steps = torch.zeros((), dtype=torch.int64, device=device)  # finished
-        self.first_bad = torch.full((), NEVER, device=device)
-
-    def tensors(self) -> list[Tensor]:
-        """All that it keeps."""
-        return [self.sums, self.last, self.steps, self.first_bad]
-
-    def reset(self) -> None:
-        """Before an epoch."""
-        for tensor in (self.sums, self.last, self.steps):
-            tensor.zero_()
-        self.first_bad.fill_(NEVER)
-
-    def rows(self) -> Tensor:
-        """The sums of every process, float64 [W, len(SUMS)] on the CPU: what :meth:`go_on` needs."""
-        return distributed.gather_rows(self.sums[None]).cpu()
-
-    def go_on(self, rows: Tensor, steps: int) -> None:
-        """After ``steps`` steps of an epoch, from the :meth:`rows` of then: to the last bit, if as many processes."""
-        mine, others = distributed.rank(), distributed.world_size() != len(rows)
-        row = rows.sum(dim=0) * (mine == 0) if others else rows[mine]
-        self.sums.copy_(row)
-        self.steps.fill_(steps)
-
-    @torch.no_grad()
-    def update(
-        self, loss: Tensor, logits: Tensor, targets: Tensor, weight: float = 1.0, ends_step: bool = True
-    ) -> None:
-        """One pass: ``loss`` is its mean; under mixup, hits are counted against the unmixed ``targets [B]``.
-
-        A pass of ``weight`` 0 is looked at for numbers that are not finite, and counted nowhere.
-        """
-        size = len(targets)
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
-        values = (loss.double() * size, top[:, 0].sum(), top.sum(), torch.full((), size, device=logits.device))
-        self.last.copy_(torch.stack([value.double() for value in values]))
-        if weight > 0:
-            self.sums[:4] += self.last
-            if self.clamp is not None:
-                self.sums[4] += (logits.abs() > self.clamp).sum()
-        bad = ~(torch.isfinite(loss) & torch.isfinite(logits).all())
-        self.first_bad.copy_(torch.where(bad, self.first_bad.clamp(max=self.steps), self.first_bad))
-        if ends_step:
-            self.steps += 1
-
-    @torch.no_grad()
-    def skipped(self, overflow: Tensor) -> None:
-        """A step that fp16 leaves out, since its gradients overflowed (1, else 0); all processes do alike."""
-        if distributed.is_main():
-            self.sums[5] += overflow.reshape(())
-
-    def first_bad_step(self) -> int | None:
-        """The first step at which some process met a number that is not finite; the same on all of them."""
-        step = int(distributed.all_reduce_min(self.first_bad.clone()))
-        return step if step < NEVER else None
-
-    def averages(self) -> dict[str, float]:
-        """Mean loss and accuracies in percent, over all processes."""
-        return _averages(distributed.all_reduce_sum(self.sums.clone()))
-
-    def counts(self) -> dict[str, int]:
-        """``clamped_logits`` and ``skipped_steps`` (by fp16, whose gradients overflowed), over all processes."""
-        return dict(zip(SUMS[4:], map(int, distributed.all_reduce_sum(self.sums.clone()).tolist()[4:]), strict=True))
-
-    def last_step(self) -> dict[str, float]:
-        """The same for the last step of this process alone."""
-        return _averages(self.last)
-
-
-def check_weights(model: nn.Module, epoch: int) -> None:
-    """Raises :class:`DivergenceError` where a step left a weight that no forward pass has met yet."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise DivergenceError(f"epoch {epoch}, last step: a weight is not finite; {ADVICE}")
-
-
-def _averages(sums: Tensor) -> dict[str, float]:
-    loss, hits1, hits5, samples = sums[:4].tolist()
-    samples = max(samples, 1)
-    return {"loss": loss / samples, "top1": 100 * hits1 / samples, "top5": 100 * hits5 / samples}

@@ -1,8 +1,8 @@
-"""The numbers that a network computes in, for training and evaluation alike.
+"""Floating-point precision of training and evaluation.
 
-``fp32`` is strict float32. ``tf32`` lets CUDA round the factors of products to TF32; a CPU has no such units and stays
-strict. ``bf16`` and ``fp16`` run convolutions in half precision (torch.autocast); weights, optimizer, batch-norm
-statistics, classifier, loss and metrics stay in float32. ``fp16`` scales the loss, since its range is small.
+``fp32`` is strict float32. ``tf32`` allows TF32 in CUDA's matrix products and convolutions; a CPU stays strict.
+``bf16`` and ``fp16`` run convolutions in half precision (torch.autocast); weights, optimizer, batch-norm statistics,
+classifier, loss and metrics stay in float32. ``fp16`` scales the loss.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ PRECISIONS = ("fp32", "tf32", *HALF)
 
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Inside the block CUDA multiplies float32 as ``precision`` says: strictly, or as TF32 for "tf32"."""
+    """Allow TF32 in the block for "tf32", and forbid it for every other precision."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
@@ -28,14 +28,14 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context of a forward pass; without effect for "fp32" and "tf32"."""
+    """Autocast a forward pass; no effect for "fp32" and "tf32"."""
     return torch.autocast(device.type, HALF.get(precision, torch.bfloat16), enabled=precision in HALF)
 
 
 def new_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss for "fp16", and skips steps whose gradients overflow; the identity for all others.
+    """Create the loss scaler; it is disabled except for "fp16".
 
-    Raises :class:`InputError` for a CUDA device that has no bfloat16.
+    Raises :class:`InputError` for "bf16" on a CUDA device without it.
     """
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise InputError("precision: bf16, but this CUDA device cannot compute in bfloat16; use fp16 or fp32")

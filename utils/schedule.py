@@ -13,12 +13,12 @@ def lr_at(
     lr_step_factors: Sequence[float] = (0.1, 0.01),
     warmup_epochs: int = 5,
 ) -> float:
-    """Learning rate of ``epoch`` (counted from 0).
+    """Compute the learning rate of ``epoch`` (from 0).
 
     Cosine: ``lr / 2 * (1 + cos(pi * epoch / num_epochs))``, without warm-up. Steps: ``lr * (epoch + 1) /
-    warmup_epochs`` during warm-up, then ``lr`` times the factor of the last step reached; a factor is of the base rate
-    and holds for epochs >= its step. ARBLOSS steps at (160, 240), MiSLAS and the paper at (160, 180); a step may lie
-    beyond the end.
+    warmup_epochs`` during warm-up, then ``lr`` times the factor of the last step reached (epoch >= step). Factors
+    multiply the base rate. ARBLOSS steps at (160, 240), MiSLAS and the paper at (160, 180); a step may lie beyond the
+    last epoch.
     """
     if cos:
         return 0.5 * lr * (1.0 + math.cos(math.pi * epoch / num_epochs))

@@ -1,4 +1,4 @@
-"""Randomness as a pure function of (seed, epoch, purpose): nothing is carried along, so nothing needs to be saved."""
+"""Randomness as a pure function of (seed, epoch, purpose), so that no generator state needs to be saved."""
 
 import contextlib
 import zlib
@@ -9,18 +9,18 @@ import torch
 
 
 def generator(seed: int, epoch: int, purpose: str, *index: int) -> np.random.Generator:
-    """A fresh generator that depends on its arguments alone.
+    """Return a new generator that depends on the arguments alone.
 
-    ``purpose`` ("order", "crop", "mixup", ...) keeps the streams apart: one more draw for the crops
-    does not shift the mixing weights. ``index``: of an image, where each has a generator of its own.
+    ``purpose`` ("order", "crop", "mixup", ...) makes streams independent: one more draw for crops does not change the
+    mixing weights. ``index``: of an image, for one generator per image.
     """
-    places = (i + 1 for i in index)  # a sequence is filled up with zeros, which are no index
+    places = (i + 1 for i in index)  # SeedSequence pads with zeros, so 0 must not be an index
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, zlib.crc32(purpose.encode()), *places]))
 
 
 @contextlib.contextmanager
 def seeded_weights(seed: int) -> Iterator[None]:
-    """Inside the block torch's default CPU generator starts from ``seed``; afterwards it is as it was before."""
+    """Seed torch's default CPU generator for the block and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

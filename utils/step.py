@@ -1,7 +1,8 @@
-"""What happens to a batch: forward, loss, backward, meter, optimizer; on one CUDA device recorded once as a graph.
+"""One training step: forward, loss, backward, metrics and, after the last micro-batch, the optimizer.
 
 The step knows neither data sets nor methods: ``batch`` is a NamedTuple with the fields of
-:class:`datasets.loaders.Batch`, ``draw`` a NamedTuple of tensors, what the method draws at random for a pass.
+:class:`datasets.loaders.Batch`, ``draw`` a NamedTuple of tensors that the method has drawn for the micro-batch. On a
+single GPU the step is captured as a CUDA graph, see :mod:`utils.cuda_graph`.
 """
 
 import contextlib
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 
 from utils import distributed
 from utils.errors import InputError
-from utils.metrics import TrainMeter
+from utils.meter import TrainMeter
 from utils.precision import autocast
-
-WARM_UP = 3  # steps before a recording, in which libraries choose kernels and allocate what they keep
 
 
 class Step:
-    """One pass, and at a step's end the optimizer."""
+    """Runs one micro-batch and, after the last one of a step, updates the weights."""
+
+    captured = False  # as a CUDA graph
 
     def __init__(
         self,
@@ -39,22 +40,26 @@ class Step:
         max_grad_norm: float | None = None,
         keep_outputs: bool = False,
     ):
-        """``model`` may be a parallel wrapper; ``compiled``: whether :func:`compile_model` was applied to what is in
-        it. Weights, optimizer and scaler are loaded already: a recording starts from them. ``max_grad_norm``: longer
-        gradients (2-norm over all that learns) are scaled down to it. ``keep_outputs``: for :class:`WatchedStep`.
+        """Weights, optimizer and scaler are restored before: a CUDA graph starts from them.
+
+        Args:
+            model: May be a parallel wrapper.
+            compiled: Whether :func:`compile_model` was applied to the model.
+            max_grad_norm: Clip the gradients of all trained parameters to this 2-norm.
+            keep_outputs: Keep logits and features for :class:`WatchedStep`.
         """
         self.model, self.method, self.optimizer, self.scaler = model, method, optimizer, scaler
         self.device, self.precision, self.compiled = device, precision, compiled
         self.max_grad_norm = max_grad_norm
         self.meter = TrainMeter(device, getattr(method, "clamp", None))
-        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # logits, features of the last batch of every size
+        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # batch size -> its last logits and features
         self.keep_outputs = keep_outputs
         if scaler.is_enabled():
             optimizer.register_step_post_hook(self._count_skipped)
-        _make_momentum(optimizer)
+        _init_momentum(optimizer)
 
     def start_epoch(self, epoch: int) -> bool:
-        """Before an epoch's first batch; True where the method computes something else from here on."""
+        """Reset the metrics; return True if the method computes something else from this epoch on."""
         self.model.train()
         self.meter.reset()
         return self.method.start_epoch(epoch)
@@ -66,109 +71,63 @@ class Step:
             self.scaler.scale(output.loss * batch.weight).backward()
         self.meter.update(output.loss, output.logits, batch.targets, batch.weight, batch.ends_step)
         if self.keep_outputs:
-            self._keep(output.logits.detach(), output.features.detach())
+            self._store_outputs(output.logits.detach(), output.features.detach())
         if batch.ends_step:
-            self._optimize()
+            self._update_weights()
 
-    def _optimize(self) -> None:
-        distributed.average_gradients(self.method)  # the model's own are averaged already
+    def _update_weights(self) -> None:
+        distributed.average_gradients(self.method)  # DDP has averaged the model's own
         if self.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(learning, self.max_grad_norm)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def _keep(self, logits: Tensor, features: Tensor) -> None:
-        """In place: a recorded step goes on writing where it wrote first."""
+    def _store_outputs(self, logits: Tensor, features: Tensor) -> None:
+        """Copy in place: a CUDA graph always writes to the same memory."""
         if len(logits) not in self.outputs:
             self.outputs[len(logits)] = (torch.empty_like(logits), torch.empty_like(features))
-        for held, value in zip(self.outputs[len(logits)], (logits, features), strict=True):
-            held.copy_(value)
+        for stored, value in zip(self.outputs[len(logits)], (logits, features), strict=True):
+            stored.copy_(value)
 
     def _count_skipped(self, optimizer: torch.optim.Optimizer, *arguments: object) -> None:
-        """The scaler leaves with a fused optimizer whether gradients overflowed: a number on the device."""
+        """With a fused optimizer the scaler leaves on the device whether gradients overflowed."""
         self.meter.skipped(optimizer.found_inf)
 
     def _eager_if_odd(self, batch: NamedTuple) -> contextlib.AbstractContextManager:
-        """An epoch's last, smaller batch is not worth the minute that compiling for its size takes."""
+        """Run an epoch's last, smaller batch uncompiled: compiling for its size would take a minute."""
         odd = self.compiled and not batch.full
         return torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext()
 
     def tensors(self) -> list[Tensor]:
-        """All that a step changes in place, but for the scaler."""
+        """Everything that a step changes in place, except the scaler."""
         momentum = [value for state in self.optimizer.state.values() for value in state.values()]
         modules = [t for module in (self.model, self.method) for t in (*module.parameters(), *module.buffers())]
         return [*modules, *(value for value in momentum if isinstance(value, Tensor)), *self.meter.tensors()]
 
 
-class RecordedStep:
-    """A :class:`Step` that is recorded at the first full batch and replayed from then on, without Python in between.
+class StepWrapper:
+    """A step that adds something to another one; its parts are those of the inner step."""
 
-    Recording runs the step a few times; whatever it changes is put back. A step's parts of the epoch's tables (which
-    images, their crops, lambda, ...) are copied to where the recording reads them. An epoch's last, smaller batch runs
-    as it is. For one process and one pass per step: what a batch says beside its tensors becomes part of the recording.
-    """
-
-    def __init__(self, step: Step, record: Callable[[Callable[[], None]], Callable[[], None]] | None = None):
-        """``record`` takes a function, may call it, and returns one that replays it; None: a CUDA graph."""
-        if not all(group["fused"] for group in step.optimizer.param_groups):
-            raise ValueError("a recorded step needs a fused optimizer: the others read the learning rate on the CPU")
-        self.step = step
+    def __init__(self, step: "Step | StepWrapper"):
+        self.step, self.captured = step, step.captured
         self.model, self.method, self.meter, self.device = step.model, step.method, step.meter, step.device
-        self.record = record or record_cuda_graph
-        self.replay: Callable[[], None] | None = None
-        self.held: list[Tensor] = []  # what the recording reads of a batch
-        for group in step.optimizer.param_groups:  # a number would be part of the recording
-            group["lr"] = torch.tensor(float(group["lr"]), device=step.device)
+        self.outputs = step.outputs
 
     def start_epoch(self, epoch: int) -> bool:
-        """As :meth:`Step.start_epoch`; a method that changes is recorded anew."""
-        changed = self.step.start_epoch(epoch)
-        if changed:
-            self.replay = None
-        return changed
-
-    def __call__(self, batch: NamedTuple, draw: NamedTuple) -> None:
-        if not batch.full:
-            self.step(batch, draw)
-            return
-        new = [*batch.inputs, batch.targets, batch.step_targets, *draw]
-        if self.replay is None:
-            self.held = [tensor.clone() for tensor in new]
-            self.replay = self._recorded(batch, draw)
-        for held, tensor in zip(self.held, new, strict=True):
-            held.copy_(tensor)
-        self.replay()
-
-    def _recorded(self, batch: NamedTuple, draw: NamedTuple) -> Callable[[], None]:
-        count = len(batch.inputs)
-        inputs, (targets, step_targets, *drawn) = tuple(self.held[:count]), self.held[count:]
-        held_batch = batch._replace(inputs=inputs, targets=targets, step_targets=step_targets)
-        held_draw = type(draw)(*drawn)
-        before, scaling = [t.detach().clone() for t in self.step.tensors()], self.step.scaler.state_dict()
-        replay = self.record(lambda: self.step(held_batch, held_draw))
-        with torch.no_grad():
-            for tensor, value in zip(self.step.tensors(), before, strict=True):
-                tensor.copy_(value)
-        if scaling:
-            self.step.scaler.load_state_dict(scaling)
-        return replay
-
-
-class WatchedStep:
-    """A step of whose passes some are looked at, once they are done: outside of what is recorded."""
-
-    def __init__(self, step: Step | RecordedStep, watch: Callable[..., None], every: int):
-        """``watch(logits [B, C], features [B, D], batch, draw)`` after every pass of each ``every``-th step."""
-        self.step, self.watch, self.every = step, watch, every
-        self.model, self.method, self.meter, self.device = step.model, step.method, step.meter, step.device
-        self.outputs = (step.step if isinstance(step, RecordedStep) else step).outputs
-
-    def start_epoch(self, epoch: int) -> bool:
-        """As :meth:`Step.start_epoch`."""
+        """See :meth:`Step.start_epoch`."""
         return self.step.start_epoch(epoch)
+
+
+class WatchedStep(StepWrapper):
+    """Calls a function with the outputs of some steps, outside of the CUDA graph."""
+
+    def __init__(self, step: Step | StepWrapper, watch: Callable[..., None], every: int):
+        """``watch(logits [B, C], features [B, D], batch, draw)`` after each micro-batch of every ``every``-th step."""
+        super().__init__(step)
+        self.watch, self.every = watch, every
 
     def __call__(self, batch: NamedTuple, draw: NamedTuple) -> None:
         self.step(batch, draw)
@@ -176,23 +135,8 @@ class WatchedStep:
             self.watch(*self.outputs[len(batch.targets)], batch, draw)
 
 
-def record_cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
-    """Records ``run`` as a CUDA graph; memory that it allocates stays its own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as the one that pins the loader's memory, may go on with CUDA in the meantime.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    return graph.replay
-
-
 def compile_model(model: nn.Module, device: torch.device) -> None:
-    """Has torch.compile translate the model's training pass, at its first batch; evaluation calls ``forward`` as is."""
+    """Compile the model's training pass at its first batch; evaluation calls ``forward``, which stays eager."""
     compiler = shlex.split(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))[0]
     if device.type == "cpu" and not shutil.which(compiler):
         raise InputError(
@@ -203,10 +147,10 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     model.compile(dynamic=False)
 
 
-def _make_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Momentum that is zero instead of absent before the first step: the same numbers, and nothing is created later.
+def _init_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Start with momentum 0 instead of none: the same numbers, and no tensor is created later.
 
-    (A first step that fp16 skips would leave torch's fused SGD with momentum that was never written.)
+    (With fp16, a skipped first step would leave torch's fused SGD with uninitialised momentum.)
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("momentum") else ():

@@ -44,11 +44,12 @@ from models import build_model
 from utils import build, distributed
 from utils.command_line import Parser
 from utils.config import read_config
+from utils.cuda_graph import record_cuda_graph
 from utils.errors import InputError
 from utils.files import write_text
 from utils.precision import PRECISIONS, autocast, float32_products, new_scaler
 from utils.run.provenance import machine
-from utils.step import compile_model, record_cuda_graph
+from utils.step import compile_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CIFAR = str(ROOT / "config/cifar10/cifar10_imb001_arbloss_mixup.yaml")
@@ -327,7 +328,7 @@ class Trainer:
         method = build.new_method(cfg, data).to(device)
         optimizer = build.new_optimizer(cfg, model, method)
         scaler, parallel = new_scaler(cfg.precision, device), build.new_parallel(cfg, model, device)
-        self.step = build.new_step(cfg, parallel, method, optimizer, scaler, device)
+        self.step = build.new_step(cfg, build.Training(model, method, optimizer, scaler, parallel, device))
         build.set_lr(optimizer, cfg, 0)
 
     def train(self, steps: int | None = None) -> None:

@@ -28,16 +28,17 @@ from yacs.config import CfgNode
 
 from datasets import find_spec
 from methods.neural_collapse import balance_metrics
-from utils.checkpoint import changed_options, read_checkpoint
+from utils.checkpoint import read_checkpoint
 from utils.command_line import Parser
 from utils.config import read_config
 from utils.errors import InputError
-from utils.evaluation import NPZ_LIMIT, group_line
 from utils.files import write_text
 from utils.metrics import GROUPS, class_accuracy, group_calibration, group_sizes, shot_groups
 from utils.report import plots
+from utils.report.text import NPZ_LIMIT, group_line
 from utils.run.describe import method_in_words, schedule_in_words
 from utils.run.epoch_arrays import read_arrays
+from utils.run.resume import changed_options
 from utils.run.summary import summarise
 
 # Runs that differ in one of these were not trained and tested on the same images.

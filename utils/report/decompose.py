@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.evaluation import Outputs, predict_batch, table
+from utils.evaluation import Outputs, predict_batch
 from utils.files import write_text
 from utils.metrics import Predictions, class_accuracy, cross_fitted, half_accuracies, halves, shot_accuracy
+from utils.report.text import table
 
 TAUS = tuple(step / 10 for step in range(-10, 21))
 MOST_CLASSES = 1000  # for logistic regression, whose time grows with N, D and C: beyond that it takes hours

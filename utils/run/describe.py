@@ -1,4 +1,4 @@
-"""The first lines of a run's log: what is trained, on what, with which software."""
+"""The first lines of a run's log: method, schedule, data, hardware and software."""
 
 import platform
 from collections.abc import Sequence
@@ -11,21 +11,16 @@ from datasets import Data
 from datasets.decoding import fast_decoder
 from methods.component_meter import chosen_rows
 from utils import distributed
-from utils.evaluation import group_line
 from utils.metrics import group_sizes
+from utils.report.text import group_line
 from utils.run.log import RunLog
-from utils.step import RecordedStep, Step, WatchedStep
+from utils.step import Step, StepWrapper
 
 
 def describe(
-    run: RunLog,
-    cfg: CfgNode,
-    data: Data,
-    groups: dict,
-    step: Step | RecordedStep | WatchedStep,
-    notes: Sequence[str],
+    run: RunLog, cfg: CfgNode, data: Data, groups: dict, step: Step | StepWrapper, notes: Sequence[str]
 ) -> None:
-    """The first lines of a run: what is trained, on what, with which software."""
+    """Log the first lines of a run."""
     run.info(
         f"{cfg.name}: training {method_in_words(cfg)}; {schedule_in_words(cfg)}; "
         f"seed {cfg.seed}, subset seed {cfg.subset_seed}"
@@ -56,21 +51,20 @@ def describe(
     run.info(f"folder: {run.folder}")
 
 
-def computing_in_words(cfg: CfgNode, step: Step | RecordedStep | WatchedStep) -> str:
-    """Precision, and what is done to be fast."""
+def computing_in_words(cfg: CfgNode, step: Step | StepWrapper) -> str:
+    """Precision and acceleration."""
     numbers = {
         "fp32": "strict float32",
         "tf32": "float32" + (", products in TF32" if step.device.type == "cuda" else " (TF32 is for CUDA only)"),
         "bf16": "bfloat16, weights and loss in float32",
         "fp16": "float16, weights and loss in float32, the loss scaled",
     }[cfg.precision]
-    recorded = isinstance(step.step if isinstance(step, WatchedStep) else step, RecordedStep)
-    ways = ["compiled"] * cfg.compile + ["the step recorded as a CUDA graph"] * recorded
+    ways = ["compiled"] * cfg.compile + ["the step recorded as a CUDA graph"] * step.captured
     return f"computing: {'; '.join([numbers, *ways])}"
 
 
 def images_in_words(cfg: CfgNode, data: Data, device: torch.device) -> str:
-    """Where a step's images come from."""
+    """Image size, and where a step's images come from."""
     way = "read"
     if data.spec.lists:
         way = f"decoded with {fast_decoder() if cfg.decoder == 'fast' else 'PIL'}"
@@ -79,7 +73,7 @@ def images_in_words(cfg: CfgNode, data: Data, device: torch.device) -> str:
 
 
 def parts_in_words(cfg: CfgNode) -> str:
-    """Into how many parts a step is divided, and what each part has for itself."""
+    """Processes and micro-batches, and what each of them computes from its own images alone."""
     several, count = distributed.world_size(), cfg.accumulate
     passes = f" with {count} passes per step" if count > 1 else ""
     batch_counts = cfg.loss.endswith("arb") and cfg.class_counts not in ("global", "batch_synced")
@@ -91,7 +85,7 @@ def parts_in_words(cfg: CfgNode) -> str:
 
 
 def method_in_words(cfg: CfgNode) -> str:
-    """Loss, what is added to it, mixup and data, as a sentence would have them."""
+    """Loss, regularizers, classifier, mixup and data, in one sentence."""
     words = [loss_in_words(cfg)]
     if cfg.drw_epoch is not None:
         never = ", never reached" * (cfg.drw_epoch >= cfg.num_epochs)
@@ -110,13 +104,13 @@ def method_in_words(cfg: CfgNode) -> str:
 
 
 def post_hoc_in_words(cfg: CfgNode) -> str:
-    """And whether that corrects the prior a second time."""
+    """Post-hoc adjustment, with a remark if the loss has adjusted for the prior already."""
     twice = "; the loss has corrected the prior already" * (cfg.loss.endswith("arb") or cfg.loss == "logit_adjustment")
     return f"evaluated after post-hoc logit adjustment (logits less {cfg.post_hoc_tau:g} log(n / N){twice})"
 
 
 def loss_in_words(cfg: CfgNode) -> str:
-    """The loss with its numbers."""
+    """The loss and its hyperparameters."""
     adjusted = "Balanced Softmax (logit adjustment, tau 1)" if cfg.tau == 1 else f"logit adjustment, tau {cfg.tau:g}"
     name = {
         "ce": "cross-entropy",

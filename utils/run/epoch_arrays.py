@@ -1,4 +1,4 @@
-"""Arrays that grow by a row per epoch, in one npz file that is always whole."""
+"""An npz file of arrays that grow by a row per epoch, always written atomically."""
 
 import zipfile
 import zlib
@@ -12,7 +12,7 @@ from utils.files import atomic_file, named
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file. Raises :class:`InputError` for one that is damaged."""
+    """Read the arrays of an npz file. Raises :class:`InputError` if it is damaged."""
     try:
         with named(path), np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -21,13 +21,19 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 class EpochArrays:
-    """``epochs`` int64 [E] and arrays with E rows; beside them arrays that do not grow."""
+    """``epochs`` int64 [E], arrays with E rows, and fixed arrays."""
 
     def __init__(self, path: Path, fixed: Mapping[str, np.ndarray], first_epoch: int, last: Collection[str] = ()):
-        """Goes on with the file, if there is one: its rows from ``first_epoch`` on are dropped.
+        """Continue the file if it exists, without its rows from ``first_epoch`` on.
 
-        ``fixed``: arrays that say what the rows are of; ``last``: names of arrays that are kept of the last epoch
-        alone. Raises :class:`InputError` where the file is damaged, or of other ``fixed`` arrays.
+        Args:
+            path: Of the file.
+            fixed: Arrays that do not grow and must equal those of an existing file.
+            first_epoch: The first epoch that will be added.
+            last: Names of arrays that are stored for the last epoch only.
+
+        Raises:
+            InputError: The file is damaged, or has other ``fixed`` arrays.
         """
         self.path, self.fixed, self.last = path, dict(fixed), tuple(last)
         self.rows: dict[str, np.ndarray] = {}
@@ -46,7 +52,7 @@ class EpochArrays:
             self._write({})
 
     def add(self, epoch: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """What one epoch gave: a row of each, and what is kept of the last epoch alone."""
+        """Add the arrays of one epoch and write the file."""
         row = {"epochs": np.int64(epoch), **{name: a for name, a in arrays.items() if name not in self.last}}
         grown = {name: np.asarray(value)[None] for name, value in row.items()}
         old = self.rows or {name: array[:0] for name, array in grown.items()}

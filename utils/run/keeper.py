@@ -1,73 +1,52 @@
-"""When a run's checkpoints are written: after every epoch, every so many steps, and where a signal ends the run."""
+"""Write a run's checkpoints: after every epoch, every few steps, and when a signal stops the run."""
 
 import contextlib
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
-from torch import Tensor
-
+from datasets.loaders import TrainLoader
+from methods.component_meter import ComponentMeter
 from utils import distributed
 from utils.checkpoint import TrainState, save_checkpoint
 from utils.errors import DivergenceError, Interrupted
-from utils.metrics import ADVICE, TrainMeter, check_weights
+from utils.meter import ADVICE, TrainMeter, check_weights
 from utils.run.log import RunLog
 from utils.signals import Signals
 
 
-class Steps(Protocol):
-    """What is asked of the loader."""
-
-    def __len__(self) -> int:
-        """Steps of an epoch."""
-
-    def step_indices(self, epoch: int, step: int) -> list[int]:
-        """Positions in the training set of a step's images."""
-
-
-class Sums(Protocol):
-    """What is summed up in an epoch beside the meter's."""
-
-    def start_epoch(self, epoch: int) -> None:
-        """From zero."""
-
-    def rows(self) -> Tensor:
-        """Those of every process."""
-
-    def go_on(self, rows: Tensor | None) -> bool:
-        """From the rows of an interrupted epoch; False where they are of something else."""
-
-
 class Keeper:
-    """Writes checkpoints of numbers that are finite; every process calls every method, rank 0 writes."""
+    """Saves checkpoints whose values are finite. All processes call every method; rank 0 writes."""
 
     def __init__(
         self,
         run: RunLog,
         signals: Signals,
         state: TrainState,
-        steps: Steps,
+        loader: TrainLoader,
         meter: TrainMeter,
         every: int,
         content: Mapping,
-        components: Sums | None = None,
+        components: ComponentMeter | None = None,
         keep: Collection[int] = (),
     ):
-        """``every``: steps from one checkpoint within an epoch to the next, 0: none; ``content``: what else
-        :func:`save_checkpoint` takes; ``components``: of the diagnostics, None where there are none; ``keep``: after
-        so many epochs a checkpoint is kept for good.
         """
-        self.run, self.signals, self.state, self.steps, self.meter = run, signals, state, steps, meter
+        Args:
+            every: Steps between checkpoints within an epoch; 0: none.
+            content: The remaining arguments of :func:`save_checkpoint`.
+            components: Diagnostics that a checkpoint within an epoch includes.
+            keep: Numbers of finished epochs whose checkpoint is kept as ``epoch_<N>``.
+        """
+        self.run, self.signals, self.state, self.loader, self.meter = run, signals, state, loader, meter
         self.every, self.content, self.components, self.keep = every, dict(content), components, keep
-        self._kept = (state.epoch, state.step)
+        self._saved = (state.epoch, state.step)
 
     def signal(self) -> int:
-        """The number of a signal that this process got, or 0."""
+        """Return the number of the signal that this process has received, or 0."""
         return self.signals.received
 
     def start_epoch(self) -> int:
-        """The step at which the epoch goes on, with the sums of all steps before it; 0: it begins."""
+        """Return the first step of (the rest of) the epoch, and restore the sums of the steps before."""
         state = self.state
         if self.components:
             self.components.start_epoch(state.epoch)
@@ -80,53 +59,53 @@ class Keeper:
         return state.step
 
     def check(self) -> None:
-        """Raises :class:`DivergenceError` on every process where one of them met a number that is not finite."""
+        """Raise :class:`DivergenceError` on all processes if a loss or logit of one of them was not finite."""
         epoch, step = self.state.epoch, self.meter.first_bad_step()
         if step is not None:
-            images = ", ".join(map(str, self.steps.step_indices(epoch, step)))
+            images = ", ".join(map(str, self.loader.step_indices(epoch, step)))
             raise DivergenceError(
                 f"epoch {epoch}, step {step}: the loss or a logit is not finite ({ADVICE}); the step's images, by "
                 f"their position in the training set: {images}"
             )
 
     def between_steps(self, done: int, seconds: float) -> None:
-        """After ``done`` steps of the epoch, which took ``seconds``: a checkpoint where one is due.
+        """Save a checkpoint if one is due after ``done`` steps of the epoch, which took ``seconds``.
 
-        Raises :class:`Interrupted` on all processes after the same step where one of them got a signal.
+        Raises :class:`Interrupted` on all processes after the same step if one of them has received a signal.
         """
         self.state.step, self.state.seconds = done, seconds
         signal = distributed.greatest(self.signals.received)
         if signal:
             raise Interrupted(signal)
         due = self.every and done and done % self.every == 0
-        if due and self._kept != (self.state.epoch, done):
+        if due and self._saved != (self.state.epoch, done):
             self._save_within_epoch()
 
     def end_epoch(self, row: Mapping) -> None:
-        """The last checkpoint, the best one where this epoch is it, and one for good where ``keep`` has it.
+        """Save ``current``, ``model_best`` if this epoch is the best, and ``epoch_<N>`` if it is to be kept.
 
         ``row``: of ``metrics.jsonl``.
         """
         best = ["model_best"] * self._advance(row)
         kept = [f"epoch_{self.state.epoch}"] * (self.state.epoch in self.keep)
-        self._write(*best, *kept, "current")  # the last one last: who is killed in between does the epoch again
+        self._write(*best, *kept, "current")  # current last: a run killed in between repeats the epoch
 
     def _advance(self, row: Mapping) -> bool:
-        """Counts the epoch in; True where it is the best so far: on held-out images if there are any, else on test."""
+        """Advance to the next epoch; return True if this one is the best so far, on held-out images if any."""
         state = self.state
         state.epoch, state.step, state.seconds = row["epoch"] + 1, 0, 0.0
         state.sums = state.components = None
-        chooser = row.get("val", row.get("test"))
-        if chooser is None or chooser["top1"] <= state.best_acc1:
+        selection = row.get("val", row.get("test"))
+        if selection is None or selection["top1"] <= state.best_acc1:
             return False
-        state.best_acc1, state.its_ece = chooser["top1"], row["test"]["ece"]
+        state.best_acc1, state.its_ece = selection["top1"], row["test"]["ece"]
         return True
 
     @contextlib.contextmanager
     def until_signal(self) -> Iterator[None]:
-        """Around all epochs: a signal ends the block after the step (or in the evaluation) that it meets.
+        """Stop the block after the current step or evaluation batch when a signal arrives, and save ``current``.
 
-        What was trained until then is in ``current``; the :class:`Interrupted` that leaves says how to go on.
+        The :class:`Interrupted` that is raised has the command that resumes.
         """
         with self.signals.noted():
             try:
@@ -137,9 +116,9 @@ class Keeper:
 
     def _reached(self) -> str:
         state, path = self.state, self._path("current")
-        words = ["--cfg", str(self.run.folder / "config.yaml"), "resume", str(path)]
-        command = f"{distributed.launcher()} train_stage1.py {shlex.join(words)}"
-        return f"epoch {state.epoch}, {state.step} of {len(self.steps)} steps, is kept; go on with: {command}"
+        arguments = ["--cfg", str(self.run.folder / "config.yaml"), "resume", str(path)]
+        command = f"{distributed.launcher()} train_stage1.py {shlex.join(arguments)}"
+        return f"epoch {state.epoch}, {state.step} of {len(self.loader)} steps, is kept; go on with: {command}"
 
     def _save_within_epoch(self) -> None:
         self.check()
@@ -149,7 +128,7 @@ class Keeper:
         self._write("current")
 
     def _write(self, *names: str) -> None:
-        """All wait for the one that writes: nobody's end may have the launcher end it."""
+        """All ranks wait for rank 0: a rank that exits first would make the launcher kill it while it writes."""
         self.state.log_size = self.run.size()
         self.signals.saving = True
         try:
@@ -159,7 +138,7 @@ class Keeper:
             distributed.barrier()
         finally:
             self.signals.saving = False
-        self._kept = (self.state.epoch, self.state.step)
+        self._saved = (self.state.epoch, self.state.step)
 
     def _path(self, name: str) -> Path:
         return self.run.folder / "ckps" / f"{name}.pth.tar"

@@ -1,9 +1,9 @@
-"""A run's folder: where it is, and everything that is written there but for checkpoints and predictions.
+"""A run's folder and its log: text, ``metrics.jsonl`` and TensorBoard.
 
     <save_dir>/<name>_<time>/  logs/<name>.txt  config.yaml  starts.jsonl  metrics.jsonl  tensorboard/  ckps/
     predictions/
 
-Only rank 0 writes; on every other rank the methods of :class:`RunLog` do nothing.
+Only rank 0 writes; on all other ranks the methods of :class:`RunLog` do nothing.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from utils import distributed
 from utils.errors import DivergenceError, InputError
 from utils.files import atomic_file, named, write_text
 
-REPEATED = ("Epoch: [", "* Acc@1", "* ECE")  # how lines begin that an epoch writes again
+REPEATED = ("Epoch: [", "* Acc@1", "* ECE")  # prefixes of lines that a repeated epoch writes again
 TIME = len("2026-01-31 23:59:59,999 ")
-SCALAR_CLASSES = 100  # up to this many classes each has its own curve; beyond, one histogram
+SCALAR_CLASSES = 100  # TensorBoard: one curve per class up to this many, beyond that a histogram
 
 
 def folder_of(checkpoint: str | Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in; None for a file that lies elsewhere. As rank 0 sees it."""
+    """Return the folder of the run that a checkpoint belongs to, as rank 0 sees it; None for any other file."""
     kept = Path(checkpoint).resolve().parent
     inside = kept.name == "ckps" and (kept.parent / "config.yaml").is_file()
     found = distributed.broadcast_text(str(kept.parent) if inside else "")
@@ -44,7 +44,7 @@ def folder_of(checkpoint: str | Path) -> Path | None:
 
 
 def new_folder(save_dir: str, name: str) -> Path:
-    """Makes ``<save_dir>/<name>_<time>`` on rank 0 and returns it on every rank; never an existing folder."""
+    """Create ``<save_dir>/<name>_<time>`` on rank 0 and return it on all ranks; never an existing folder."""
     path = ""
     if distributed.is_main():
         stem = Path(save_dir) / f"{name}_{time.strftime('%Y%m%d%H%M%S')}"
@@ -66,7 +66,7 @@ def _made(folder: Path) -> bool:
 
 
 def inherit(folder: Path, parent: Path, epoch: int) -> None:
-    """Gives a forked run what its parent has of the epochs before ``epoch``: metrics and predictions."""
+    """Copy the parent's metrics and predictions of the epochs before ``epoch`` to a fork's folder."""
     if not distributed.is_main():
         return
     rows = [row for row in read_rows(parent / "metrics.jsonl") if row["epoch"] < epoch]
@@ -79,7 +79,7 @@ def inherit(folder: Path, parent: Path, epoch: int) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a ``metrics.jsonl``, one per epoch; a last line cut short by a crash is left out."""
+    """Read a ``metrics.jsonl``, one row per epoch; a last line truncated by a crash is ignored."""
     if not path.is_file():
         return []
     rows, lines = [], path.read_text(encoding="utf-8").splitlines()
@@ -93,18 +93,18 @@ def read_rows(path: Path) -> list[dict]:
 
 
 class _Terminal(logging.Handler):
-    """Lines on standard output that do not run into a progress bar; where nobody reads them any more, nothing."""
+    """Writes to standard output above the progress bar; a closed output is ignored."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except OSError:  # a closed pipe or terminal; the log has the line all the same
+        except OSError:  # a closed pipe or terminal; the log still has the line
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _File(logging.FileHandler):
-    """Lines in the log; one that cannot be written is an error, as for every other file."""
+    """Writes to the text log; a failed write is an error, as for every other file."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         with named(self.baseFilename):
@@ -112,11 +112,15 @@ class _File(logging.FileHandler):
 
 
 class RunLog:
-    """The log, ``metrics.jsonl`` and TensorBoard of one run.
+    """Writes the text log, ``metrics.jsonl`` and TensorBoard of one run.
 
-    ``start_epoch``: what a previous, longer life of the run wrote from this epoch on is dropped, so that no epoch is
-    there twice. ``log_size``: :meth:`size` of the log then; of what was written later, lines that will be written again
-    are dropped too. Errors leave the block with the name of the last good checkpoint.
+    Errors that leave the block name the last good checkpoint.
+
+    Args:
+        folder: Of the run.
+        name: Of the text log.
+        start_epoch: Drop rows that were written for this epoch and later ones, which will be trained again.
+        log_size: :meth:`size` of the text log at that epoch; later lines that will be written again are dropped.
     """
 
     def __init__(self, folder: Path, name: str, start_epoch: int = 0, log_size: int | None = None):
@@ -130,7 +134,7 @@ class RunLog:
             return
         self.board = self._lock = None
         try:
-            with self._telling():
+            with self._naming_checkpoint():
                 self._open(name, start_epoch, log_size)
         except BaseException:
             self._close()
@@ -140,13 +144,13 @@ class RunLog:
         self._claim()
         (self.folder / "logs").mkdir(exist_ok=True)
         self._text = self.folder / "logs" / f"{name}.txt"
-        self._drop_repeated(log_size)
+        self._drop_repeated_lines(log_size)
         self.logger.setLevel(logging.INFO)
         file = _File(self._text, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         for handler in (file, _Terminal()):
             self.logger.addHandler(handler)
-        dropped = self._keep_before(start_epoch)
+        dropped = self._drop_rows_from(start_epoch)
         if dropped:
             self.info(f"note: epochs from {start_epoch} on were trained before; their {dropped} rows are dropped")
         threading.excepthook = self._in_thread
@@ -162,14 +166,14 @@ class RunLog:
             if error is not None:
                 with contextlib.suppress(OSError):  # the log may be what cannot be written
                     self.info(f"stopped: {str(error) or type(error).__name__}")
-            with self._telling():
+            with self._naming_checkpoint():
                 if isinstance(error, OSError | InputError | DivergenceError | RuntimeError):
                     raise error
         finally:
             self._close()
 
     def _claim(self) -> None:
-        """Two processes never write one folder: the lock is gone with its process, however that ends."""
+        """Lock the folder: no two processes write to it. The lock ends with its process, however that ends."""
         lock = (self.folder / ".lock").open("w")
         try:
             if fcntl:
@@ -183,7 +187,7 @@ class RunLog:
 
     def _close(self) -> None:
         for handler in list(self.logger.handlers):
-            with contextlib.suppress(OSError):  # was said already where it matters
+            with contextlib.suppress(OSError):  # a failed write has been reported already
                 handler.close()
             self.logger.removeHandler(handler)
         if self.active and self.board:
@@ -196,8 +200,8 @@ class RunLog:
         threading.excepthook = self._hook
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Errors of the disk, of the data and of numbers get the name of the last good checkpoint."""
+    def _naming_checkpoint(self) -> Iterator[None]:
+        """Append the last good checkpoint to the message of an expected error."""
         try:
             yield
         except OSError as error:
@@ -213,14 +217,14 @@ class RunLog:
             raise InputError(f"{said}; {self.last()}") from None
 
     def last(self) -> str:
-        """In words: the last good checkpoint."""
+        """Name the last good checkpoint."""
         path = self.folder / "ckps" / "current.pth.tar"
         if path.is_file():
             return f"the last good checkpoint is {path}"
         return "this run has no checkpoint yet" if self.folder.is_dir() else f"{self.folder} is gone, checkpoints too"
 
     def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread hands what happens to it to the next call, which is enough."""
+        """TensorBoard raises an error of its writer thread in the next call; do not print it as well."""
         if not issubclass(failure.exc_type, OSError):
             self._hook(failure)
 
@@ -228,16 +232,16 @@ class RunLog:
         self.logger.info(line)
 
     def history(self) -> list[dict]:
-        """See :func:`read_rows`."""
+        """The rows of ``metrics.jsonl`` so far."""
         return read_rows(self._metrics) if self.active else []
 
     def write_epoch(self, row: Mapping) -> None:
-        """One line of ``metrics.jsonl``."""
+        """Append a row to ``metrics.jsonl``."""
         if self.active:
             self._write([*self.history(), row])
 
     def scalars(self, epoch: int, values: Mapping[str, float]) -> None:
-        """TensorBoard scalars ``tag -> value`` at ``epoch``."""
+        """Write TensorBoard scalars, tag -> value."""
         if self.active:
             with named(self.folder / "tensorboard"):
                 for tag, value in values.items():
@@ -245,7 +249,7 @@ class RunLog:
                 self.board.flush()
 
     def class_accuracies(self, epoch: int, percent: torch.Tensor, names: list[str]) -> None:
-        """Top-1 per class in percent ``[C]``; NaN for a class without test images, which is left out."""
+        """Write top-1 per class in percent ``[C]`` to TensorBoard; NaN (a class without test images) is skipped."""
         tested = ~percent.isnan()
         if len(names) <= SCALAR_CLASSES:
             tags = {f"per_class/{i:02d} {name}": float(percent[i]) for i, name in enumerate(names) if tested[i]}
@@ -258,7 +262,7 @@ class RunLog:
     def _metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 
-    def _keep_before(self, epoch: int) -> int:
+    def _drop_rows_from(self, epoch: int) -> int:
         rows = self.history()
         kept = [row for row in rows if row["epoch"] < epoch]
         self._write(kept)
@@ -268,10 +272,10 @@ class RunLog:
         write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def size(self) -> int:
-        """Bytes in the log."""
+        """Size of the text log in bytes."""
         return self._text.stat().st_size if self.active else 0
 
-    def _drop_repeated(self, size: int | None) -> None:
+    def _drop_repeated_lines(self, size: int | None) -> None:
         if size is None or not self._text.is_file():
             return
         content = self._text.read_bytes()
@@ -283,7 +287,7 @@ class RunLog:
 
 
 def progress_line(epoch: int, step: int, steps: int, seconds: float, last: Mapping, mean: Mapping) -> str:
-    """MiSLAS's line: values of this step, and in brackets the epoch's means so far; ``seconds`` are per step."""
+    """Format MiSLAS's progress line: this step's values, the epoch's means so far in brackets, seconds per step."""
     width = len(str(steps))
     return (
         f"Epoch: [{epoch}][{step:>{width}}/{steps}]\tTime {seconds:6.3f}"
@@ -293,7 +297,7 @@ def progress_line(epoch: int, step: int, steps: int, seconds: float, last: Mappi
 
 
 def count_lines(epoch: int, counts: Mapping[str, int], clamp: float | None) -> list[str]:
-    """Lines for what was counted in an epoch (see :meth:`TrainMeter.counts`), none where it is 0."""
+    """Format the counts of an epoch that are not 0, see :meth:`TrainMeter.counts`."""
     lines = []
     if counts["clamped_logits"]:
         lines.append(f"Epoch: [{epoch}]\t{counts['clamped_logits']} logits were clamped to +-{clamp:g}")

@@ -1,9 +1,10 @@
-"""Where numbers come from: the machine, the versions of the software, the commit."""
+"""Provenance of a run: machine, software versions, commit, data."""
 
 import contextlib
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 
+from datasets import Data
 from utils import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """When, on what and with what."""
+    """Date, hardware and software versions."""
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -38,9 +40,9 @@ def _cpu_name() -> str:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit of the source under ``root``, with ``-dirty`` where files that git knows have changed since.
+    """The commit of the source under ``root``, with ``-dirty`` if tracked files have changed.
 
-    Empty where ``root`` is no git checkout of its own, or git is not there.
+    Empty if ``root`` is not a git checkout, or git is not installed.
     """
     if not (root / ".git").exists():
         return ""
@@ -49,3 +51,27 @@ def commit(root: Path = ROOT) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """Everything except configuration and data that bit-exactness depends on."""
+    on_cuda = device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if on_cuda else torch.backends.cpu.get_cpu_capability(),
+        "CPU threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+    }
+
+
+def provenance(data: Data, settings: Mapping, device: torch.device) -> dict:
+    """The entries of a checkpoint that say where it comes from, see :func:`utils.checkpoint.save_checkpoint`."""
+    return {
+        "config": settings,
+        "class_counts": data.class_counts,
+        "class_map": data.class_map,
+        "class_names": data.class_names,
+        "fingerprint": data.fingerprint,
+        "environment": environment(device),
+        "selected_on": "held-out training images" if settings["val_per_class"] else "test set",
+    }

@@ -1,110 +1,112 @@
-"""What a run writes as it goes: settings, starts, metrics, TensorBoard, predictions, diagnostics, the final table."""
+"""What a run writes besides checkpoints: config.yaml, starts.jsonl, metrics, predictions, diagnostics, summary.json."""
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datasets import Data
 from methods.component_meter import ComponentMeter
 from utils import distributed
 from utils.checkpoint import TrainState
 from utils.config import dump_config
-from utils.evaluation import Evaluation, group_line, mislas_lines, save_predictions
+from utils.evaluation import Evaluation
 from utils.files import write_text
 from utils.metrics import GROUPS, class_accuracy, group_sizes
+from utils.report.text import group_line, mislas_lines, save_predictions
 from utils.run.epoch_arrays import EpochArrays
 from utils.run.log import RunLog, count_lines
 from utils.run.provenance import commit, machine
 from utils.run.summary import summarise, summary_table, write_summary
 
 
-def write_settings(folder: Path, settings: Mapping) -> None:
-    """``config.yaml``: with this file alone the run can be repeated."""
-    if distributed.is_main():
-        write_text(folder / "config.yaml", dump_config(settings))
+class Recorder:
+    """Records a run in its log, its files and TensorBoard. All processes call every method; rank 0 writes."""
 
+    def __init__(
+        self,
+        log: RunLog,
+        state: TrainState,
+        data: Data,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        components: ComponentMeter | None = None,
+    ):
+        """``components``: of the diagnostics, written to ``diagnostics.npz``."""
+        self.log, self.state, self.data, self.groups, self.components = log, state, data, groups, components
+        self.arrays = None
+        if components and distributed.is_main():
+            fixed = {"class_counts": data.class_counts.numpy(), "rows": np.array(components.chosen)}
+            self.arrays = EpochArrays(log.folder / "diagnostics.npz", fixed, state.epoch, last=["table"])
 
-def record_start(folder: Path, state: TrainState, data: Data, device: torch.device) -> None:
-    """A line of ``starts.jsonl``: from where the run goes on, with which commit, on which machine, on which data."""
-    if not distributed.is_main():
-        return
-    start = {
-        "epoch": state.epoch,
-        "step": state.step,
-        "commit": commit(),
-        "processes": distributed.world_size(),
-        "data": data.checksum(),
-        "class_counts": data.class_counts.tolist(),
-        **machine(device),
-    }
-    with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    def start(self, settings: Mapping, device: torch.device) -> None:
+        """Write ``config.yaml``, which reproduces the run, and add a line to ``starts.jsonl``."""
+        if not distributed.is_main():
+            return
+        write_text(self.log.folder / "config.yaml", dump_config(settings))
+        start = {
+            "epoch": self.state.epoch,
+            "step": self.state.step,
+            "commit": commit(),
+            "processes": distributed.world_size(),
+            "data": self.data.checksum(),
+            "class_counts": self.data.class_counts.tolist(),
+            **machine(device),
+        }
+        with (self.log.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(start) + "\n")
 
+    def end_evaluation(self, epoch: int, evaluation: Evaluation) -> None:
+        """Log an epoch's evaluation, and write its predictions and accuracy per class."""
+        self._log_evaluation(evaluation)
+        predictions = evaluation.predictions
+        accuracy, _ = class_accuracy(predictions.classes, predictions.targets, self.data.num_classes)
+        self.log.class_accuracies(epoch, 100 * accuracy, self.data.class_names)
+        if distributed.is_main():
+            save_predictions(self.log.folder / "predictions", epoch, predictions)
 
-def announce(run: RunLog, evaluation: Evaluation) -> None:
-    """MiSLAS's two lines, in the log."""
-    for line in mislas_lines(evaluation.entries["test"]):
-        run.info(line)
+    def end_epoch(self, row: Mapping, clamp: float | None) -> None:
+        """Write the epoch's ``row`` of ``metrics.jsonl``, its scalars and its diagnostics."""
+        for line in count_lines(row["epoch"], row["train"], clamp):
+            self.log.info(line)
+        self.log.write_epoch(row)
+        scalars = {"loss/train": row["train"]["loss"], "top1/train": row["train"]["top1"], "lr": row["lr"]}
+        scalars |= {f"collapse/{key}": value for key, value in row.get("nc", {}).items()}
+        for split in ("test", "val"):
+            shown = {key: row[split][key] for key in ("top1", *GROUPS, "ece", "nll") if key in row.get(split, {})}
+            scalars |= {f"{key}/{split}": value for key, value in shown.items()}
+        self.log.scalars(row["epoch"], scalars)
+        if self.components:
+            self._end_diagnostics(row["epoch"], self.components.averages())
 
+    def _end_diagnostics(self, epoch: int, means: Mapping[str, np.ndarray]) -> None:
+        if self.arrays is None:
+            return
+        self.arrays.add(epoch, means)
+        for row in self.components.chosen:
+            attraction = float(means["diagonal"][row])
+            repulsion = float(means["row_sums"][row]) - attraction
+            self.log.scalars(epoch, {f"row {row}/attraction": attraction, f"row {row}/repulsion": repulsion})
 
-def publish(run: RunLog, epoch: int, evaluation: Evaluation, data: Data) -> None:
-    """The lines in the log, the predictions, and accuracy per class for TensorBoard."""
-    announce(run, evaluation)
-    predictions = evaluation.predictions
-    accuracy, _ = class_accuracy(predictions.classes, predictions.targets, data.num_classes)
-    run.class_accuracies(epoch, 100 * accuracy, data.class_names)
-    if distributed.is_main():
-        save_predictions(run.folder / "predictions", epoch, predictions)
+    def finish(self, evaluation: Evaluation) -> None:
+        """Log the summary of the run and write ``summary.json``; ``evaluation``: of the last epoch."""
+        if not distributed.is_main():
+            return
+        rows = [row for row in self.log.history() if "test" in row]
+        if not rows or rows[-1]["epoch"] != self.state.epoch - 1:  # a checkpoint without its run's folder
+            rows.append({"epoch": self.state.epoch - 1, **evaluation.entries})
+        headline = next(iter(self.groups))
+        summary = summarise(rows, self.log.folder / "predictions", self.groups[headline])
+        write_summary(self.log.folder / "summary.json", summary)
+        sizes = group_line(group_sizes(self.groups))
+        self.log.info(f"\n{summary_table(summary)}\n\n{sizes} (in the table: by {headline})")
 
+    def finish_again(self, evaluation: Evaluation) -> None:
+        """Log the evaluation and the summary of a finished run that was resumed."""
+        self._log_evaluation(evaluation)
+        self.finish(evaluation)
 
-def record(run: RunLog, row: Mapping, clamp: float | None) -> None:
-    """What was counted in the epoch, its line in ``metrics.jsonl`` and its TensorBoard scalars."""
-    for line in count_lines(row["epoch"], row["train"], clamp):
-        run.info(line)
-    run.write_epoch(row)
-    scalars = {"loss/train": row["train"]["loss"], "top1/train": row["train"]["top1"], "lr": row["lr"]}
-    scalars |= {f"collapse/{key}": value for key, value in row.get("nc", {}).items()}
-    for split in ("test", "val"):
-        shown = {key: row[split][key] for key in ("top1", *GROUPS, "ece", "nll") if key in row.get(split, {})}
-        scalars |= {f"{key}/{split}": value for key, value in shown.items()}
-    run.scalars(row["epoch"], scalars)
-
-
-def diagnostics_file(
-    folder: Path, components: ComponentMeter | None, data: Data, first_epoch: int
-) -> EpochArrays | None:
-    """``diagnostics.npz``, which rank 0 writes; None where there are no components."""
-    if components is None or not distributed.is_main():
-        return None
-    fixed = {"class_counts": data.class_counts.numpy(), "rows": np.array(components.chosen)}
-    return EpochArrays(folder / "diagnostics.npz", fixed, first_epoch, last=["table"])
-
-
-def record_components(run: RunLog, epoch: int, components: ComponentMeter | None, arrays: EpochArrays | None) -> None:
-    """The epoch's row of ``diagnostics.npz``, and the chosen rows' attraction and repulsion as TensorBoard scalars."""
-    if components is None:
-        return
-    means = components.averages()
-    if arrays is None:
-        return
-    arrays.add(epoch, means)
-    for row in components.chosen:
-        attraction = float(means["diagonal"][row])
-        repulsion = float(means["row_sums"][row]) - attraction
-        run.scalars(epoch, {f"row {row}/attraction": attraction, f"row {row}/repulsion": repulsion})
-
-
-def finish(run: RunLog, state: TrainState, evaluation: Evaluation, groups: dict) -> None:
-    """The table of the three numbers, in the log and as ``summary.json``."""
-    if not distributed.is_main():
-        return
-    rows = [row for row in run.history() if "test" in row]
-    if not rows or rows[-1]["epoch"] != state.epoch - 1:  # a checkpoint that came without its run's folder
-        rows.append({"epoch": state.epoch - 1, **evaluation.entries})
-    headline = next(iter(groups))
-    summary = summarise(rows, run.folder / "predictions", groups[headline])
-    write_summary(run.folder / "summary.json", summary)
-    run.info(f"\n{summary_table(summary)}\n\n{group_line(group_sizes(groups))} (in the table: by {headline})")
+    def _log_evaluation(self, evaluation: Evaluation) -> None:
+        for line in mislas_lines(evaluation.entries["test"]):
+            self.log.info(line)

@@ -1,128 +1,188 @@
-"""Where a run starts: anew, from a checkpoint of its own, as a fork of another run, or from foreign weights."""
+"""Where a run starts: from scratch, from its own checkpoint, as a fork of another run, or from foreign weights."""
 
+import re
+import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from yacs.config import CfgNode
 
 from datasets import Data, find_spec
-from methods import Method
 from utils import distributed
+from utils.build import Training
 from utils.checkpoint import (
     CheckpointError,
-    Found,
     TrainState,
-    changed_options,
-    environment,
-    fork_of,
     is_ours,
     load_content,
-    newest_checkpoint,
     read_checkpoint,
     restore,
     stored_class_map,
 )
+from utils.config import FIXED, INCIDENTAL
 from utils.errors import InputError
 from utils.run.log import folder_of, inherit, new_folder
+from utils.run.provenance import environment
 
-# What a run cannot change when it goes on: its data and its network.
-FIXED = (
-    *("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class"),
-    *("backbone", "classifier", "cosine_scale"),
-)
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding the checkpoint
 
 
-class Numbering(NamedTuple):
+@dataclass
+class Origin:
+    """The checkpoint that a run starts from."""
+
+    path: str  # empty: there is none
+    content: dict | None
+    notes: list[str]  # for the log
+    forked: bool = False  # the checkpoint is another run's, whose state this run starts with
+
+    def checksum(self) -> int:
+        """CRC-32 of the file; 0 if there is none."""
+        return zlib.crc32(Path(self.path).read_bytes()) if self.path else 0
+
+
+class ClassOrder(NamedTuple):
     """How the labels of list data become classes."""
 
     choice: str | Sequence[int]  # "stable", "legacy", a file or the map itself, see :mod:`datasets.class_order`
-    notes: list[str]  # a line that says it; none for other data
+    notes: list[str]  # for the log; empty for other data
 
 
-def find_checkpoint(cfg: CfgNode) -> Found:
-    """The checkpoint that ``resume`` names or, by ``auto``, means; where there is none, the one to ``fork`` from."""
+def find_checkpoint(cfg: CfgNode) -> Origin:
+    """Read the checkpoint that ``resume`` names or (``auto``) stands for, else the one to ``fork``."""
     if cfg.resume == "auto":
-        found = newest_checkpoint(cfg.save_dir, cfg)
+        origin = newest_checkpoint(cfg.save_dir, cfg)
     else:
-        found = Found(cfg.resume, read_checkpoint(cfg.resume) if cfg.resume else None, [])
-    if found.content is not None or not cfg.fork:
-        return found
+        origin = Origin(cfg.resume, read_checkpoint(cfg.resume) if cfg.resume else None, [])
+    if origin.content is not None or not cfg.fork:
+        return origin
     content = read_checkpoint(cfg.fork)
     if not is_ours(content):
         raise CheckpointError(f"fork: {cfg.fork} is not this trainer's; a run can take its weights by resume")
-    return Found(cfg.fork, content, found.notes, forked=True)
+    return Origin(cfg.fork, content, origin.notes, forked=True)
 
 
-def class_map(cfg: CfgNode, found: Found) -> Numbering:
-    """A checkpoint goes with the numbers that it was trained with; one without a map is MiSLAS's or ARBLOSS's."""
+def newest_checkpoint(save_dir: str, config: Mapping) -> Origin:
+    """Find the last good checkpoint of the newest run of ``config`` under ``save_dir``.
+
+    Runs may differ from ``config`` in incidental options. If a run's ``current`` is damaged, ``model_best`` is used.
+    """
+    notes = []
+    for checkpoints in _runs_of(config["name"], save_dir):
+        for path in checkpoints:
+            try:
+                content = read_checkpoint(path)
+            except CheckpointError as error:
+                notes.append(f"resume auto: passed over {error}")
+                continue
+            changed = changed_options(content, config)
+            if is_ours(content) and fork_of(content["config"]) != fork_of(config):
+                changed["fork"] = (content["config"].get("fork"), config["fork"])
+            if is_ours(content) and not changed:
+                return Origin(str(path), content, notes)
+            why = f"has another {', '.join(changed)}" if changed else "is not this trainer's"
+            notes.append(f"resume auto: passed over {path}, which {why}")
+            break
+    notes.append(f"resume auto: no checkpoint of this configuration in {save_dir}, training starts anew")
+    return Origin("", None, notes)
+
+
+def _runs_of(name: str, save_dir: str) -> list[list[Path]]:
+    """The existing ``current`` and ``model_best`` of each run called ``name``, the newest run first."""
+    folders = (f for f in Path(save_dir).glob("*") if re.fullmatch(re.escape(name) + r"_\d{14}(_\d+)?", f.name))
+    files = ([folder / "ckps" / f"{name}.pth.tar" for name in ("current", "model_best")] for folder in folders)
+    runs = [existing for paths in files if (existing := [path for path in paths if path.is_file()])]
+    return sorted(runs, key=lambda paths: max(path.stat().st_mtime_ns for path in paths), reverse=True)
+
+
+def changed_options(content: Mapping, config: Mapping) -> dict[str, tuple]:
+    """Return option -> (value in our checkpoint, value in ``config``) where they differ, without incidental options."""
+    saved = content["config"] if is_ours(content) else {}
+    return {
+        key: (saved[key], config[key])
+        for key in config
+        if key in saved and key not in INCIDENTAL and (isinstance(saved[key], Tensor) or saved[key] != config[key])
+    }
+
+
+def fork_of(config: Mapping) -> list[str]:
+    """The last three parts of ``fork`` (run, ``ckps``, file), which do not change when a folder of runs is moved."""
+    return list(Path(str(config.get("fork") or "")).parts[-3:])
+
+
+def class_map(cfg: CfgNode, origin: Origin) -> ClassOrder:
+    """Choose the order of classes: a checkpoint's own; without one it is MiSLAS's or ARBLOSS's."""
     if find_spec(cfg.dataset).lists is None:
-        return Numbering(cfg.class_map, [])
-    if found.content is None:
+        return ClassOrder(cfg.class_map, [])
+    if origin.content is None:
         choice = cfg.class_map or "stable"
-        return Numbering(choice, [f"class map: {choice}"])
-    stored = stored_class_map(found.content, found.path)
+        return ClassOrder(choice, [f"class map: {choice}"])
+    stored = stored_class_map(origin.content, origin.path)
     if stored is None:
         choice = cfg.class_map or "legacy"
-        return Numbering(choice, [f"class map: {choice}, the checkpoint has none"])
+        return ClassOrder(choice, [f"class map: {choice}, the checkpoint has none"])
     remark = f", class_map {cfg.class_map} is not needed" if cfg.class_map else ""
-    return Numbering(stored.tolist(), [f"class map: the checkpoint's{remark}"])
+    return ClassOrder(stored.tolist(), [f"class map: the checkpoint's{remark}"])
 
 
-def start(
-    cfg: CfgNode,
-    found: Found,
-    data: Data,
-    steps: int,
-    device: torch.device,
-    model: nn.Module,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> tuple[TrainState, Path, dict, list[str]]:
-    """Where training starts: (state, the run's folder, the settings it records, notes for the log).
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting from it
 
-    ``steps`` of an epoch.
+
+class Start(NamedTuple):
+    """Where training starts."""
+
+    state: TrainState
+    folder: Path  # of the run
+    settings: dict  # the resolved configuration that reproduces the run
+    notes: list[str]  # for the log
+
+
+def start(cfg: CfgNode, origin: Origin, data: Data, training: Training, steps: int) -> Start:
+    """Restore ``training`` from the checkpoint, if there is one, and choose or create the run's folder.
+
+    ``steps``: per epoch. Frees the checkpoint's content.
     """
-    path, content, _, forked = found
-    settings = dict(cfg) | {"resume": "" if forked else path}  # which "auto" has become
-    if not distributed.all_equal(found.checksum()):
+    path, content, forked = origin.path, origin.content, origin.forked
+    origin.content = None
+    settings = dict(cfg) | {"resume": "" if forked else path}  # the file that "auto" stands for
+    if not distributed.all_equal(origin.checksum()):
         raise CheckpointError(
             f"resume: {cfg.resume} is not the same file for every process; all nodes need one save_dir"
         )
     if content is None:
-        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, []
+        return Start(TrainState(), new_folder(cfg.save_dir, cfg.name), settings, origin.notes)
     if cfg.fork and not forked and fork_of(content["config"] if is_ours(content) else {}) != fork_of(cfg):
         raise CheckpointError(f"resume: {path} did not begin with the fork {cfg.fork}; give one of the two")
     if not is_ours(content):
-        source = load_content(model, content, path)["source"]
+        source = load_content(training.model, content, path)["source"]
         note = f"{path}: {source}; weights only, training starts at epoch 0"
-        return TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [note]
+        return Start(TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [*origin.notes, note])
     changed = changed_options(content, cfg)
     check_unchanged(content, path, changed, data)
-    state = restore(content, path, model, method, optimizer, scaler)
+    state = restore(content, path, **training.parts())
     kept = ("resume", "class_map") if forked else ("resume", "class_map", "fork")
     settings |= {key: str(content["config"].get(key, "")) for key in kept}
     folder = fork(cfg, path, state) if forked else folder_of(path) or new_folder(cfg.save_dir, cfg.name)
     reached = f"{state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
-    notes = [f"{path}: going on after {reached}, in {folder}"]
+    notes = [*origin.notes, f"{path}: going on after {reached}, in {folder}"]
     notes += [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
     if state.step and not {"seed", "batch_size"}.isdisjoint(changed):
         state.step, state.sums, state.seconds = 0, None, 0.0  # of other steps
         notes.append(f"epoch {state.epoch} begins anew: its steps are others now")
     if state.step > steps:
         raise CheckpointError(f"{path}: lies at step {state.step} of an epoch that has {steps} steps")
-    return state, folder, settings, notes + moved(content, device)
+    return Start(state, folder, settings, notes + environment_changes(content, training.device))
 
 
 def fork(cfg: CfgNode, path: str, state: TrainState) -> Path:
-    """The folder of a new run that begins with ``state``, read from ``path``; it has what its parent has up to there.
-
-    The best checkpoint will be one of its own.
-    """
-    state.best_acc1, state.its_ece, state.log_size = -1.0, 0.0, None
+    """Create the folder of a fork and copy the history of its parent, whose checkpoint is ``path``, into it."""
+    state.best_acc1, state.its_ece, state.log_size = -1.0, 0.0, None  # the best checkpoint will be the fork's own
     folder, parent = new_folder(cfg.save_dir, cfg.name), folder_of(path)
     try:
         if parent:
@@ -133,7 +193,7 @@ def fork(cfg: CfgNode, path: str, state: TrainState) -> Path:
 
 
 def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], data: Data) -> None:
-    """A run goes on with its own data and its own network."""
+    """Raise :class:`CheckpointError` if the run's data or network differ from the checkpoint's."""
     for key in FIXED:
         if key in changed:
             old, new = changed[key]
@@ -154,8 +214,8 @@ def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], d
         )
 
 
-def moved(content: Mapping, device: torch.device) -> list[str]:
-    """Notes that say where the run cannot be the same to the last bit any more."""
+def environment_changes(content: Mapping, device: torch.device) -> list[str]:
+    """Notes on what has changed so that the run is no longer bit-exact."""
     before, now = content.get("environment") or {}, environment(device)
     return [
         f"{what}: {before[what]} so far, {now[what]} from here on; from here on the run is not, bit for bit, the one "
@@ -163,16 +223,3 @@ def moved(content: Mapping, device: torch.device) -> list[str]:
         for what in now
         if what in before and before[what] != now[what]
     ]
-
-
-def origins(data: Data, settings: Mapping, device: torch.device) -> dict:
-    """What a checkpoint says of where it comes from."""
-    return {
-        "config": settings,
-        "class_counts": data.class_counts,
-        "class_map": data.class_map,
-        "class_names": data.class_names,
-        "fingerprint": data.fingerprint,
-        "environment": environment(device),
-        "selected_on": "held-out training images" if settings["val_per_class"] else "test set",
-    }

@@ -1,4 +1,4 @@
-"""The three numbers of a run, in the order in which they deserve trust: last epoch, cross-fitted best, best on test."""
+"""Summary of a run, the most trustworthy number first: last epoch, cross-fitted best, best on the test set."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,20 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.evaluation import table
 from utils.files import write_text
 from utils.metrics import GROUPS, calibration_error, class_accuracy, cross_fitted, halves, shot_accuracy
+from utils.report.text import table
 from utils.run.epoch_arrays import read_arrays
 
 SHOWN = ("top1", *GROUPS, "ece")
 
 
 def summarise(rows: Sequence[Mapping], predictions: Path, groups: Mapping[str, Tensor]) -> dict[str, dict]:
-    """Label -> metrics in percent, from the evaluated ``rows`` of ``metrics.jsonl``.
+    """Summarise a run as label -> metrics in percent.
 
-    ``predictions``: the folder that holds them per epoch; without them the cross-fitted row has its top-1 only.
-    ``groups``: masks ``[C]`` of the headline rule. Where training images were held out to choose by, the epoch that
-    they choose has a row of its own.
+    Args:
+        rows: Rows of ``metrics.jsonl`` with an evaluation.
+        predictions: Folder of the predictions per epoch; without them the cross-fitted row has top-1 only.
+        groups: Masks ``[C]`` of the headline rule.
+
+    Returns:
+        Metrics by label; with held-out images, the epoch that they select has a row of its own.
     """
     last, best = rows[-1], max(rows, key=lambda row: row["test"]["top1"])
     top1, (first, second) = cross_fitted([row["halves"] for row in rows])
@@ -42,7 +46,7 @@ def summarise(rows: Sequence[Mapping], predictions: Path, groups: Mapping[str, T
 
 
 def summary_table(summary: Mapping[str, Mapping]) -> str:
-    """The summary as text; a row that the test set chose says so."""
+    """Format the summary; the epoch that was selected on the test set is marked."""
     remarks = {"best on the test set": ", chosen by it"}
     return table(
         {
@@ -65,7 +69,7 @@ def _epochs(epochs: Sequence[int]) -> str:
 
 
 def _cross_fitted_groups(folder: Path, first: int, second: int, groups: Mapping[str, Tensor]) -> dict[str, float]:
-    """Groups and ECE of the cross-fitted choice: each half as the epoch that the other half chose predicts it."""
+    """Groups and ECE of the cross-fitted choice: each half is predicted by the epoch that the other half selects."""
     files = [folder / f"{second}.npz", folder / f"{first}.npz", folder / "targets.npz"]
     if not all(file.exists() for file in files):
         return {}

@@ -20,11 +20,21 @@ import yaml
 from yacs.config import CfgNode
 
 from utils import build
-from utils.checkpoint import INCIDENTAL, fork_of
-from utils.config import OLD_SWITCHES, OPTIONS, RepeatedKey, UniqueKeyLoader, known, parse_option, read_config, shown
+from utils.config import (
+    INCIDENTAL,
+    OLD_SWITCHES,
+    OPTIONS,
+    RepeatedKey,
+    UniqueKeyLoader,
+    known,
+    parse_option,
+    read_config,
+    shown,
+)
 from utils.errors import InputError
 from utils.run import resume
 from utils.run.log import read_rows
+from utils.run.resume import fork_of
 from utils.sweep.tables import MEASURES, arm_of
 
 KEYS = {
