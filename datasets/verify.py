@@ -82,6 +82,7 @@ def check_source(spec: DatasetSpec, cfg: CfgNode, images: int, report: Report) -
     """Says the numbers; ``images``: how many of each split are decoded."""
     source = spec.read(Path(cfg.data_path), cfg.image_size or spec.image_size, cfg.workers)
     names = source.class_names
+    report.notes += source.notes
     if spec.num_classes not in (None, len(names)):
         report.problem(f"classes: {cfg.dataset} has {spec.num_classes}, here {len(names)}")
     say(f"{cfg.dataset} in {cfg.data_path}", f"classes: {', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}")
@@ -89,7 +90,7 @@ def check_source(spec: DatasetSpec, cfg: CfgNode, images: int, report: Report) -
         say("", title, *_numbers(np.bincount(split.targets, minlength=len(names)), names))
         chosen = _evenly(len(split.targets), images)
         for start in tqdm(range(0, len(chosen), CHUNK), f"{title}: decoding", disable=not images):
-            split.load(chosen[start : start + CHUNK])
+            split.images.read(chosen[start : start + CHUNK])
         if images:
             report.notes.append(f"{title}: {len(chosen)} of {len(split.targets)} images were decoded")
 

@@ -154,7 +154,7 @@ def test_the_classic_loop_sees_what_the_trainer_sees():
     data = bench.noise(256, 20)
     classic = bench.Classic(data, CPU)
     theirs = torch.stack([classic.train_loader.dataset[index][0] for index in range(256)])
-    ours = torch.cat([batch.images for batch in data.train_loader(64, 0, CPU).epoch(0)])
+    ours = torch.cat([batch.augment() for batch in data.train_loader(64, 0, CPU).epoch(0)])
     assert theirs.shape == ours.shape and theirs.dtype == ours.dtype
     for statistic in (torch.mean, torch.std):  # black borders included
         torch.testing.assert_close(statistic(theirs, (0, 2, 3)), statistic(ours, (0, 2, 3)), atol=0.03, rtol=0.03)

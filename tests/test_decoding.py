@@ -53,9 +53,9 @@ KINDS = {  # from file name to the mode it is stored in, the image and how to sa
 @pytest.fixture
 def no_cached_decoder() -> Iterator[None]:
     """The fast decoder is chosen anew, in the test and after it."""
-    decoding._provider.cache_clear()
+    decoding.fast_provider.cache_clear()
     yield
-    decoding._provider.cache_clear()
+    decoding.fast_provider.cache_clear()
 
 
 @pytest.fixture(params=["pil", "torchvision", "torchcodec"])

@@ -123,7 +123,7 @@ def test_links_that_the_user_made_are_followed(tmp_path):
     for folder in ("data_256", "val_256"):
         (tree / folder).symlink_to(tmp_path / "disk" / folder)
     source = PLACES.read(tree, 5)
-    assert all(os.path.isfile(source.train.files.path(i)) for i in range(len(NESTED)))
+    assert all(os.path.isfile(source.train.images.path(i)) for i in range(len(NESTED)))
 
 
 @pytest.mark.parametrize("name", ["a\0.jpg", "a.jpg\0", "\ud800.jpg"])
@@ -310,8 +310,7 @@ def test_classes_are_numbered_by_frequency(tmp_path):
     assert source.test.targets.tolist() == [2, 1, 0]
     assert source.class_names == ["u/underwater/ocean_deep", "a/arena/hockey", "a/attic", "2", "4"]
     for split, rows in ((source.train, NESTED), (source.test, FLAT)):
-        assert split.load is None
-        assert [split.files.path(i) for i in range(len(split.files))] == [str(tmp_path / path) for path, _ in rows]
+        assert [split.images.path(i) for i in range(len(split.images))] == [str(tmp_path / path) for path, _ in rows]
 
 
 @pytest.mark.parametrize("class_map", [[4, 3, 2, 1, 0], "map.txt"])
@@ -341,7 +340,7 @@ def test_a_list_of_either_layout_finds_the_images_of_either(tmp_path, joint, lis
     layouts = {"nested": (NESTED, FLAT), "flat": in_one_folder_each(joint)}
     images = [path for rows in layouts[lies] for path, _ in rows]
     source = PLACES.read(data_set(tmp_path, *layouts[listed], images), 4)
-    files = [s.files.path(i) for s in (source.train, source.test) for i in range(len(s.files))]
+    files = [s.images.path(i) for s in (source.train, source.test) for i in range(len(s.images))]
     assert files == [str(tmp_path / path) for path in images]
     assert source.train.targets.tolist() == [2, 1, 1, 0, 0, 0]
     assert source.test.targets.tolist() == [2, 1, 0]

@@ -36,7 +36,7 @@ def record_start(folder: Path, state: TrainState, data: Data, device: torch.devi
         "step": state.step,
         "commit": commit(),
         "processes": distributed.world_size(),
-        "data": data.checksum(),
+        "data": data.content_hash(),
         "class_counts": data.class_counts.tolist(),
         **machine(device),
     }

@@ -147,7 +147,7 @@ def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], d
             f"{path}: was trained on other images: their number per class differs from what data_path (and "
             "train_txt) hold now; a run goes on with its own data"
         )
-    if fingerprint is not None and not (isinstance(fingerprint, str) and fingerprint in ("", data.fingerprint)):
+    if fingerprint is not None and not (isinstance(fingerprint, str) and fingerprint in ("", data.label_hash)):
         raise CheckpointError(
             f"{path}: was trained on other data: the lists (or the images' labels) are not what they were (their hash "
             "differs); a run goes on with its own data"
@@ -172,7 +172,7 @@ def origins(data: Data, settings: Mapping, device: torch.device) -> dict:
         "class_counts": data.class_counts,
         "class_map": data.class_map,
         "class_names": data.class_names,
-        "fingerprint": data.fingerprint,
+        "fingerprint": data.label_hash,
         "environment": environment(device),
         "selected_on": "held-out training images" if settings["val_per_class"] else "test set",
     }
