@@ -269,6 +269,7 @@ def test_epoch(tiny, run, monkeypatch):
     assert report["epoch"]["settings"]["images"] == "20 for training, 20 for testing"
 
 
+@pytest.mark.slow
 def test_startup(tiny, run, monkeypatch):
     """One run of the real command, up to its first progress line."""
     folders = parts.make_folders
@@ -288,11 +289,21 @@ def test_training_by_the_real_command(tiny, tmp_path, processes):
     assert [row["epoch"] for row in rows] == [0] and rows[0]["timing"]["train_seconds"] > 0
 
 
-@pytest.mark.parametrize("call", ["train_by_command", "time_first_step"])
-def test_a_command_that_fails_is_an_error_with_its_message(tiny, tmp_path, monkeypatch, call):
+def test_stages_are_timed_by_the_lines_of_the_log(tmp_path, monkeypatch):
+    says = "import time; print('training', flush=True); time.sleep(0.2); print('Epoch: [0][0/9]', flush=True); input()"
+    monkeypatch.setattr(parts, "train_command", lambda *_: ["-c", says])
+    found = parts.time_first_step(context(tmp_path), tmp_path, "fp32")
+    assert list(found) == list(parts.STAGES)
+    assert found["in all"] == pytest.approx(found["imports, data, model"] + found["first step"])
+    assert found["first step"] > 0.1
+
+
+@pytest.mark.parametrize("call", [(parts.train_by_command, 1), (parts.time_first_step, "fp32")])
+def test_a_command_that_fails_is_an_error_with_its_message(tmp_path, monkeypatch, call):
     monkeypatch.setattr(parts, "train_command", lambda *_: ["-c", "raise SystemExit('no such data')"])
+    function, argument = call
     with pytest.raises(RuntimeError, match="no such data"):
-        getattr(parts, call)(context(tmp_path), tmp_path, *([1] if call == "train_by_command" else ["fp32"]))
+        function(context(tmp_path), tmp_path, argument)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

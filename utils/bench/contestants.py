@@ -197,5 +197,5 @@ def noise(train: int, test: int) -> Data:
     draw = np.random.default_rng(0)
     pixels = (draw.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8) for size in (train, test))
     train, test = (Images(torch.from_numpy(images), torch.arange(len(images)) % 10) for images in pixels)
-    names, counts = [str(label) for label in range(10)], torch.bincount(train.targets)
+    names, counts = [str(label) for label in range(10)], torch.bincount(train.targets, minlength=10)
     return Data(find_spec("cifar10"), names, counts, train, None, test, image_size=32)

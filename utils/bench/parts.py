@@ -175,8 +175,9 @@ def make_photos(folder: Path) -> Path:
 def startup(bench: Bench) -> Part:
     """From the command to the end of the first training step of the CIFAR configuration."""
     folder = make_folders(bench.scratch / "startup", train=5000, test=1000)
-    imports = [seconds(lambda: start("-c", "import torch, torchvision").communicate(), bench.device) for _ in range(3)]
-    runs = [time_first_step(bench, folder, "fp32") for _ in range(bench.rounds(3))]
+    rounds = range(bench.rounds(3))
+    imports = [seconds(lambda: start("-c", "import torch, torchvision").communicate(), bench.device) for _ in rounds]
+    runs = [time_first_step(bench, folder, "fp32") for _ in rounds]
     measured = {"import torch, torchvision": imports} | {stage: [run[stage] for run in runs] for stage in STAGES}
     tables = {"seconds, fp32": rows_of(measured, "s")}
     mode = bench.fastest or bench.modes()[-1]
