@@ -1,8 +1,8 @@
-"""Augmentation, each image with its own draws.
+"""Augmentation in batches, with independent draws for each image.
 
-Small images are cropped, flipped and normalised in whole batches; the draws of an epoch are tables. Large ones are
-cropped and flipped one by one, where they are decoded, as PIL images or tensors [3, H, W] with the same draws; colours
-are jittered and normalised in batches again.
+Small images are cropped, flipped and normalised in batches; an epoch's draws are tables. Large ones are cropped and
+flipped one by one after decoding, as PIL images or tensors [3, H, W] with the same draws; their colours are jittered
+and normalised in batches again.
 
 Legend: N training images, B batch. Images are uint8 [B, H, W, 3] until :func:`normalise`.
 """
@@ -22,14 +22,14 @@ from utils.seed import generator
 
 
 class CropTable(NamedTuple):
-    """The crop of every training image in one epoch."""
+    """Crops of all training images in one epoch."""
 
     offsets: Tensor  # int64 [N, 2], row and column in 0 .. 2 * padding
     flips: Tensor  # bool [N]
 
 
 def draw_crops(size: int, padding: int, flip: bool, seed: int, epoch: int) -> CropTable:
-    """Crops of ``size`` images: a function of (seed, epoch) and the image, whatever its place in the order."""
+    """Draw the crops of ``size`` images: a function of (seed, epoch, image), not of the image's place in the order."""
     random = generator(seed, epoch, "crop")
     offsets = torch.from_numpy(random.integers(0, 2 * padding + 1, (size, 2)))
     flips = torch.from_numpy(random.integers(0, 2, size).astype(bool)) & flip
@@ -37,13 +37,13 @@ def draw_crops(size: int, padding: int, flip: bool, seed: int, epoch: int) -> Cr
 
 
 def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
-    """Pads with black, cuts the original size at ``offsets [B, 2]``, then mirrors where ``flips [B]``.
+    """Pad with black, crop the original size at ``offsets [B, 2]``, then flip horizontally where ``flips [B]``.
 
-    Equal, pixel by pixel, to RandomCrop(size, padding) and RandomHorizontalFlip on the PIL image with the same draws.
+    Equals, pixel by pixel, RandomCrop(size, padding) and RandomHorizontalFlip on the PIL image with the same draws.
     """
     size, height, width, _ = images.shape
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
-    windows = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)  # a view: every crop there is
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)  # a view of all crops
     cropped = windows[torch.arange(size, device=images.device), offsets[:, 0], offsets[:, 1]]  # [B, H, W, 3]
     return torch.where(flips[:, None, None, None], cropped.flip(2), cropped)
 
@@ -53,16 +53,16 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) 
 
 
 def random_crop(image: Image.Image | Tensor, size: int, random: np.random.Generator) -> np.ndarray:
-    """RandomResizedCrop(size) and RandomHorizontalFlip of a PIL image, or uint8 [3, H, W] -> uint8 [size, size, 3]."""
+    """RandomResizedCrop(size) and RandomHorizontalFlip: PIL image or uint8 [3, H, W] -> uint8 [size, size, 3]."""
     _, height, width = TF.get_dimensions(image)
     cropped = _resize(TF.crop(image, *crop_box(height, width, random)), size, size)
     return _pixels(TF.hflip(cropped) if random.random() < 0.5 else cropped)
 
 
 def crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop of 8 to 100 % of the area and aspect ratio 3/4 to 4/3 (Szegedy et al. 2015).
+    """Draw (top, left, height, width) with 8 to 100 % of the area and aspect ratio 3/4 to 4/3 (Szegedy et al. 2015).
 
-    As torchvision draws it: ten attempts, then the largest central crop whose ratio is allowed.
+    As in torchvision: ten attempts, then the largest central crop with an allowed ratio.
     """
     for _ in range(10):
         area = height * width * random.uniform(0.08, 1.0)
@@ -83,13 +83,13 @@ def central_crop(image: Image.Image | Tensor, size: int) -> np.ndarray:
 
 
 def _resize(image: Image.Image | Tensor, height: int, width: int) -> Image.Image | Tensor:
-    """Bilinear, antialiased: torchvision's pixels for a PIL image, and torch's, in a fifth of the time, for a tensor.
+    """Bilinear, antialiased resize; of a tensor in a fifth of the time it takes for a PIL image.
 
-    Torch has weights of 16 bits, so that a few pixels differ: by 1 of 255, very rarely by 2.
+    Torch has 16-bit weights, so a few pixels differ from PIL's: by 1 of 255, very rarely by 2.
     """
     if isinstance(image, Image.Image):
         return image.resize((width, height), Image.Resampling.BILINEAR)
-    image = image[None].contiguous(memory_format=torch.channels_last)  # as torch resizes fastest
+    image = image[None].contiguous(memory_format=torch.channels_last)  # torch's fastest layout here
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
 
 
@@ -99,14 +99,14 @@ def _pixels(image: Image.Image | Tensor) -> np.ndarray:
 
 
 class JitterTable(NamedTuple):
-    """Brightness, contrast and saturation of every training image in one epoch."""
+    """Colour jitter of all training images in one epoch."""
 
     factors: Tensor  # float32 [N, 3]: brightness, contrast, saturation
-    order: Tensor  # int64 [N, 3], a permutation of these three per image: which comes first, second, third
+    order: Tensor  # int64 [N, 3], a permutation of these three per image: the order they are applied in
 
 
 def draw_jitter(size: int, strength: float, seed: int, epoch: int) -> JitterTable:
-    """Factors ~ U(1 - strength, 1 + strength) and an order of their own for each of ``size`` images."""
+    """Draw factors ~ U(1 - strength, 1 + strength) and an order for each of ``size`` images."""
     random = generator(seed, epoch, "jitter")
     factors = random.uniform(1 - strength, 1 + strength, (size, 3)).astype(np.float32)
     order = random.random((size, 3)).argsort(axis=1)
@@ -116,8 +116,8 @@ def draw_jitter(size: int, strength: float, seed: int, epoch: int) -> JitterTabl
 def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """ColorJitter of a batch: uint8 [B, H, W, 3] -> the same; ``factors``, ``order [B, 3]`` as in :class:`JitterTable`.
 
-    Equal, pixel by pixel, to PIL's ImageEnhance with the same draws: each operation mixes the image with black, with
-    its mean grey or with its grey version, in float32, and cuts the result down to a whole number.
+    Equals, pixel by pixel, PIL's ImageEnhance with the same draws: each operation blends the image with black, with
+    its mean grey or with its grey version, in float32, and rounds down.
     """
     batch = torch.arange(len(images), device=images.device)
     images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # a copy
@@ -133,7 +133,7 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """PIL's convert("L"): whole numbers [B, 3, H, W] -> [B, 1, H, W]. Its fixed-point sums have 24 bits, as float32."""
+    """PIL's convert("L"), integers [B, 3, H, W] -> [B, 1, H, W]. Its fixed-point sums have 24 bits, as float32 has."""
     red, green, blue = images.split(1, dim=1)
     weighted = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536)
     return weighted.add_(0.5).floor_()
@@ -142,8 +142,8 @@ def _grey(images: Tensor) -> Tensor:
 def normalise(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], as torchvision's ToTensor and Normalize; ``mean``, ``std`` [3].
 
-    The memory stays channels-last, which convolutions then follow: 1.3 times the training speed on a CPU. Mean and
-    deviation are laid out per row of pixels: three at a time no vector instruction takes.
+    Memory stays channels-last, and convolutions follow: 1.3 times the training speed on a CPU. Mean and deviation are
+    repeated for a whole row of pixels: vector instructions do not take three values at a time.
     """
     size, height, width, channels = images.shape
     mean, std = (torch.as_tensor(values, device=images.device).repeat(width) for values in (mean, std))  # [W * 3]

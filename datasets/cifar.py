@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, from torchvision's archive (downloaded where it is missing) or from class folders."""
+"""CIFAR-10 and CIFAR-100, from torchvision's archive (downloaded if it is missing) or from class folders."""
 
 import contextlib
 import http.client
@@ -9,7 +9,7 @@ import numpy as np
 import torchvision
 
 from datasets import image_folder
-from datasets.source import DataError, Source, Split
+from datasets.source import DataError, Source, Split, StoredImages
 from utils import distributed
 
 SIZE = 32
@@ -31,7 +31,7 @@ def _read(archive: type[torchvision.datasets.CIFAR10], data_path: Path, workers:
         try:
             train, test = (archive(data_path, train=part, download=True) for part in (True, False))
         except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-            with contextlib.suppress(OSError, ValueError):  # what the download made goes, if nothing is in it
+            with contextlib.suppress(OSError, ValueError):  # leave no empty folders of the download behind
                 for folder in new:
                     folder.rmdir()
             raise DataError(
@@ -43,4 +43,5 @@ def _read(archive: type[torchvision.datasets.CIFAR10], data_path: Path, workers:
 
 
 def _split(archive: torchvision.datasets.CIFAR10) -> Split:
-    return Split(np.array(archive.targets, dtype=np.int64), archive.data.__getitem__)
+    targets = np.array(archive.targets, dtype=np.int64)
+    return Split(targets, StoredImages(archive.data.__getitem__, np.arange(len(targets)), SIZE))

@@ -1,4 +1,4 @@
-"""Order of classes by frequency: list data sets number their classes from the most to the least frequent."""
+"""Order of classes by frequency. List data sets number their classes from the most to the least frequent."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,10 @@ from datasets.source import DataError
 def class_map_for(choice: str | Sequence[int], counts: np.ndarray) -> np.ndarray:
     """Label in the lists -> class, int64 [C].
 
-    ``choice``: "stable" or "legacy" (see below), the path of a text file with C whole numbers, or the numbers
-    themselves: number i is the class that label i trains as. ``counts [C]`` are the training images per label.
+    Args:
+        choice: "stable" or "legacy" (see below), the path of a text file with C integers, or the integers themselves:
+            number i is the class that label i trains as.
+        counts: [C], training images per label.
     """
     if isinstance(choice, str) and choice in ("stable", "legacy"):
         order = stable_order(counts) if choice == "stable" else legacy_order(counts)
@@ -46,32 +48,32 @@ def stable_order(counts: Sequence[int]) -> np.ndarray:
 def legacy_order(counts: Sequence[int]) -> np.ndarray:
     """``np.argsort(-counts)`` as NumPy before 1.25 gave it, int64 [C]: the order of MiSLAS's published checkpoints.
 
-    That sort was a quicksort: pivot the median of first, middle and last; the larger part waits; parts of at most 16
-    are sorted by insertion. Its order of ties follows from these details, so they are repeated here. (NumPy's switch
-    to heapsort after 2 log2 C levels does not occur with counts of any published data set, and is refused.)
+    That sort was a quicksort: the pivot is the median of first, middle and last; the larger part is deferred; parts of
+    at most 16 are sorted by insertion. The order of ties depends on these details, so they are repeated here. (NumPy's
+    switch to heapsort after 2 log2 C levels does not occur with any published data set, and is refused.)
     """
     keys = [-int(count) for count in counts]
     order = list(range(len(keys)))
-    waiting = [(0, len(keys) - 1, 2 * max(len(keys).bit_length() - 1, 0))]
-    while waiting:
-        low, high, depth = waiting.pop()
+    stack = [(0, len(keys) - 1, 2 * max(len(keys).bit_length() - 1, 0))]
+    while stack:
+        low, high, depth = stack.pop()
         if depth < 0:
             raise DataError("class_map: the legacy order of these counts would need NumPy's heapsort; take stable")
         while high - low > 15:
             cut = _partition(keys, order, low, high)
             depth -= 1
             if cut - low < high - cut:
-                waiting.append((cut + 1, high, depth))
+                stack.append((cut + 1, high, depth))
                 high = cut - 1
             else:
-                waiting.append((low, cut - 1, depth))
+                stack.append((low, cut - 1, depth))
                 low = cut + 1
         _insertion_sort(keys, order, low, high)
     return np.array(order, dtype=np.int64)
 
 
 def _partition(keys: list[int], order: list[int], low: int, high: int) -> int:
-    """Splits ``order[low..high]`` around its pivot and returns where the pivot came to lie."""
+    """Split ``order[low..high]`` around its pivot; return the pivot's position."""
 
     def swap(a: int, b: int) -> None:
         order[a], order[b] = order[b], order[a]

@@ -1,4 +1,4 @@
-"""From an image file to RGB pixels: PIL as in the reference, or a faster decoder for the plain case."""
+"""Decode image files to RGB: with PIL as in the reference, or faster for plain JPEG files."""
 
 import io
 import logging
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from datasets.source import DataError
 
-# What is opened, whatever a file is called. PIL knows forty more; EPS is a program that it would have Ghostscript run.
+# Whatever a file is called. PIL knows forty more; EPS is a program that it would have Ghostscript run.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 MOST_BYTES = 2**30  # of a file
 MOST_ELONGATED = 1000  # long side over short side; scaling the short side up takes that many times the memory
 
-# What PIL remarks on a damaged file, besides its exception, would be lines without the file's name.
+# PIL also logs and warns about damaged files, without the file's name.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_rgb(path: str, decoder: str = "pil") -> Image.Image | Tensor:
-    """The image as RGB, whatever it is stored as; an EXIF orientation is not applied, as in the reference.
+    """Open an image and convert it to RGB; an EXIF orientation is not applied, as in the reference.
 
-    ``decoder``: "pil", or "fast": TorchCodec (else torchvision) turns JPEG files that need no conversion into a tensor,
+    ``decoder``: "pil", or "fast": TorchCodec (else torchvision) decodes JPEG files that need no conversion to a tensor,
     uint8 [3, H, W]. The pixels are the same, since all use libjpeg-turbo with the same settings; crops of a tensor
     differ a little (see :mod:`datasets.augment`). Raises :class:`DataError` that names the file.
     """
@@ -40,7 +40,7 @@ def open_rgb(path: str, decoder: str = "pil") -> Image.Image | Tensor:
             if max(image.size) > MOST_ELONGATED * min(image.size):
                 raise ValueError(f"{image.width}x{image.height} pixels, too long and thin to be scaled")
             if decoder == "fast" and _is_plain(image):
-                return _provider()[1](torch.frombuffer(bytearray(content), dtype=torch.uint8))
+                return fast_provider()[1](torch.frombuffer(bytearray(content), dtype=torch.uint8))
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
@@ -53,18 +53,18 @@ def open_rgb(path: str, decoder: str = "pil") -> Image.Image | Tensor:
 
 
 def fast_decoder() -> str:
-    """The package that decodes where the fast decoder is asked for."""
-    return _provider()[0]
+    """The package behind ``decoder: fast``."""
+    return fast_provider()[0]
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """A JPEG that every decoder reads alike: no CMYK, no EXIF (TorchCodec applies rotations, also ones PIL misses)."""
+    """Whether all decoders agree: JPEG, no CMYK, no EXIF (TorchCodec applies rotations, even ones PIL misses)."""
     return image.format == "JPEG" and image.mode in ("RGB", "L") and "APP1" not in image.app
 
 
 @cache
-def _provider() -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Chosen once: TorchCodec decodes images since 0.16, and torchvision's decoders go away."""
+def fast_provider() -> tuple[str, Callable[[Tensor], Tensor]]:
+    """TorchCodec decodes images since 0.16; torchvision's decoders are deprecated."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):  # absent, too old, or its libraries do not load

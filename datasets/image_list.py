@@ -1,7 +1,7 @@
 """Data sets that come as lists of ``relative/path label``: ImageNet-LT, iNaturalist 2018, Places-LT.
 
-Classes are numbered from the most to the least frequent (:mod:`datasets.class_order`), as in MiSLAS. Everything here
-takes O(images + classes log classes).
+Classes are numbered from the most to the least frequent (:mod:`datasets.class_order`), as in MiSLAS. Reading takes
+O(images + classes log classes).
 """
 
 import json
@@ -16,11 +16,11 @@ import numpy as np
 
 from datasets.class_order import class_map_for
 from datasets.folders import walk
-from datasets.source import DataError, ImageFiles, Source, Split, as_text, fingerprint
+from datasets.source import DataError, ImageFiles, Source, Split, as_text, hash_labels
 
 
 class ListRows(NamedTuple):
-    """What a list says, whether it is right or not."""
+    """The content of a list, unchecked."""
 
     paths: list[str]
     labels: np.ndarray  # int64 [N]
@@ -29,9 +29,10 @@ class ListRows(NamedTuple):
 
 
 def scan_image_list(path: str | Path) -> ListRows:
-    """Every line of a list, without a judgement; blank lines do not count. Raises :class:`DataError` if unreadable.
+    """Parse every line of a list without checking it; blank lines are skipped.
 
-    A ``.json`` file is read as iNaturalist's official annotations, which then take the place of lines.
+    A ``.json`` file is read as iNaturalist's official annotations, one "line" each. Raises :class:`DataError` if the
+    file cannot be read.
     """
     return _annotations(path) if Path(path).suffix == ".json" else _lines(path)
 
@@ -57,14 +58,14 @@ def _lines(path: str | Path) -> ListRows:
 
 
 def _number(label: str) -> int:
-    """Python also takes 1_0 for 10, and digits of every script."""
+    """``int`` alone would accept 1_0 and the digits of every script."""
     if not label.isascii() or "_" in label:
         raise ValueError
     return int(label)
 
 
 def _annotations(path: str | Path) -> ListRows:
-    """``images`` have an id and a file_name, ``annotations`` an image_id and a category_id; one for each image."""
+    """``images`` have id and file_name, ``annotations`` image_id and category_id; one annotation per image."""
     try:
         content = json.loads(Path(path).read_bytes())
         names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -87,9 +88,9 @@ def _annotations(path: str | Path) -> ListRows:
 
 
 def read_image_list(path: str | Path, num_classes: int) -> tuple[list[str], np.ndarray]:
-    """(paths, labels int64 [N]) of a list; labels lie in 0 .. num_classes - 1.
+    """Read and check a list: (paths, labels int64 [N]), labels in 0 .. num_classes - 1.
 
-    Raises :class:`DataError` that names the first line that is wrong.
+    Raises :class:`DataError` that names the first bad line.
     """
     rows = scan_image_list(path)
     if rows.malformed:
@@ -104,13 +105,13 @@ def read_image_list(path: str | Path, num_classes: int) -> tuple[list[str], np.n
             f"{path}, line {rows.lines[first]}: label {rows.labels[first]} is not one of 0 .. {num_classes - 1} "
             f"({int(wrong.sum())} such labels)"
         )
-    _refuse_strange_paths(path, rows)
-    _refuse_doubled(path, rows)
+    _check_paths(path, rows)
+    _refuse_duplicates(path, rows)
     return rows.paths, rows.labels
 
 
-def _refuse_strange_paths(path: str | Path, rows: ListRows) -> None:
-    """A list comes from elsewhere: what it says stays under data_path. (Links are the user's own, and are followed.)"""
+def _check_paths(path: str | Path, rows: ListRows) -> None:
+    """Lists are downloaded, so their paths must stay under data_path. (Links are the user's own; they are followed.)"""
     for line, name in zip(rows.lines, rows.paths, strict=True):
         if name.startswith("/") or os.path.isabs(name) or (".." in name and ".." in name.split("/")):
             raise DataError(f"{path}, line {line}: {name!r} leaves data_path; paths are relative to it, without '..'")
@@ -126,31 +127,30 @@ def _is_a_file_name(name: str) -> bool:
     return True
 
 
-def _refuse_doubled(path: str | Path, rows: ListRows) -> None:
-    """An image counts once, in its class as in the accuracy; whoever wants it twice has a second name for it."""
-    more = len(rows.paths) - len(set(rows.paths))
-    if not more:
+def _refuse_duplicates(path: str | Path, rows: ListRows) -> None:
+    count = len(rows.paths) - len(set(rows.paths))
+    if not count:
         return
     first: dict[str, int] = {}
     again = next(i for i, name in enumerate(rows.paths) if first.setdefault(name, i) != i)
     before = first[rows.paths[again]]
     raise DataError(
         f"{path}, line {rows.lines[again]}: {rows.paths[again]!r} with label {rows.labels[again]} is in line "
-        f"{rows.lines[before]} already, with label {rows.labels[before]} ({more} such lines)"
+        f"{rows.lines[before]} already, with label {rows.labels[before]} ({count} such lines)"
     )
 
 
 @dataclass(frozen=True)
 class ImageLists:
-    """Where a data set's two lists lie by default, and the names of its folders in the layouts that circulate."""
+    """Default names of a data set's two lists, and its top folders in the layouts that circulate."""
 
-    train: tuple[str, ...]  # names under data_path or data_path/data_txt, the first that exists is taken
+    train: tuple[str, ...]  # names under data_path or data_path/data_txt; the first that exists is read
     test: tuple[str, ...]
     train_folders: tuple[str, ...] = ()  # top folders of the training images, one per layout
     test_folders: tuple[str, ...] = ()
 
     def find(self, data_path: Path, train_txt: str = "", val_txt: str = "") -> tuple[Path, Path]:
-        """The two list files. ``train_txt``, ``val_txt``: as configured, or empty for the default places."""
+        """The paths of the two lists. ``train_txt``, ``val_txt``: as configured; empty for the default names."""
         return (
             _find("train_txt", train_txt, self.train, data_path),
             _find("val_txt", val_txt, self.test, data_path),
@@ -164,7 +164,7 @@ class ImageLists:
         val_txt: str = "",
         class_map: str | Sequence[int] = "stable",
     ) -> Source:
-        """Both lists; no image is opened. ``class_map``: "stable", "legacy", a file's path or the map itself."""
+        """Read both lists without opening an image. ``class_map``: "stable", "legacy", a path or the map itself."""
         splits, listed = [], []
         lists = self.find(data_path, train_txt, val_txt)
         for path, folders, by_name in zip(lists, (self.train_folders, self.test_folders), (False, True), strict=True):
@@ -179,11 +179,11 @@ class ImageLists:
         names = np.empty(num_classes, dtype=object)
         names[chosen] = class_names(train, train_labels, num_classes)
         return Source(
-            Split(chosen[train_labels], files=ImageFiles.under(data_path, train)),
-            Split(chosen[test_labels], files=ImageFiles.under(data_path, test)),
-            names.tolist(),
-            chosen,
-            fingerprint(listed),
+            Split(chosen[train_labels], ImageFiles.under(data_path, train)),
+            Split(chosen[test_labels], ImageFiles.under(data_path, test)),
+            class_names=names.tolist(),
+            class_map=chosen,
+            list_hash=hash_labels(listed),
         )
 
 
@@ -201,7 +201,7 @@ def _folders(data_path: Path) -> tuple[Path, Path]:
 
 
 def class_names(paths: Sequence[str], labels: np.ndarray, num_classes: int) -> list[str]:
-    """A name per label: the folder of its first image, below what all have in common; else the label itself."""
+    """One name per label: the folder of its first image, without the common prefix; else the label itself."""
     present, first = np.unique(labels, return_index=True)
     names = [str(label) for label in range(num_classes)]
     for label, folder in zip(present, below_common([os.path.dirname(paths[i]) for i in first]), strict=True):
@@ -210,7 +210,7 @@ def class_names(paths: Sequence[str], labels: np.ndarray, num_classes: int) -> l
 
 
 def below_common(folders: Sequence[str]) -> list[str]:
-    """Every folder without the part that all of them share; empty where nothing else is left."""
+    """Strip the common parent; empty for a folder that is the parent itself."""
     rooted = [os.path.normpath("/" + folder.lstrip("/")) for folder in folders]
     above = os.path.commonpath(rooted) if rooted else ""
     return [folder[len(above) :].strip("/") for folder in rooted]
@@ -222,10 +222,11 @@ def below_common(folders: Sequence[str]) -> list[str]:
 
 
 def on_disk(paths: list[str], data_path: Path, folders: Sequence[str], by_name: bool) -> list[str]:
-    """``paths`` as the images lie here: a list may be written for one layout and the disk have another.
+    """Translate ``paths`` to the layout on this disk, if the list was written for another one.
 
-    ``folders``: the top folder in each layout. ``by_name``: file names are unique, and alone say which image is meant;
-    otherwise an image keeps its class folder, in the spelling of the other layout.
+    Args:
+        folders: the top folder in each layout.
+        by_name: find images by file name, which must be unique; otherwise translate the class folder's spelling.
     """
     listed = paths[0].partition("/")[0]
     here = [folder for folder in folders if os.path.isdir(data_path / folder)]
@@ -241,8 +242,8 @@ def _by_name(paths: list[str], data_path: Path, top: str) -> list[str]:
         for name in wanted.intersection(names):
             if places.setdefault(name, folder) != folder:
                 raise DataError(
-                    f"data_path: {name} lies in {places[name]} and in {folder}, and the list, which is of another "
-                    "layout, does not say which it means"
+                    f"data_path: {name} lies in {places[name]} and in {folder}; the list, which is of another "
+                    "layout, does not say which is meant"
                 )
     found = ((places.get(os.path.basename(path)), path) for path in paths)
     return [

@@ -1,8 +1,8 @@
-"""Training and evaluation batches of one process, whatever the pixels come from.
+"""Training and evaluation batches of one process, for any source of images.
 
 Which images a step sees, and how they are augmented, is a function of (seed, epoch). With W processes, process r takes
-the r-th share of every global batch, in k passes where a step accumulates; these W k parts differ by at most one image,
-and nothing is padded or dropped.
+the r-th shard of every global batch, split into k micro-batches if a step accumulates. These W k parts differ by at
+most one image; nothing is padded or dropped.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,81 +16,83 @@ from datasets.source import DataError
 from utils.seed import generator
 
 
-class Batch(NamedTuple):
-    """What one pass of a training step sees of the data; tensors are on the device."""
+class MicroBatch(NamedTuple):
+    """The plan of one :class:`Batch`."""
 
-    inputs: tuple[Tensor, ...]  # what ``develop`` makes the images of
-    develop: Callable[..., Tensor]
-    targets: Tensor  # int64 [B]
-    indices: Tensor  # int64 [B], positions in the training set
-    step_targets: Tensor  # int64 [G], of the whole global batch: all passes of all processes
-    weight: float  # B * W / G: what this mean counts in the step's average over processes
-    ends_step: bool  # the step's last pass
-    full: bool  # the global batch has the size that all but an epoch's last one have
-    number: int  # of the step in its epoch, from 0
-
-    @property
-    def images(self) -> Tensor:
-        """float32 [B, 3, H, W], augmented and normalised: made anew, on the device, each time it is asked for."""
-        return self.develop(*self.inputs)
-
-
-class Pass(NamedTuple):
-    """A part of a global batch: positions in the epoch's order, and what :class:`Batch` says of it."""
-
-    positions: slice
-    step: slice  # positions of the global batch
+    positions: slice  # in the epoch's order
+    step_positions: slice  # of the whole global batch
     weight: float
     ends_step: bool
     full: bool
     number: int
 
 
-class Pixels(Protocol):
-    """Where batches of images come from: float32 [B, 3, H, W], normalised, on the device."""
+class Batch(NamedTuple):
+    """One micro-batch of a training step; tensors are on the device."""
 
-    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """What :meth:`develop` needs for the images at ``order[part]``: a function of (seed, epoch, image)."""
+    inputs: tuple[Tensor, ...]  # of ``transform``
+    transform: Callable[..., Tensor]
+    targets: Tensor  # int64 [B]
+    indices: Tensor  # int64 [B], positions in the training set
+    step_targets: Tensor  # int64 [G], labels of the whole global batch: all micro-batches of all processes
+    weight: float  # B * W / G, of this mean in the step's average over processes
+    ends_step: bool  # the step's last micro-batch
+    full: bool  # whether the global batch has the usual size; an epoch's last one may be smaller
+    number: int  # of the step in its epoch, from 0
 
-    def develop(self, *inputs: Tensor) -> Tensor:
-        """The images, cropped, mirrored, normalised: what is the same in every step, without a look at any number."""
-
-    def plain(self, parts: Iterable[slice]) -> Iterator[Tensor]:
-        """The images at each of ``parts`` as they are."""
+    def augment(self) -> Tensor:
+        """Augment and normalise on the device: float32 [B, 3, H, W]. The same at every call."""
+        return self.transform(*self.inputs)
 
 
-def share(size: int, rank: int, world_size: int) -> slice:
-    """Process ``rank``'s part of ``size`` things: contiguous; the first ``size % world_size`` parts have one more."""
+class ImageSource(Protocol):
+    """A source of batches of images: float32 [B, 3, H, W], normalised, on the device."""
+
+    def train_inputs(
+        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Inputs of :meth:`augment` for the images ``order[s]``, s in slices; a function of (seed, epoch, image)."""
+
+    def augment(self, *inputs: Tensor) -> Tensor:
+        """Crop, flip, normalise. Never synchronises with the device, so that a CUDA graph can capture it."""
+
+    def unaugmented(self, slices: Iterable[slice]) -> Iterator[Tensor]:
+        """The images at each of ``slices``, without augmentation."""
+
+
+def shard(size: int, rank: int, world_size: int) -> slice:
+    """Rank's contiguous part of ``size`` items; the first ``size % world_size`` parts have one more."""
     each, more = divmod(size, world_size)
     return slice(rank * each + min(rank, more), (rank + 1) * each + min(rank + 1, more))
 
 
-def plan_passes(size: int, batch_size: int, rank: int, world_size: int, accumulate: int) -> list[Pass]:
-    """The passes of this process over an epoch of ``size`` images, ``accumulate`` per step.
+def plan_micro_batches(size: int, batch_size: int, rank: int, world_size: int, accumulate: int) -> list[MicroBatch]:
+    """This process's micro-batches over an epoch of ``size`` images, ``accumulate`` per step.
 
-    k passes of a process see what k processes would see. A last batch smaller than the number of parts leaves some
-    empty; every process has to take part in every step, so these take the batch's first image, with weight 0. (Batch
-    norm sees it too: the last parts are left empty, and rank 0's statistics are the ones that are kept.)
+    The k micro-batches of one process see what k processes would see. A last batch smaller than the number of parts
+    leaves some empty; since every process has to take part in every step, these get the batch's first image with
+    weight 0. (Batch norm sees it too: the last parts are left empty, and rank 0's statistics are the ones kept.)
     """
-    passes = []
-    for start in range(0, size, batch_size):
-        whole = slice(start, min(start + batch_size, size))
-        for number in range(accumulate):
-            part = share(whole.stop - start, rank * accumulate + number, world_size * accumulate)
-            weight = (part.stop - part.start) * world_size / (whole.stop - start)
+    plan = []
+    for number, start in enumerate(range(0, size, batch_size)):
+        step = slice(start, min(start + batch_size, size))
+        step_size = step.stop - start
+        for micro in range(accumulate):
+            part = shard(step_size, rank * accumulate + micro, world_size * accumulate)
+            weight = (part.stop - part.start) * world_size / step_size
             part = part if weight else slice(0, 1)
             positions = slice(start + part.start, start + part.stop)
-            full = whole.stop - whole.start == batch_size
-            passes.append(Pass(positions, whole, weight, number == accumulate - 1, full, start // batch_size))
-    return passes
+            last, full = micro == accumulate - 1, step_size == batch_size
+            plan.append(MicroBatch(positions, step, weight, ends_step=last, full=full, number=number))
+    return plan
 
 
 class TrainLoader:
-    """Augmented, shuffled batches; ``len`` is the number of steps of an epoch, of ``accumulate`` passes each."""
+    """Augmented, shuffled batches; ``len`` is the number of steps per epoch, each of ``accumulate`` micro-batches."""
 
     def __init__(
         self,
-        pixels: Pixels,
+        pixels: ImageSource,
         targets: Tensor,
         batch_size: int,
         seed: int,
@@ -99,33 +101,42 @@ class TrainLoader:
         world_size: int = 1,
         accumulate: int = 1,
     ):
-        """``targets`` int64 [N]; ``batch_size`` is global, at least one image per pass of every process."""
+        """``targets`` int64 [N]; ``batch_size`` is global, at least one image per micro-batch of every process."""
         if batch_size < world_size * accumulate:
             raise DataError(
-                f"batch_size: {batch_size} is less than one image for each of {accumulate} passes (accumulate) of "
-                f"{world_size} processes; it is the number of images per step over all of them"
+                f"batch_size: {batch_size} is less than one image for each of {accumulate} micro-batches (accumulate) "
+                f"of {world_size} processes; it is the number of images per step over all of them"
             )
         self.pixels, self.targets = pixels, targets.to(device)
         self.batch_size, self.seed, self.device, self.accumulate = batch_size, seed, device, accumulate
-        self.passes = plan_passes(len(targets), batch_size, rank, world_size, accumulate)
-        self.batch_sizes = [p.positions.stop - p.positions.start for p in self.passes]
+        self.micro_batches = plan_micro_batches(len(targets), batch_size, rank, world_size, accumulate)
+        self.batch_sizes = [micro.positions.stop - micro.positions.start for micro in self.micro_batches]
 
     def __len__(self) -> int:
-        return len(self.passes) // self.accumulate
+        return len(self.micro_batches) // self.accumulate
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of ``epoch`` from ``first_step`` on, one per pass, the same in every run with this seed."""
-        order, passes = self._order(epoch), self.passes[first_step * self.accumulate :]
-        inputs = self.pixels.augmented(order, [p.positions for p in passes], self.seed, epoch)
+        """The micro-batches of ``epoch`` from ``first_step`` on; the same in every run with this seed."""
+        order, plan = self._order(epoch), self.micro_batches[first_step * self.accumulate :]
+        inputs = self.pixels.train_inputs(order, [micro.positions for micro in plan], self.seed, epoch)
         order = order.to(self.device)
-        targets = self.targets[order]  # once: a step's labels are parts of it
-        develop = self.pixels.develop
-        for part, (positions, step, *of_pass) in zip(inputs, passes, strict=True):
-            yield Batch(part, develop, targets[positions], order[positions], targets[step], *of_pass)
+        targets = self.targets[order]  # once: a step's labels are slices of them
+        for micro, tensors in zip(plan, inputs, strict=True):
+            yield Batch(
+                inputs=tensors,
+                transform=self.pixels.augment,
+                targets=targets[micro.positions],
+                indices=order[micro.positions],
+                step_targets=targets[micro.step_positions],
+                weight=micro.weight,
+                ends_step=micro.ends_step,
+                full=micro.full,
+                number=micro.number,
+            )
 
     def step_indices(self, epoch: int, step: int) -> list[int]:
-        """Positions in the training set of the images of one step, those of all processes."""
-        return self._order(epoch)[self.passes[step * self.accumulate].step].tolist()
+        """Positions in the training set of one step's images, those of all processes."""
+        return self._order(epoch)[self.micro_batches[step * self.accumulate].step_positions].tolist()
 
     def _order(self, epoch: int) -> Tensor:
         return torch.from_numpy(generator(self.seed, epoch, "order").permutation(len(self.targets)))
@@ -134,13 +145,13 @@ class TrainLoader:
 class EvalLoader:
     """Images in order, without augmentation: (images [B, 3, H, W], targets [B]).
 
-    With W processes, process r takes the r-th share of the batches. A batch is never divided, so that every image is
-    computed among the same others, to the last bit, whatever the number of processes.
+    With W processes, process r takes the r-th shard of the batches. Batches are never divided: every image is
+    computed among the same others, whatever the number of processes, so results agree to the last bit.
     """
 
     def __init__(
         self,
-        pixels: Pixels,
+        pixels: ImageSource,
         targets: Tensor,
         batch_size: int,
         device: torch.device,
@@ -149,19 +160,19 @@ class EvalLoader:
     ):
         """``targets`` int64 [N] of the whole set."""
         self.pixels, self.targets = pixels, targets.to(device)
-        mine = share(-(-len(targets) // batch_size), rank, world_size)
-        self.parts = [slice(n * batch_size, (n + 1) * batch_size) for n in range(mine.start, mine.stop)]
+        mine = shard(-(-len(targets) // batch_size), rank, world_size)
+        self.slices = [slice(n * batch_size, (n + 1) * batch_size) for n in range(mine.start, mine.stop)]
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.slices)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images = self.pixels.plain(self.parts)
-        return ((batch, self.targets[part]) for batch, part in zip(images, self.parts, strict=True))
+        images = self.pixels.unaugmented(self.slices)
+        return ((batch, self.targets[part]) for batch, part in zip(images, self.slices, strict=True))
 
 
-class SmallPixels:
-    """Small images: padded with black, cropped, flipped and normalised on the device, in whole batches."""
+class SmallImages:
+    """Small images: padded with black, cropped, flipped and normalised on the device, batch by batch."""
 
     def __init__(
         self,
@@ -177,18 +188,18 @@ class SmallPixels:
         self.padding = side // 8  # 4 of 32 pixels, as in the reference
         self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
 
-    def draws(self, order: Tensor, seed: int, epoch: int) -> list[Tensor]:
-        """The epoch's table of crops on the device, in the epoch's order: offsets [N, 2], flips [N]."""
+    def draw(self, order: Tensor, seed: int, epoch: int) -> list[Tensor]:
+        """The epoch's crops on the device, in the epoch's order: offsets [N, 2], flips [N]."""
         crops = draw_crops(self.size, self.padding, self.flip, seed, epoch)
         return [table[order].to(self.device) for table in crops]
 
-    def cropped(self, images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+    def augment(self, images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]."""
         return normalise(crop_and_flip(images, offsets, flips, self.padding), self.mean, self.std)
 
 
-class MemoryPixels(SmallPixels):
-    """Small images that live as uint8 on the device: an epoch needs no process and no copy."""
+class InMemoryImages(SmallImages):
+    """Small images kept as uint8 on the device: an epoch needs no worker and no copy."""
 
     def __init__(
         self, images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device, flip: bool = True
@@ -197,15 +208,14 @@ class MemoryPixels(SmallPixels):
         super().__init__(len(images), images.shape[1], mean, std, device, flip)
         self.images = images.to(device)
 
-    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """See :class:`Pixels`."""
-        tables = [order.to(self.device), *self.draws(order, seed, epoch)]
-        return (tuple(table[part] for table in tables) for part in parts)
+    def train_inputs(
+        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        tables = [order.to(self.device), *self.draw(order, seed, epoch)]
+        return (tuple(table[part] for table in tables) for part in slices)
 
-    def develop(self, chosen: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
-        """See :class:`Pixels`."""
-        return self.cropped(self.images.index_select(0, chosen), offsets, flips)
+    def augment(self, indices: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+        return super().augment(self.images.index_select(0, indices), offsets, flips)
 
-    def plain(self, parts: Iterable[slice]) -> Iterator[Tensor]:
-        """See :class:`Pixels`."""
-        return (normalise(self.images[part], self.mean, self.std) for part in parts)
+    def unaugmented(self, slices: Iterable[slice]) -> Iterator[Tensor]:
+        return (normalise(self.images[part], self.mean, self.std) for part in slices)

@@ -1,4 +1,4 @@
-"""Which images a long-tailed cut keeps. Legend: N images, C classes."""
+"""Long-tailed subsets and hold-outs. Legend: N images, C classes."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from utils.seed import generator
 
 
 def long_tail_counts(images_per_class: int, num_classes: int, imb_type: str, imb_factor: float) -> list[int]:
-    """Images per class after the cut, by class index (Cui et al., CVPR 2019; Cao et al., NeurIPS 2019).
+    """Images per class of a long-tailed profile, by class index (Cui et al., CVPR 2019; Cao et al., NeurIPS 2019).
 
     ``exp``: ``int(n f^(i / (C - 1)))``; ``step``: the first C // 2 classes full, the others ``int(n f)``. Zeros stay.
     """
@@ -24,7 +24,7 @@ def long_tail_counts(images_per_class: int, num_classes: int, imb_type: str, imb
 def long_tail_indices(targets: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
     """The images that MiSLAS and LDAM-DRW keep: int64 positions in ``targets [N]``, class by class.
 
-    Class after class is shuffled by NumPy's legacy generator from ``seed``, and its first ``counts[c]`` are kept.
+    NumPy's legacy generator, seeded once, shuffles one class after another; the first ``counts[c]`` are kept.
     """
     random = np.random.RandomState(seed)
     kept = []
@@ -42,10 +42,10 @@ def positions_by_class(targets: np.ndarray, num_classes: int) -> list[np.ndarray
 
 
 def cut_counts(natural: np.ndarray, imb_type: str, imb_factor: float, ranked: bool) -> list[int]:
-    """The profile laid over classes of ``natural [C]`` images, starting from the size of the largest class.
+    """Class counts after applying the profile to the ``natural [C]`` counts, starting from the largest class's size.
 
-    ``ranked``: the largest class comes first, whatever its index; otherwise the profile follows the class index. A
-    class that has fewer images than its place in the profile keeps all of them.
+    ``ranked``: apply it by descending count; otherwise by class index. A class that has fewer images than its place in
+    the profile keeps all of them.
     """
     profile = long_tail_counts(int(natural.max()), len(natural), imb_type, imb_factor)
     order = np.argsort(-natural, kind="stable") if ranked else np.arange(len(natural))
@@ -57,10 +57,7 @@ def cut_counts(natural: np.ndarray, imb_type: str, imb_factor: float, ranked: bo
 def hold_out(
     targets: np.ndarray, per_class: int, class_names: Sequence[str], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(remaining, held out): positions in ``targets [N]``, both ascending; ``per_class`` held out of each class.
-
-    A class without images has none to give.
-    """
+    """Hold out ``per_class`` images of every class that has any: ascending positions (remaining, held out)."""
     random = generator(seed, 0, "validation split")
     held = []
     for name, positions in zip(class_names, positions_by_class(targets, len(class_names)), strict=True):

@@ -1,9 +1,9 @@
-"""What a data set's reader gives: labels at once, pixels on demand."""
+"""What a data set's reader returns: labels at once, pixels on demand. Legend: N images."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,20 +15,20 @@ class DataError(InputError):
 
 
 def as_text(name: str) -> str:
-    """The name of a file as text that any file can hold: bytes that are no UTF-8 become ``\\xe9``, say."""
+    """A file name as printable text: bytes that are not UTF-8 become ``\\xe9``, say."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Where images lie: as bytes in one block, which forked workers share (a list of strings they would all copy)."""
+    """Paths of images, as bytes in one block: forked workers share it, but would each copy a list of strings."""
 
     root: str
     names: np.ndarray  # bytes [N], relative to the root
 
     @classmethod
-    def under(cls, root: str | os.PathLike, names: Iterable[str]) -> "ImageFiles":
-        """``names`` relative to ``root``; an iterable of known length."""
+    def under(cls, root: str | os.PathLike, names: Sequence[str]) -> "ImageFiles":
+        """``names`` are relative to ``root``."""
         width = max((len(os.fsencode(name)) for name in names), default=1)
         encoded = (os.fsencode(name) for name in names)
         return cls(os.fspath(root), np.fromiter(encoded, dtype=f"S{max(width, 1)}", count=len(names)))
@@ -37,7 +37,6 @@ class ImageFiles:
         return len(self.names)
 
     def path(self, index: int) -> str:
-        """The path of one image, as the operating system takes it."""
         return os.path.join(self.root, os.fsdecode(self.names[index].item()))
 
     def select(self, chosen: np.ndarray) -> "ImageFiles":
@@ -47,42 +46,46 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class StoredImages:
-    """Small images that are read when they are needed."""
+    """Small images of one size, read on demand."""
 
-    load: Callable[[np.ndarray], np.ndarray]  # see Split
-    chosen: np.ndarray  # int64 [N], which of those that ``load`` knows
+    load: Callable[[np.ndarray], np.ndarray]  # indices [n] -> uint8 [n, side, side, 3]; picklable
+    chosen: np.ndarray  # int64 [N], indices that ``load`` takes
     side: int  # in pixels
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8 [n, side, side, 3]."""
+    def select(self, chosen: np.ndarray) -> "StoredImages":
+        """The images at positions ``chosen [n]``."""
+        return StoredImages(self.load, self.chosen[chosen], self.side)
+
+    def read(self, indices: Sequence[int] | slice = slice(None)) -> np.ndarray:
+        """uint8 [n, side, side, 3]; by default all of them."""
         return self.load(self.chosen[indices])
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training or test images that are not decoded yet."""
+    """Training or test images, not decoded yet."""
 
     targets: np.ndarray  # int64 [N]
-    load: Callable[[np.ndarray], np.ndarray] | None = None  # indices [n] -> uint8 [n, H, W, 3], picklable; None: files
-    files: ImageFiles | None = None  # None: the images are no files
+    images: StoredImages | ImageFiles
 
 
 @dataclass(frozen=True)
 class Source:
-    """A whole data set, as a reader found it."""
+    """A whole data set."""
 
     train: Split
     test: Split
     class_names: list[str]  # [C]
     class_map: np.ndarray | None = None  # int64 [C], label in the lists -> class; None: labels are classes
-    listed: str = ""  # fingerprint of the lists; empty: there are none
+    list_hash: str = ""  # of the lists; empty for data sets without lists
+    notes: list[str] = field(default_factory=list)  # what the user should know, such as files that were skipped
 
 
-def fingerprint(parts: Iterable[tuple[Sequence[str], np.ndarray]]) -> str:
-    """A hash of (names of images, labels int64 [N]) pairs; names may be left out."""
+def hash_labels(parts: Iterable[tuple[Sequence[str], np.ndarray]]) -> str:
+    """SHA-256 over pairs of image names, possibly none, and labels int64 [N]."""
     digest = hashlib.sha256()
     for names, labels in parts:
         digest.update(os.fsencode("\n".join(names)) + b"\0" + np.ascontiguousarray(labels, np.int64).tobytes())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from datasets import cifar, digits, image_folder
@@ -13,7 +14,7 @@ Ranges = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Published:
-    """What the literature says of a data set: images in all and per class."""
+    """Published numbers of images, in all and per class."""
 
     train: int
     test: int
@@ -23,18 +24,18 @@ class Published:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What differs from data set to data set."""
+    """One row of ``SPECS``."""
 
     read: Callable[[Path, int, int], Source] | None  # (data_path, image_size, workers); None: see lists
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
-    num_classes: int | None = None  # None: what the reader finds
+    num_classes: int | None = None  # None: as many as the reader finds
     shot_ranges: Ranges | None = None  # [first, last + 1] of many, medium, few; None: groups by count
     flip: bool = True
     ranked_cut: bool = False  # True: the cut follows the natural counts; False: the class index
     any_size: bool = False  # the reader scales images to image_size
-    image_size: int = 32  # unless the configuration says otherwise
-    lists: ImageLists | None = None  # the data set comes as lists of files, which workers decode as they are needed
+    image_size: int = 32  # default in pixels
+    lists: ImageLists | None = None  # of files, which workers decode on demand
     published: Published | None = None
 
 
@@ -44,14 +45,13 @@ INAT_MEAN, INAT_STD = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
 
 
 def _list_row(lists: ImageLists, mean: tuple, std: tuple, bounds: tuple[int, int, int], published: Published):
-    """A row of a data set with lists; ``bounds``: where many, medium and few end."""
-    ranges = tuple(zip((0, *bounds), bounds, strict=False))
+    """A data set that comes as lists; ``bounds``: where many, medium and few end."""
     return DatasetSpec(
-        None,
-        mean,
-        std,
-        bounds[2],
-        ranges,
+        read=None,
+        mean=mean,
+        std=std,
+        num_classes=bounds[2],
+        shot_ranges=tuple(pairwise((0, *bounds))),
         ranked_cut=True,
         image_size=224,
         any_size=True,
@@ -93,7 +93,7 @@ SPECS = {
 
 
 def find_spec(name: str) -> DatasetSpec:
-    """The row called ``name``; raises :class:`DataError` that lists the rows there are."""
+    """The row called ``name``. Raises :class:`DataError` that lists the known names."""
     if name not in SPECS:
         raise DataError(f"dataset: {name!r} is unknown; known are {', '.join(SPECS)}")
     return SPECS[name]

@@ -1,10 +1,11 @@
-"""Images that do not live on the device: workers read them, and what is the same for all of them is the device's.
+"""Images read by DataLoader workers; what can be done in batches is done on the device.
 
-A worker holds a copy of the data set that lives as long as the training does, so all that changes comes with the
-request: a crop is a function of (seed, epoch, index), and the number of workers cannot change what is trained on.
+A worker holds a copy of the data set for as long as training lasts, so everything that changes comes with the request:
+a crop is a function of (seed, epoch, index), and the number of workers cannot change what is trained on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,17 +14,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.augment import central_crop, draw_jitter, jitter, normalise, random_crop
 from datasets.decoding import open_rgb
-from datasets.loaders import SmallPixels
+from datasets.loaders import SmallImages
 from datasets.source import DataError, ImageFiles, StoredImages
 from utils.seed import generator
 from utils.signals import kept_from_children, obey_the_parent
 
 JITTER = 0.4  # of brightness, contrast and saturation, as in the reference
-Request = tuple[int, tuple[int, int] | None]  # index, and (seed, epoch) of what is random, or None
+Request = tuple[int, tuple[int, int] | None]  # index, and (seed, epoch) of a random crop; None: no augmentation
+Read = Callable[[Sequence[Request]], Tensor]  # a batch -> uint8 [B, H, W, 3]; picklable, may raise DataError
 
 
-class Crops:
-    """Decodes large images: a batch of requests -> uint8 [B, S, S, 3], a random crop or the middle."""
+class CropReader:
+    """Decode and crop large images: a batch of requests -> uint8 [B, S, S, 3], random or central crops."""
 
     def __init__(self, files: ImageFiles, size: int, decoder: str):
         self.files, self.size, self.decoder = files, size, decoder
@@ -39,31 +41,25 @@ class Crops:
         return central_crop(image, self.size) if random is None else random_crop(image, self.size, random)
 
 
-class Reader:
-    """Reads small images as they are: a batch of requests -> uint8 [B, H, W, 3]."""
-
-    def __init__(self, stored: StoredImages):
-        self.stored = stored
-
-    def __call__(self, requests: Sequence[Request]) -> Tensor:
-        return torch.from_numpy(self.stored.read([index for index, _ in requests]))
+def read_stored(stored: StoredImages, requests: Sequence[Request]) -> Tensor:
+    return torch.from_numpy(stored.read([index for index, _ in requests]))
 
 
-class Work(Dataset):
-    """What a worker does, with an error handed over as a value: raised there, its line would come in a traceback."""
+class ReaderDataset(Dataset):
+    """Returns an error as a value: raised in a worker, its one line would come inside a traceback."""
 
-    def __init__(self, work: Callable[[Sequence[Request]], Tensor]):
-        self.work = work
+    def __init__(self, read: Read):
+        self.read = read
 
     def __getitems__(self, requests: Sequence[Request]) -> Tensor | DataError:
         try:
-            return self.work(requests)
+            return self.read(requests)
         except DataError as error:
             return error
 
 
-class Requests(Sampler):
-    """The batches of requests of one pass over the data; set anew before every pass."""
+class RequestSampler(Sampler):
+    """The batches of requests of one pass over the data; set before every pass."""
 
     def __init__(self):
         self.batches: Sequence[Sequence[int]] = []
@@ -77,40 +73,50 @@ class Requests(Sampler):
 
 
 class Workers:
-    """Processes that read ahead, and stay alive from epoch to epoch (0: this process reads)."""
+    """Processes that read ahead and stay alive from epoch to epoch; ``count`` 0 reads in this process."""
 
-    def __init__(self, work: Callable[[Sequence[Request]], Tensor], count: int, device: torch.device):
-        """``work``: a batch of requests -> uint8 [B, H, W, 3]; may raise :class:`DataError`."""
+    def __init__(self, read: Read, count: int, device: torch.device):
         self.device = device
-        self.requests = Requests()
+        self.sampler = RequestSampler()
         self.loader = DataLoader(
-            Work(work),
-            batch_sampler=self.requests,
+            ReaderDataset(read),
+            batch_sampler=self.sampler,
             num_workers=count,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             pin_memory=device.type == "cuda",
             persistent_workers=count > 0,
             worker_init_fn=obey_the_parent,
-            generator=torch.Generator(),  # a loader draws a seed for its workers; not from the global generator
+            generator=torch.Generator(),  # the loader seeds its workers from it, not from the global generator
         )
 
     def read(self, batches: Sequence[Sequence[int]], draw: tuple[int, int] | None = None) -> Iterator[Tensor]:
-        """The images at these indices, batch by batch, on the device; ``draw``: (seed, epoch) of what is random."""
-        self.requests.batches, self.requests.draw = batches, draw
-        with kept_from_children():  # the first time it starts the workers
+        """The images at these indices, batch by batch, on the device; ``draw``: (seed, epoch) of random crops."""
+        self.sampler.batches, self.sampler.draw = batches, draw
+        with kept_from_children():  # the first call starts the workers
             images_of = iter(self.loader)
         for images in images_of:
             if isinstance(images, DataError):
-                raise DataError(str(images))  # anew: this frame would hold itself, and the workers end late
+                raise DataError(str(images))  # a new one: this frame would hold itself, and the workers end late
             yield images.to(self.device, non_blocking=True)
 
+    def read_slices(self, slices: Iterable[slice], size: int) -> Iterator[Tensor]:
+        """As :meth:`read`, for slices of ``size`` images in order."""
+        return self.read([range(*part.indices(size)) for part in slices])
 
-def _as_it_is(images: Tensor | DataError) -> Tensor | DataError:
+    def read_with(
+        self, tables: Sequence[Tensor], order: Tensor, slices: Sequence[slice], draw: tuple[int, int] | None = None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The images at each ``order[slice]``, and the same rows of ``tables``, which are in that order already."""
+        images_of = self.read([order[part].numpy() for part in slices], draw)
+        return ((images, *(table[part] for table in tables)) for images, part in zip(images_of, slices, strict=True))
+
+
+def _identity(images: Tensor | DataError) -> Tensor | DataError:
     return images
 
 
-class StreamedPixels:
-    """Large images with the reference's augmentation: crops from workers, colours in batches on the device."""
+class StreamedLargeImages:
+    """Large images with the reference's augmentation: workers decode and crop, the device jitters colours."""
 
     def __init__(
         self,
@@ -122,30 +128,28 @@ class StreamedPixels:
         workers: int = 0,
         decoder: str = "pil",
     ):
-        """``size`` in pixels; ``workers``: processes that decode."""
+        """``size``: of a crop, in pixels."""
         self.size, self.device = len(files), device
         self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
-        self.workers = Workers(Crops(files, size, decoder), workers, device)
+        self.workers = Workers(CropReader(files, size, decoder), workers, device)
 
-    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """See :class:`datasets.loaders.Pixels`: random crop and flip, then colours, each image in its own order."""
+    def train_inputs(
+        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Random crops, possibly flipped, and for each its own colour factors and their order."""
         colours = [table[order].to(self.device) for table in draw_jitter(self.size, JITTER, seed, epoch)]
-        parts = list(parts)
-        crops = self.workers.read([order[part].numpy() for part in parts], (seed, epoch))
-        return ((images, *(table[part] for table in colours)) for images, part in zip(crops, parts, strict=True))
+        return self.workers.read_with(colours, order, slices, (seed, epoch))
 
-    def develop(self, crops: Tensor, factors: Tensor, turns: Tensor) -> Tensor:
-        """See :class:`datasets.loaders.Pixels`."""
-        return normalise(jitter(crops, factors, turns), self.mean, self.std)
+    def augment(self, crops: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+        return normalise(jitter(crops, factors, order), self.mean, self.std)
 
-    def plain(self, parts: Iterable[slice]) -> Iterator[Tensor]:
-        """See :class:`datasets.loaders.Pixels`: the middle of every image."""
-        batches = [range(*part.indices(self.size)) for part in parts]
-        return (normalise(images, self.mean, self.std) for images in self.workers.read(batches))
+    def unaugmented(self, slices: Iterable[slice]) -> Iterator[Tensor]:
+        """Central crops."""
+        return (normalise(images, self.mean, self.std) for images in self.workers.read_slices(slices, self.size))
 
 
-class StoredPixels(SmallPixels):
-    """Small images that are too many for the device: workers hand them over, the rest happens there."""
+class StreamedSmallImages(SmallImages):
+    """Small images that do not fit on the device: workers read them, the device augments them."""
 
     def __init__(
         self,
@@ -156,21 +160,13 @@ class StoredPixels(SmallPixels):
         flip: bool = True,
         workers: int = 0,
     ):
-        """``workers``: processes that read."""
         super().__init__(len(stored), stored.side, mean, std, device, flip)
-        self.workers = Workers(Reader(stored), workers, device)
+        self.workers = Workers(partial(read_stored, stored), workers, device)
 
-    def augmented(self, order: Tensor, parts: Iterable[slice], seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """See :class:`datasets.loaders.Pixels`."""
-        draws, parts = self.draws(order, seed, epoch), list(parts)
-        read = self.workers.read([order[part].numpy() for part in parts])
-        return ((images, *(table[part] for table in draws)) for images, part in zip(read, parts, strict=True))
+    def train_inputs(
+        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        return self.workers.read_with(self.draw(order, seed, epoch), order, slices)
 
-    def develop(self, images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
-        """See :class:`datasets.loaders.Pixels`."""
-        return self.cropped(images, offsets, flips)
-
-    def plain(self, parts: Iterable[slice]) -> Iterator[Tensor]:
-        """See :class:`datasets.loaders.Pixels`."""
-        batches = [range(*part.indices(self.size)) for part in parts]
-        return (normalise(images, self.mean, self.std) for images in self.workers.read(batches))
+    def unaugmented(self, slices: Iterable[slice]) -> Iterator[Tensor]:
+        return (normalise(images, self.mean, self.std) for images in self.workers.read_slices(slices, self.size))

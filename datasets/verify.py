@@ -1,6 +1,6 @@
-"""Checks a data set before it is trained on: python -m datasets.verify --cfg X [--images all|N] [key value ...]
+"""Check a data set before training on it: python -m datasets.verify --cfg X [--images all|N] [key value ...]
 
-Ends with 0 where nothing is wrong, 1 where something is, 2 where it cannot be read (no such list, no such data set).
+Exit code 0: no problems; 1: problems; 2: it cannot be read at all (no such list, no such data set).
 """
 
 import argparse
@@ -26,19 +26,19 @@ from utils.command_line import exit_code, parse
 from utils.config import load_config
 
 SHOWN = 5  # examples of each problem
-CHUNK = 512  # files per task at most: a task for each would cost more than looking a file up
+CHUNK = 512  # files per task at most: one task per file would cost more than looking it up
 LOOKERS = 16  # threads that look files up; they wait for the disk, not for a core
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     images = {"type": _number_of_images, "default": 0, "metavar": "all|N", "help": "decode all images, or N per split"}
-    args = parse("Check a data set before it is trained on.", arguments, images=images)
+    args = parse("Check a data set before training on it.", arguments, images=images)
     cfg = load_config(args.cfg, args.overrides)
     spec = find_spec(cfg.dataset)
     report = Report()
     (check_lists if spec.lists else check_source)(spec, cfg, args.images, report)
     if not args.images:
-        report.notes.append("no image was decoded; --images all or --images N does it")
+        report.notes.append("no image was decoded; use --images all or --images N")
     say("", *(f"note: {note}" for note in report.notes))
     say("", f"problems: {len(report.problems)}", *(line for lines in report.problems for line in lines))
     return 1 if report.problems else 0
@@ -59,29 +59,28 @@ def say(*lines: str) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found so far."""
-
-    problems: list[list[str]] = field(default_factory=list)  # the lines of each
+    problems: list[list[str]] = field(default_factory=list)  # lines of each
     notes: list[str] = field(default_factory=list)
 
     def problem(self, text: str) -> None:
         self.problems.append([f"- {text}"])
 
-    def found(self, text: str, items: Sequence, show: Callable[[Any], str]) -> None:
-        """A problem with a few examples, unless nothing was found."""
+    def check(self, text: str, items: Sequence, show: Callable[[Any], str]) -> None:
+        """Add a problem with its first examples, if there are any ``items``."""
         if len(items):
             more = [f"    and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
             self.problems.append([f"- {text}: {len(items)}", *(f"    {show(item)}" for item in items[:SHOWN]), *more])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data sets with readers of their own, which refuse what is missing or damaged
+# Data sets without lists: their readers refuse what is missing or damaged
 
 
 def check_source(spec: DatasetSpec, cfg: CfgNode, images: int, report: Report) -> None:
-    """Says the numbers; ``images``: how many of each split are decoded."""
+    """Print the counts and decode ``images`` images of each split."""
     source = spec.read(Path(cfg.data_path), cfg.image_size or spec.image_size, cfg.workers)
     names = source.class_names
+    report.notes.extend(source.notes)
     if spec.num_classes not in (None, len(names)):
         report.problem(f"classes: {cfg.dataset} has {spec.num_classes}, here {len(names)}")
     say(f"{cfg.dataset} in {cfg.data_path}", f"classes: {', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}")
@@ -89,13 +88,12 @@ def check_source(spec: DatasetSpec, cfg: CfgNode, images: int, report: Report) -
         say("", title, *_numbers(np.bincount(split.targets, minlength=len(names)), names))
         chosen = _evenly(len(split.targets), images)
         for start in tqdm(range(0, len(chosen), CHUNK), f"{title}: decoding", disable=not images):
-            split.load(chosen[start : start + CHUNK])
+            split.images.read(chosen[start : start + CHUNK])
         if images:
             report.notes.append(f"{title}: {len(chosen)} of {len(split.targets)} images were decoded")
 
 
 def _numbers(counts: np.ndarray, names: Sequence[str]) -> list[str]:
-    """``counts [C]`` in words."""
     present = np.flatnonzero(counts)
     lines = [f"  images: {counts.sum()}", f"  classes with images: {len(present)} of {len(counts)}"]
     if len(present):
@@ -115,11 +113,11 @@ def _evenly(total: int, wanted: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Listed:
-    """One of the two lists, N lines, and where its images lie on this disk."""
+    """One of the two lists, with N lines."""
 
     title: str
     rows: ListRows
-    files: list[str]  # [N], relative to data_path
+    files: list[str]  # [N], in the layout on this disk, relative to data_path
     labels: np.ndarray  # int64 [N], C where a label is out of range
 
     def line(self, index: int) -> str:
@@ -127,7 +125,6 @@ class Listed:
 
 
 def check_lists(spec: DatasetSpec, cfg: CfgNode, images: int, report: Report) -> None:
-    """As :func:`check_source`."""
     root, classes = Path(cfg.data_path), spec.num_classes
     say(f"{cfg.dataset} in {root}")
     paths = spec.lists.find(root, cfg.train_txt, cfg.val_txt)
@@ -140,13 +137,19 @@ def check_lists(spec: DatasetSpec, cfg: CfgNode, images: int, report: Report) ->
         say("", f"{split.title}: {path}", *_numbers(counts, names))
         _compare_with_published(split.title, counts, spec, report)
         _check_lines(split, classes, report)
-    _check_overlap(train, test, report)
+    first = {file: i for i, file in enumerate(train.files)}
+    both = [(first[file], i) for i, file in enumerate(test.files) if file in first]
+    report.check("images in train and test", both, lambda pair: _both_lines(train, test, *pair))
     _check_labels((train, test), names, report)
     contents = [_check_files(split, root, images, max(cfg.workers, 1), report) for split in (train, test)]
     same = sorted((contents[0][content], i) for content, i in contents[1].items() if content in contents[0])
     if same:
-        example = f"train {train.line(same[0][0])}; test {test.line(same[0][1])}"
+        example = _both_lines(train, test, *same[0])
         report.notes.append(f"{len(same)} decoded files are the same in train and test, such as {example}")
+
+
+def _both_lines(train: Listed, test: Listed, i: int, j: int) -> str:
+    return f"train {train.line(i)}; test {test.line(j)}"
 
 
 def _read(title: str, path: Path, root: Path, folders: Sequence[str], classes: int) -> Listed:
@@ -166,33 +169,25 @@ def _compare_with_published(title: str, counts: np.ndarray, spec: DatasetSpec, r
 
 
 def _check_lines(split: Listed, classes: int, report: Report) -> None:
-    """Lines that make no sense by themselves, and images that are listed twice."""
-    report.found(
+    """Malformed lines, labels out of range, duplicates."""
+    report.check(
         f"{split.title}: lines that are not 'relative/path label'",
         split.rows.malformed,
         lambda line: f"line {line[0]}: {line[1][:80]!r}",
     )
     outside = np.flatnonzero(split.labels == classes)
-    report.found(f"{split.title}: labels outside 0 .. {classes - 1}", outside, split.line)
+    report.check(f"{split.title}: labels outside 0 .. {classes - 1}", outside, split.line)
     first: dict[str, int] = {}
     again = [(first[file], i) for i, file in enumerate(split.files) if first.setdefault(file, i) != i]
-    report.found(
+    report.check(
         f"{split.title}: images listed again", again, lambda pair: f"{split.line(pair[1])}; {split.line(pair[0])}"
     )
 
 
-def _check_overlap(train: Listed, test: Listed, report: Report) -> None:
-    first = {file: i for i, file in enumerate(train.files)}
-    both = [(first[file], i) for i, file in enumerate(test.files) if file in first]
-    report.found(
-        "images in train and test", both, lambda pair: f"train {train.line(pair[0])}; test {test.line(pair[1])}"
-    )
-
-
 def _check_labels(splits: tuple[Listed, Listed], names: Sequence[str], report: Report) -> None:
-    """Images labelled unlike most of their class folder, and labels that several class folders have.
+    """Images labelled unlike most of their class folder, and labels that several class folders share.
 
-    A folder's images of both lists count. It is a class folder if more than half of them share a label.
+    A folder is a class folder if more than half of its images, of both lists, share a label.
     """
     index: dict[str, int] = {}  # class folder -> its number
     named = [[index.setdefault(folder, len(index)) for folder in map(_class_folder, s.files)] for s in splits]
@@ -207,7 +202,7 @@ def _check_labels(splits: tuple[Listed, Listed], names: Sequence[str], report: R
     for split, code in zip(splits, folders, strict=True):
         expected = own[code]
         judged = (expected < outside) & (code != code[:1]).any()  # one folder for all, such as val_256, is no class
-        report.found(
+        report.check(
             f"{split.title}: images labelled unlike most of their folder",
             np.flatnonzero(judged & (split.labels < outside) & (split.labels != expected)),
             lambda i, split=split, own=expected: f"{split.line(i)}, most have {own[i]} ({names[own[i]]})",
@@ -215,7 +210,7 @@ def _check_labels(splits: tuple[Listed, Listed], names: Sequence[str], report: R
         several: dict[int, list[str]] = {}
         for one in np.unique(code[judged]):
             several.setdefault(own[one].item(), []).append(known[one])
-        report.found(
+        report.check(
             f"{split.title}: labels of more than one class folder",
             sorted((label, found) for label, found in several.items() if len(found) > 1),
             lambda item: f"label {item[0]}: {', '.join(item[1][:SHOWN])}",
@@ -225,7 +220,7 @@ def _check_labels(splits: tuple[Listed, Listed], names: Sequence[str], report: R
 
 
 def _class_folder(path: str) -> str:
-    """Without the top folder, if there are several, so that ``train/cat`` and ``val/cat`` are one."""
+    """Without the top folder, if there are several: ``train/cat`` and ``val/cat`` are one class folder."""
     folder = path.rpartition("/")[0]
     return folder.partition("/")[2] or folder
 
@@ -235,14 +230,14 @@ def _class_folder(path: str) -> str:
 
 
 def _check_files(split: Listed, root: Path, images: int, workers: int, report: Report) -> dict[bytes, int]:
-    """Looks every file up and decodes ``images`` of them; returns what those hold (a digest), and who holds it."""
+    """Look up every file and decode ``images`` of them; returns the position of each content's digest."""
     paths = [os.path.join(root, file) for file in split.files]
     there = np.array(_in_threads(_is_there, paths, LOOKERS, f"{split.title}: looking up"), dtype=bool)
     missing = np.flatnonzero(~there)
-    report.found(f"{split.title}: missing or empty files", missing, lambda i: f"line {split.rows.lines[i]}: {paths[i]}")
+    report.check(f"{split.title}: missing or empty files", missing, lambda i: f"line {split.rows.lines[i]}: {paths[i]}")
     chosen = np.flatnonzero(there)[_evenly(there.sum(), images)]
     contents = _in_threads(_content, [paths[i] for i in chosen], workers, f"{split.title}: decoding")
-    report.found(
+    report.check(
         f"{split.title}: images that cannot be decoded",
         [(i, content) for i, content in zip(chosen, contents, strict=True) if isinstance(content, str)],
         lambda item: f"line {split.rows.lines[item[0]]}: {item[1]}",
@@ -261,7 +256,7 @@ def _is_there(path: str) -> bool:
 
 
 def _content(path: str) -> bytes | str:
-    """A digest of the file, or what is wrong with the image."""
+    """The file's digest, or an error message."""
     try:
         open_rgb(path)
     except DataError as error:
@@ -270,7 +265,6 @@ def _content(path: str) -> bytes | str:
 
 
 def _in_threads(look: Callable[[str], Any], paths: Sequence[str], threads: int, title: str) -> list:
-    """``look`` at every path, in order."""
     results, size = [], max(1, min(CHUNK, len(paths) // (8 * threads)))
     with ThreadPoolExecutor(threads) as pool, tqdm(desc=title, total=len(paths), disable=not paths) as bar:
         parts = (paths[start : start + size] for start in range(0, len(paths), size))

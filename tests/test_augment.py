@@ -150,7 +150,7 @@ def torchvision_boxes(height: int, width: int, number: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (200, 200), (90, 300), (200, 67)])
 def test_crop_boxes_are_distributed_as_torchvisions(height, width):
-    number = 8000
+    number = 3000
     random = np.random.default_rng(0)
     ours = np.array([crop_box(height, width, random) for _ in range(number)])
     top, left, h, w = ours.T
@@ -168,7 +168,7 @@ def test_crop_boxes_are_distributed_as_torchvisions(height, width):
         far = distance(statistic(*ours.T), statistic(*theirs.T))
         assert far < 1.95 * (2 / number) ** 0.5, name  # one in 1000 goes beyond, if the distributions are equal
     share = h * w / (height * width)
-    assert 0.078 < share.min() < 0.085
+    assert 0.078 < share.min() < 0.09
     assert (w / h).min() > 0.73 and (w / h).max() < 1.36
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from datasets import DataError, build_data
+from datasets import DataError, build_data, image_folder
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BASES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -171,7 +171,7 @@ def test_a_missing_archive_is_one_line_that_says_what_to_put_where(tmp_path, no_
     message = str(error.value)
     assert message.startswith(f"data_path: {path} holds no {base.__name__}, and it could not be downloaded (")
     assert f"put {base.filename} or its folder {base.base_folder} there" in message
-    assert "train/<class>/*.{png,jpg,jpeg} and test/<class>/" in message
+    assert image_folder.LAYOUT in message
     assert "\n" not in message
     assert list(path.iterdir()) == []
 

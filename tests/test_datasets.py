@@ -200,7 +200,7 @@ def test_the_loaders_of_a_data_set_use_its_row(whole):
     whole_epoch = list(whole.train_loader(100, 3, CPU, 0, 1).epoch(0))
     assert len(torch.cat([batch.indices for batch in whole_epoch]).unique()) == len(whole.train.targets)
     black = (0 - spec.mean[0]) / spec.std[0]
-    assert min(batch.images.min() for batch in whole_epoch).item() == pytest.approx(black, abs=1e-6)
+    assert min(batch.augment().min() for batch in whole_epoch).item() == pytest.approx(black, abs=1e-6)
     tests = list(whole.test_loader(CPU))
     assert torch.equal(torch.cat([images for images, _ in tests]), normalise(whole.test.images, spec.mean, spec.std))
     assert torch.equal(torch.cat([targets for _, targets in tests]), whole.test.targets)
@@ -289,13 +289,13 @@ def test_large_images_stay_in_their_files(lists):
     assert str(error.value) == ("data_on_device: True, but the images of places stay in their files; use auto or False")
 
 
-def test_the_checksum_is_of_labels_and_of_pixels_in_memory():
-    def checksum(**options):
-        return build_data("digits", "", imb_factor=0.05, **options).checksum()
+def test_the_content_hash_covers_labels_and_the_pixels_in_memory():
+    def hashed(**options) -> str:
+        return build_data("digits", "", image_size=8, imb_factor=0.05, **options).content_hash()
 
-    digits = build_data("digits", "", imb_factor=0.05)
-    assert checksum() == digits.checksum() and len(digits.checksum()) == 64
-    assert len({checksum(), checksum(subset_seed=1), checksum(val_per_class=2), checksum(data_on_device=False)}) == 4
+    digits = build_data("digits", "", image_size=8, imb_factor=0.05)
+    assert hashed() == digits.content_hash() and len(digits.content_hash()) == 64
+    assert len({hashed(), hashed(subset_seed=1), hashed(val_per_class=2), hashed(data_on_device=False)}) == 4
+    assert hashed(data_on_device=False) == digits.label_hash
     digits.test.images[3, 0, 0, 0] ^= 1  # one bit
-    assert digits.checksum() != checksum()
-    assert checksum(data_on_device=False) == digits.fingerprint
+    assert digits.content_hash() != hashed()

@@ -1,4 +1,4 @@
-"""Decoded images against PIL's own conversion, with every decoder; and what is said of files that are no images."""
+"""Decoded images against PIL's own conversion, with every decoder; errors for files that are not images."""
 
 import subprocess
 import sys
@@ -52,10 +52,10 @@ KINDS = {  # from file name to the mode it is stored in, the image and how to sa
 
 @pytest.fixture
 def no_cached_decoder() -> Iterator[None]:
-    """The fast decoder is chosen anew, in the test and after it."""
-    decoding._provider.cache_clear()
+    """The fast decoder is chosen again in the test, and after it."""
+    decoding.fast_provider.cache_clear()
     yield
-    decoding._provider.cache_clear()
+    decoding.fast_provider.cache_clear()
 
 
 @pytest.fixture(params=["pil", "torchvision", "torchcodec"])
@@ -263,7 +263,8 @@ except DataError as error:
 """
 
 
-def test_pil_says_nothing_beside_the_message(tmp_path):
+@pytest.mark.slow
+def test_pil_prints_nothing_beside_the_message(tmp_path):
     """It logs and warns of some damage, on standard error, without the file's name."""
     photo().save(tmp_path / "photo.tif")
     content = bytearray((tmp_path / "photo.tif").read_bytes())

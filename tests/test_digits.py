@@ -16,7 +16,7 @@ NOWHERE = Path("no such folder")
 
 
 def everything(split) -> np.ndarray:
-    return split.load(np.arange(len(split.targets)))
+    return split.images.read(np.arange(len(split.targets)))
 
 
 def as_bytes(images: np.ndarray) -> Counter:
@@ -46,7 +46,7 @@ def test_training_and_test_images_together_are_all_scans_once():
 def test_images_are_grey_rgb_of_the_size_asked_for(size):
     source = digits.read(NOWHERE, size, 0)
     for split in (source.train, source.test):
-        images = split.load(np.arange(50))
+        images = split.images.read(np.arange(50))
         assert images.shape == (50, size, size, 3)
         assert images.dtype == np.uint8
         assert (images == images[..., :1]).all()
@@ -56,7 +56,7 @@ def test_images_are_grey_rgb_of_the_size_asked_for(size):
 def test_images_come_in_the_order_asked_for():
     train = digits.read(NOWHERE, 8, 0).train
     chosen = np.array([5, 0, 1000, 5])
-    np.testing.assert_array_equal(train.load(chosen), everything(train)[chosen])
+    np.testing.assert_array_equal(train.images.read(chosen), everything(train)[chosen])
 
 
 @pytest.mark.parametrize("size", [None, 16])

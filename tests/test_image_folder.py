@@ -43,7 +43,7 @@ def read(folder: Path, size: int = 8, workers: int = 0) -> Source:
 def refusal(*arguments) -> str:
     with pytest.raises(DataError) as error:
         source = read(*arguments)
-        source.train.load(np.arange(len(source.train.targets)))
+        source.train.images.read(np.arange(len(source.train.targets)))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -67,24 +67,29 @@ def test_classes_are_the_training_folders_in_alphabetical_order(tmp_path):
     for split in (source.train, source.test):
         assert split.targets.dtype == np.int64
         assert split.targets.tolist() == [0, 1, 2, 3, 4, 5]
-        assert split.load(np.arange(6)).shape == (6, 8, 8, 3)
+        assert split.images.read(np.arange(6)).shape == (6, 8, 8, 3)
 
 
-def test_png_and_jpeg_are_read_whatever_their_case_and_other_files_are_not(tree):
-    for name in ("a.PNG", "b.jpg", "c.JPG", "d.jpeg", "e.JPEG", "f.Png"):
-        save(tree / "train/cat" / name)
-    for name in ("notes.txt", "h.png.bak", "Thumbs.db"):
-        (tree / "train/cat" / name).write_text("no image")
-    assert np.bincount(read(tree).train.targets).tolist() == [8, 2]
-    assert read(tree).train.load(np.arange(10)).shape == (10, 8, 8, 3)
+@pytest.mark.parametrize(
+    "name",
+    ["a.PNG", "b.jpg", "c.JPeG", "d.webp", "e.BMP", "deeper/f.TIF", "g.tiff", "h.gif", "i.ppm", "j.jfif"],
+)
+def test_every_format_is_read_whatever_the_case_of_its_ending(tree, name):
+    save(tree / "train/cat" / name, noise(16, 12))
+    train = read(tree).train
+    assert np.bincount(train.targets).tolist() == [3, 2]
+    (place,) = [i for i, path in enumerate(train.images.load.paths) if path.endswith(name)]
+    image = image_folder.decode(str(tree / "train/cat" / name), 8)
+    np.testing.assert_array_equal(train.images.read([place])[0], image)
 
 
-@pytest.mark.parametrize("name", ["a.webp", "b.BMP", "deeper/c.tif"])
-def test_images_of_another_kind_are_named_and_not_passed_over(tree, name):
+@pytest.mark.parametrize("name", ["a.dds", "b.TGA", "deeper/c.jp2"])
+def test_images_of_other_formats_are_refused_by_name(tree, name):
     (tree / "train/cat" / name).parent.mkdir(exist_ok=True)
     (tree / "train/cat" / name).write_bytes(b"")
-    with pytest.raises(DataError, match=rf"{name}: images must be png, jpg or jpeg"):
-        read(tree)
+    assert refusal(tree).startswith(
+        f"{tree / 'train/cat' / name}: images must be JPEG, PNG, BMP, GIF, PPM, TIFF, WEBP;"
+    )
 
 
 def test_val_is_read_where_there_is_no_test(tree):
@@ -109,11 +114,11 @@ def test_the_order_is_that_of_torchvisions_image_folder(tree):
     (tree / "train" / "fox").symlink_to(tree / "train" / "dog")
     theirs = ImageFolder(tree / "train")
     train = read(tree).train
-    assert train.load.paths == [path for path, _ in theirs.samples]
+    assert train.images.load.paths == [path for path, _ in theirs.samples]
     assert train.targets.tolist() == theirs.targets
 
 
-@pytest.mark.parametrize("name", ["a.png", "b.JPG", "c.webp"])
+@pytest.mark.parametrize("name", ["a.png", "b.JPG", "c.TIFF", "d.tga"])
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_an_image_in_no_class_folder_is_named_and_not_passed_over(tree, part, name):
     (tree / part / name).touch()
@@ -121,21 +126,29 @@ def test_an_image_in_no_class_folder_is_named_and_not_passed_over(tree, part, na
     assert refusal(tree).startswith(f"{tree / part / name}: lies in no class folder; expected are train/<class>/")
 
 
-def test_what_tools_leave_in_a_class_folder_is_no_image_of_it(tree):
-    save(tree / "train/cat/.ipynb_checkpoints/0-checkpoint.png")
-    save(tree / "train/cat/._0.png")
-    assert np.bincount(read(tree).train.targets).tolist() == [2, 2]
+SKIPPED = [
+    *("train/cat/.DS_Store", "train/cat/._0.png", "train/dog/Thumbs.db", "train/dog/DESKTOP.INI"),
+    *("train/.hidden", "train/README", "test/.DS_Store", "test/cat/notes.txt", "test/cat/0.png.bak"),
+]
 
 
-@pytest.mark.parametrize("name", ["x.webp", "y.png"])
-def test_linked_folders_are_looked_through_as_others(tree, name):
-    (tree / "elsewhere").mkdir()
-    save(tree / "elsewhere" / name)
+def test_files_that_are_no_images_of_a_class_are_skipped_and_counted(tree):
+    assert read(tree).notes == []
+    for name in SKIPPED:
+        (tree / name).write_text("no image")
+    for folder in ("train/__MACOSX", "train/cat/__MACOSX", "test/__MACOSX", "train/dog/.ipynb_checkpoints"):
+        save(tree / folder / "0.png")
+    source = read(tree)
+    assert (source.class_names, source.train.targets.tolist()) == (["cat", "dog"], [0, 0, 1, 1])
+    assert source.test.targets.tolist() == [0, 1]
+    (note,) = build_data("folder", str(tree), image_size=8).notes
+    assert note.startswith(f"data_path: {len(SKIPPED) + 4} hidden or other files and folders skipped, such as test/")
+
+
+def test_linked_folders_are_followed(tree):
+    save(tree / "elsewhere/y.png")
     (tree / "train/cat/more").symlink_to(tree / "elsewhere")
-    if name == "y.png":
-        assert np.bincount(read(tree).train.targets).tolist() == [3, 2]
-    else:
-        assert refusal(tree).startswith(f"{tree / 'train/cat/more/x.webp'}: images must be png, jpg or jpeg")
+    assert np.bincount(read(tree).train.targets).tolist() == [3, 2]
 
 
 def test_a_link_that_leads_back_does_not_multiply_images(tree):
@@ -148,7 +161,7 @@ def test_the_name_of_a_class_is_text_whatever_its_folder_s_name(tree):
         os.rename(tree / part / "dog", os.fsencode(tree / part) + b"/caf\xe9")
     source = read(tree)
     assert source.class_names == ["caf\\xe9", "cat"]
-    assert source.train.load(np.arange(4)).shape == (4, 8, 8, 3)
+    assert source.train.images.read(np.arange(4)).shape == (4, 8, 8, 3)
 
 
 def test_a_path_that_the_system_does_not_take_is_refused(tmp_path):
@@ -168,17 +181,17 @@ def test_images_come_in_the_order_asked_for_and_lossless(tree):
     paths = [tree / "train" / name for name in ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")]
     for seed, path in enumerate(paths):
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
-    chosen = read(tree).train.load(np.array([3, 0, 3]))
+    chosen = read(tree).train.images.read(np.array([3, 0, 3]))
     assert chosen.dtype == np.uint8
     np.testing.assert_array_equal(chosen, [np.asarray(Image.open(paths[i])) for i in (3, 0, 3)])
-    assert read(tree).train.load(np.array([], dtype=np.int64)).shape == (0, 8, 8, 3)
+    assert read(tree).train.images.read(np.array([], dtype=np.int64)).shape == (0, 8, 8, 3)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_change_nothing(tree, workers):
     for i in range(20):
         save(tree / f"train/cat/more {i}.jpg", noise(9 + i, 20))
-    one, many = (read(tree, 12, w).train.load(np.arange(24)) for w in (0, workers))
+    one, many = (read(tree, 12, w).train.images.read(np.arange(24)) for w in (0, workers))
     np.testing.assert_array_equal(one, many)
 
 
@@ -319,7 +332,7 @@ def test_a_wrong_layout_is_refused_by_the_name_of_the_folder(tree, damage, names
     message = refusal(tree)
     assert message.startswith(f"data_path: {tree / names} ")
     if names != "test/wolf":
-        assert "expected are train/<class>/*.{png,jpg,jpeg} and test/<class>/*.{png,jpg,jpeg}" in message
+        assert f"expected are {image_folder.LAYOUT}" in message
 
 
 def test_a_path_that_is_missing_or_a_file_is_refused(tree):
@@ -374,7 +387,7 @@ def process_id(path: str, size: int) -> np.ndarray:
 def test_processes_decode_many_images_and_few_are_decoded_here(many, images, workers, processes):
     before = multiprocessing.active_children()
     train = image_folder.read(many, 8, workers, process_id).train
-    found = train.load(repeated(images, len(train.targets))).reshape(images, -1)[:, :4].copy().view(np.uint32)
+    found = train.images.read(repeated(images, len(train.targets))).reshape(images, -1)[:, :4].copy().view(np.uint32)
     if processes:
         assert len(np.unique(found)) == processes
         assert os.getpid() not in found
@@ -388,7 +401,7 @@ def test_processes_decode_many_images_and_few_are_decoded_here(many, images, wor
 @pytest.mark.parametrize("images", [MANY, MANY + 1, 5 * image_folder.CHUNK + 17])
 def test_any_number_of_processes_decodes_the_same_in_the_order_asked_for(many, decoded, images, workers):
     chosen = repeated(images, len(decoded))
-    np.testing.assert_array_equal(read(many, 8, workers).train.load(chosen), decoded[chosen])
+    np.testing.assert_array_equal(read(many, 8, workers).train.images.read(chosen), decoded[chosen])
 
 
 @more_processes_than_cpus
@@ -415,5 +428,5 @@ def test_a_worker_decodes_a_large_batch_itself(many):
         )
         for where in (True, False)
     ]
-    ours, theirs = ([batch.images for batch in loader.epoch(0)] for loader in loaders)
+    ours, theirs = ([batch.augment() for batch in loader.epoch(0)] for loader in loaders)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -40,6 +40,7 @@ CONFIGS = {
 }
 SMALL = ["batch_size", 8, "workers", 1, "num_epochs", 1]
 LINES = re.compile(r"^(?:\S+ \S+ )?(\* (?:Acc@1|ECE) .*)$", re.MULTILINE)
+IMAGENET = "config/imagenet/imagenet_resnet50_arbloss_ugcc_mixup.yaml"
 PLACES = "config/places/places_resnet50_arbloss_ugcc_mixup.yaml"
 
 
@@ -101,19 +102,17 @@ def script(*arguments: object) -> str:
     return done.stdout
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(lists, tmp_path):
-    """Crops and colours come from (seed, epoch, image), wherever and by whomever they are made."""
-    options = ["data_path", lists / "imagenet", "backbone", "resnet10", "image_size", 32, "batch_size", 16]
-    options += ["cos", False, "warmup_epochs", 0, "accumulate", 2]
-    cfg = "config/imagenet/imagenet_resnet50_arbloss_ugcc_mixup.yaml"
-    whole = train(tmp_path / "whole", *options, "workers", 0, "num_epochs", 2, cfg=cfg)
-    parts = train(tmp_path / "parts", *options, "workers", 2, "num_epochs", 1, cfg=cfg)
+def test_resume_matches_an_uninterrupted_run_with_any_number_of_workers(lists, tmp_path):
+    """Crops and colours are a function of (seed, epoch, image)."""
+    options = ["data_path", lists / "imagenet", "batch_size", 16, "cos", False, "warmup_epochs", 0, "accumulate", 2]
+    whole = train(tmp_path / "whole", *options, "workers", 0, "num_epochs", 2, cfg=IMAGENET)
+    parts = train(tmp_path / "parts", *options, "workers", 2, "num_epochs", 1, cfg=IMAGENET)
     last = parts / "ckps" / "current.pth.tar"
-    train(tmp_path / "parts", *options, "workers", 1, "num_epochs", 2, "resume", last, cfg=cfg)
+    train(tmp_path / "parts", *options, "workers", 1, "num_epochs", 2, "resume", last, cfg=IMAGENET)
     assert_same_run(whole, parts)
     log = next((whole / "logs").iterdir()).read_text()
     assert "batch 16 in 2 passes" in log
-    assert "images: 32 pixels, decoded with PIL by 0 workers" in log
+    assert "images: 8 pixels, decoded with PIL by 0 workers" in log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,42 +121,29 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(lists, tmp_pa
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory, lists) -> Path:
-    """Places with two training images of each of 40 classes: every order of them is by frequency."""
+    """ImageNet-LT with two training images of each of 40 classes: every order of them is by frequency."""
     root = tmp_path_factory.mktemp("tied")
     image = next((lists / "places" / "val_256").iterdir()).read_bytes()
-    for name, folder in (("train", "data_256"), ("test", "val_256")):
+    for name, folder in (("train", "train"), ("test", "val")):
         paths = [(f"{folder}/{c}_{i}.jpg", c) for c in range(40) for i in range(2)]
         (root / folder).mkdir()
         for path, _ in paths:
             (root / path).write_bytes(image)
-        (root / f"Places_LT_{name}.txt").write_text("".join(f"{path} {c}\n" for path, c in paths))
+        (root / f"ImageNet_LT_{name}.txt").write_text("".join(f"{path} {c}\n" for path, c in paths))
     return root
 
 
 @pytest.fixture(scope="module")
 def run(tied, tmp_path_factory) -> Path:
     """A run on these data with a stable order."""
-    options = [
-        "data_path",
-        tied,
-        "pretrained",
-        False,
-        "image_size",
-        32,
-        "num_epochs",
-        1,
-        "workers",
-        0,
-        "batch_size",
-        40,
-    ]
-    return train(tmp_path_factory.mktemp("saved"), *options, cfg=PLACES)
+    options = ["data_path", tied, "backbone", "resnet10", "num_epochs", 1, "workers", 0, "batch_size", 40]
+    return train(tmp_path_factory.mktemp("saved"), *options, cfg=IMAGENET)
 
 
 def test_the_log_and_the_checkpoint_know_the_class_map(run, tied):
-    counts = np.bincount([c for c in range(40) for _ in range(2)], minlength=365)
+    counts = np.bincount([c for c in range(40) for _ in range(2)], minlength=1000)
     stored = torch.load(run / "ckps" / "current.pth.tar", weights_only=True)["class_map"]
-    assert stored.tolist() == class_map_for("stable", counts).tolist() == list(range(365))
+    assert stored.tolist() == class_map_for("stable", counts).tolist() == list(range(1000))
     assert class_map_for("legacy", counts).tolist() != stored.tolist()
     assert "note: class map: stable\n" in next((run / "logs").iterdir()).read_text()
 
@@ -172,7 +158,7 @@ def foreign(run: Path, path: Path) -> Path:
 
 @pytest.mark.parametrize("wanted", ["stable", "legacy", None])
 def test_a_checkpoint_is_evaluated_with_its_own_map_else_in_the_legacy_order(run, tied, tmp_path, capsys, wanted):
-    counts = np.bincount([c for c in range(40) for _ in range(2)], minlength=365)
+    counts = np.bincount([c for c in range(40) for _ in range(2)], minlength=1000)
     asked = [] if wanted is None else ["class_map", wanted]
     config = ["--cfg", run / "config.yaml", "workers", 0, "save_dir", tmp_path / "saved", *asked]
     eval_script.main([*map(str, config), "resume", str(run / "ckps" / "current.pth.tar")])
@@ -188,7 +174,7 @@ def test_a_checkpoint_is_evaluated_with_its_own_map_else_in_the_legacy_order(run
 def test_going_on_keeps_the_map_and_a_foreign_file_brings_the_legacy_one(run, tied, tmp_path):
     cfg = load_config(run / "config.yaml", ["resume", str(run / "ckps" / "current.pth.tar"), "class_map", "legacy"])
     numbering = resume.class_map(cfg, resume.find_checkpoint(cfg))
-    assert build.load_data(cfg, numbering.choice, torch.device("cpu")).class_map.tolist() == list(range(365))
+    assert build.load_data(cfg, numbering.choice, torch.device("cpu")).class_map.tolist() == list(range(1000))
     assert numbering.notes == ["class map: the checkpoint's, class_map legacy is not needed"]
     cfg = load_config(run / "config.yaml", ["resume", str(foreign(run, tmp_path / "best.pth.tar"))])
     numbering = resume.class_map(cfg, resume.find_checkpoint(cfg))
@@ -197,7 +183,7 @@ def test_going_on_keeps_the_map_and_a_foreign_file_brings_the_legacy_one(run, ti
 
 def test_a_run_goes_on_with_its_own_list_only(run, tied, tmp_path, capsys):
     shorter = tmp_path / "shorter.txt"
-    shorter.write_text("".join((tied / "Places_LT_train.txt").read_text().splitlines(keepends=True)[:-1]))
+    shorter.write_text("".join((tied / "ImageNet_LT_train.txt").read_text().splitlines(keepends=True)[:-1]))
     resume = ["resume", run / "ckps" / "current.pth.tar", "num_epochs", 2, "train_txt", shorter]
     bad = failure(capsys, train_stage1.main, "--cfg", run / "config.yaml", *resume)
     assert (bad.code, len(bad.lines)) == (2, 1)
@@ -242,14 +228,14 @@ def test_bad_lists_and_images_end_in_one_line(lists, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "backbone", "classes", "name", "images"),
+    ("dataset", "backbone", "classes", "name", "images", "zipped"),
     [
-        ("cifar10", "resnet32", 10, "resnet32", (4, 32)),
-        ("imagenet", "resnet50", 50, "resnet50", (2, 64)),
-        ("places", "resnet152", 365, "places152", (2, 64)),
+        ("cifar10", "resnet32", 10, "resnet32", (4, 32), True),
+        ("cifar10", "resnet32", 10, "resnet32", (4, 32), False),  # the file format of torch 1.2
+        pytest.param("imagenet", "resnet50", 50, "resnet50", (2, 64), False, marks=pytest.mark.slow),
+        pytest.param("places", "resnet152", 365, "places152", (2, 64), False, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "torch 1.2"])
 def test_the_goldens_come_out_of_a_checkpoint_in_mislas_format(
     dataset, backbone, classes, name, images, zipped, tmp_path
 ):

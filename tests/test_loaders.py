@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.augment import crop_and_flip, draw_crops, normalise
-from datasets.loaders import Batch, EvalLoader, MemoryPixels, TrainLoader, plan_passes, share
+from datasets.loaders import Batch, EvalLoader, InMemoryImages, TrainLoader, plan_micro_batches, shard
 from datasets.source import DataError
 from datasets.specs import CIFAR_MEAN, CIFAR_STD
 
@@ -26,7 +26,7 @@ def images_and_targets(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train_loader(size=53, batch_size=16, flip=True, seed=1, rank=0, world_size=1, accumulate=1) -> TrainLoader:
     images, targets = images_and_targets(size)
-    pixels = MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU, flip)
+    pixels = InMemoryImages(images, CIFAR_MEAN, CIFAR_STD, CPU, flip)
     return TrainLoader(pixels, targets, batch_size, seed, CPU, rank, world_size, accumulate)
 
 
@@ -34,7 +34,7 @@ def assert_bit_equal(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.indices, b.indices)
         assert torch.equal(a.targets, b.targets)
-        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.augment(), b.augment())
 
 
 def joined(parts: Sequence[Batch]) -> Batch:
@@ -48,7 +48,7 @@ def joined(parts: Sequence[Batch]) -> Batch:
 
 @given(size=st.integers(0, 500), world_size=st.integers(1, 20))
 def test_shares_are_disjoint_complete_and_differ_by_at_most_one(size, world_size):
-    shares = [list(range(size))[share(size, rank, world_size)] for rank in range(world_size)]
+    shares = [list(range(size))[shard(size, rank, world_size)] for rank in range(world_size)]
     assert list(chain.from_iterable(shares)) == list(range(size))
     lengths = [len(s) for s in shares]
     assert max(lengths) - min(lengths) <= 1
@@ -69,7 +69,7 @@ def test_an_epoch_sees_every_image_once_and_keeps_the_last_smaller_batch(size, b
     seen = torch.cat([batch.indices for batch in batches])
     assert torch.equal(seen.sort().values, torch.arange(size))
     assert torch.equal(torch.cat([batch.targets for batch in batches]), targets[seen])
-    assert all(batch.images.shape == (len(batch.indices), 3, *images.shape[1:3]) for batch in batches)
+    assert all(batch.augment().shape == (len(batch.indices), 3, *images.shape[1:3]) for batch in batches)
 
 
 def test_a_batch_holds_the_crops_of_its_images():
@@ -77,12 +77,12 @@ def test_a_batch_holds_the_crops_of_its_images():
     offsets, flips = draw_crops(53, 2, True, seed=1, epoch=4)
     for batch in train_loader().epoch(4):
         cropped = crop_and_flip(images[batch.indices], offsets[batch.indices], flips[batch.indices], padding=2)
-        assert torch.equal(batch.images, normalise(cropped, CIFAR_MEAN, CIFAR_STD))
+        assert torch.equal(batch.augment(), normalise(cropped, CIFAR_MEAN, CIFAR_STD))
 
 
 def test_the_crop_of_an_image_does_not_depend_on_its_batch():
     whole, single = (joined(list(train_loader(batch_size=b).epoch(2))) for b in (53, 5))
-    assert torch.equal(whole.images, single.images)
+    assert torch.equal(whole.augment(), single.augment())
     assert torch.equal(whole.indices, single.indices)
 
 
@@ -124,9 +124,9 @@ epochs = {
 @given(**epochs)
 def test_the_passes_of_a_process_are_what_as_many_processes_see(size, batch_size, world_size, accumulate):
     parts = world_size * accumulate
-    alone = [plan_passes(size, batch_size, part, parts, 1) for part in range(parts)]
+    alone = [plan_micro_batches(size, batch_size, part, parts, 1) for part in range(parts)]
     for rank in range(world_size):
-        passes = plan_passes(size, batch_size, rank, world_size, accumulate)
+        passes = plan_micro_batches(size, batch_size, rank, world_size, accumulate)
         steps = zip(*alone[rank * accumulate : (rank + 1) * accumulate], strict=True)
         for ours, theirs in zip(passes, chain.from_iterable(steps), strict=True):
             assert ours.positions == theirs.positions
@@ -135,7 +135,7 @@ def test_the_passes_of_a_process_are_what_as_many_processes_see(size, batch_size
 
 @given(**epochs)
 def test_the_passes_of_a_step_share_its_batch_and_its_weight(size, batch_size, world_size, accumulate):
-    plans = [plan_passes(size, batch_size, rank, world_size, accumulate) for rank in range(world_size)]
+    plans = [plan_micro_batches(size, batch_size, rank, world_size, accumulate) for rank in range(world_size)]
     steps = -(-size // batch_size)
     for step in range(steps):
         parts = [p for plan in plans for p in plan[step * accumulate : (step + 1) * accumulate]]
@@ -175,12 +175,12 @@ def test_every_part_knows_the_labels_of_the_whole_global_batch(world_size, accum
 
 def test_the_last_parts_of_a_small_batch_are_the_empty_ones():
     """Rank 0's batch-norm statistics are kept: it does without images last."""
-    assert [p.weight > 0 for r in range(4) for p in plan_passes(3, 8, r, 4, 2)] == [True] * 3 + [False] * 5
+    assert [p.weight > 0 for r in range(4) for p in plan_micro_batches(3, 8, r, 4, 2)] == [True] * 3 + [False] * 5
 
 
 def test_fewer_images_than_parts_in_every_step_are_refused():
     with pytest.raises(
-        DataError, match=r"^batch_size: 5 is less than one image for each of 3 passes \(accumulate\) of 2"
+        DataError, match=r"^batch_size: 5 is less than one image for each of 3 micro-batches \(accumulate\) of 2"
     ):
         train_loader(batch_size=5, world_size=2, accumulate=3)
     assert len(train_loader(batch_size=6, world_size=2, accumulate=3)) == 9
@@ -231,7 +231,7 @@ def test_an_epoch_is_the_same_whenever_it_is_drawn():
 def test_another_epoch_or_seed_differs_in_order_and_crops(seed, epoch):
     first, other = joined(list(train_loader().epoch(5))), joined(list(train_loader(seed=seed).epoch(epoch)))
     assert not torch.equal(first.indices, other.indices)
-    by_image = [batch.images[batch.indices.argsort()] for batch in (first, other)]
+    by_image = [batch.augment()[batch.indices.argsort()] for batch in (first, other)]
     differs = (by_image[0] != by_image[1]).flatten(1).any(1)
     assert differs.float().mean() > 0.8
 
@@ -254,18 +254,18 @@ def test_training_touches_neither_the_images_nor_the_global_generators():
 @pytest.mark.parametrize(("side", "padding"), [(32, 4), (8, 1), (64, 8), (7, 0)])
 def test_padding_is_an_eighth_of_the_side(side, padding):
     images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    pixels = MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU)
+    pixels = InMemoryImages(images, CIFAR_MEAN, CIFAR_STD, CPU)
     assert pixels.padding == padding
-    inputs = next(pixels.augmented(torch.arange(2), [slice(0, 2)], 0, 0))
-    assert pixels.develop(*inputs).shape == (2, 3, side, side)
+    inputs = next(pixels.train_inputs(torch.arange(2), [slice(0, 2)], 0, 0))
+    assert pixels.augment(*inputs).shape == (2, 3, side, side)
 
 
 def test_without_flips_no_image_is_mirrored():
     ramp = torch.arange(SIDE, dtype=torch.uint8).mul(9).add(1).reshape(1, 1, SIDE, 1).expand(64, SIDE, SIDE, 3)
     arguments = (ramp, (0.0,) * 3, (1.0,) * 3, CPU)
     for flip in (False, True):
-        pixels = MemoryPixels(*arguments, flip)
-        images = pixels.develop(*next(pixels.augmented(torch.arange(64), [slice(0, 64)], 0, 0)))
+        pixels = InMemoryImages(*arguments, flip)
+        images = pixels.augment(*next(pixels.train_inputs(torch.arange(64), [slice(0, 64)], 0, 0)))
         middle = images[:, 0, SIDE // 2, 2:-2].diff()  # left of the padding, brightness rises unless mirrored
         rises, falls = (middle > 0).all(1), (middle < 0).all(1)
         assert (rises | falls).all()
@@ -275,7 +275,7 @@ def test_without_flips_no_image_is_mirrored():
 @pytest.mark.parametrize("batch_size", [1, 10, 53, 500])
 def test_evaluation_sees_every_image_in_order_as_it_is(batch_size):
     images, targets = images_and_targets(53)
-    loader = EvalLoader(MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU), targets, batch_size, CPU)
+    loader = EvalLoader(InMemoryImages(images, CIFAR_MEAN, CIFAR_STD, CPU), targets, batch_size, CPU)
     for _ in range(2):
         batches = list(loader)
         assert len(batches) == len(loader)
@@ -289,7 +289,7 @@ def test_evaluation_sees_every_image_in_order_as_it_is(batch_size):
 def test_processes_evaluate_whole_batches_that_are_those_of_one_process_in_order(size, batch_size, world_size):
     """With more processes than batches some have none."""
     images, targets = images_and_targets(size)
-    source = MemoryPixels(images, CIFAR_MEAN, CIFAR_STD, CPU)
+    source = InMemoryImages(images, CIFAR_MEAN, CIFAR_STD, CPU)
     ranks = [EvalLoader(source, targets, batch_size, CPU, r, world_size) for r in range(world_size)]
     lengths = [len(list(rank)) for rank in ranks]
     assert lengths == [len(rank) for rank in ranks]

@@ -79,7 +79,7 @@ def test_they_are_the_mean_over_the_steps_that_the_run_took(tmp_path, cfg):
     for number, (batch, draw) in enumerate(
         zip(loader.epoch(0), method.draws(loader.batch_sizes, cfg.seed, 0), strict=True)
     ):
-        output = method(model.train(), batch.images, batch.targets, draw, batch.step_targets)
+        output = method(model.train(), batch.augment(), batch.targets, draw, batch.step_targets)
         if number % 3 == 0:
             counts = data.class_counts if cfg.loss == "arb" else None
             mixed = (batch.targets[draw.partner], draw.lam) if cfg.mixup else None

@@ -204,7 +204,7 @@ def evaluations(cfg, data, device: torch.device) -> dict:
     model = build.new_model(cfg, data)
     for module in model.modules():
         module.momentum = 1.0  # of batch norm: one batch makes the statistics
-    model(next(data.train_loader(200, 0, device).epoch(0)).images)
+    model(next(data.train_loader(200, 0, device).epoch(0)).augment())
     for buffer in model.buffers():
         buffer += distributed.rank()
     pixels, held_out = data.test_loader(device).pixels, data.val_loader(device, **shares)

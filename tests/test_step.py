@@ -99,7 +99,7 @@ def test_a_step_is_that_of_a_loop_written_out(digits):
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3, foreach=False)
     losses, hits, sizes = 0.0, 0, []
     for batch, draw in chosen:
-        mixed, a, b = mix(batch.images, batch.targets, draw.lam, draw.partner)
+        mixed, a, b = mix(batch.augment(), batch.targets, draw.lam, draw.partner)
         logits = model(mixed)
         counts = torch.bincount(a, minlength=10)
         loss = draw.lam * arb_loss(logits, a, counts) + (1 - draw.lam) * arb_loss(logits, b, counts)
@@ -475,7 +475,7 @@ def test_a_watched_step_shows_each_pass_s_own_output(digits, device, recording):
         strict=True,
     ):
         model = copy.deepcopy(twin.model).train()
-        expected.append(twin.method(model, same.images, same.targets, same_draw, same.step_targets))
+        expected.append(twin.method(model, same.augment(), same.targets, same_draw, same.step_targets))
         watched(batch, draw)
         twin(same, same_draw)
     assert [number for number, *_ in seen] == list(range(15))

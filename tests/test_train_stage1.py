@@ -201,7 +201,7 @@ def test_two_methods_with_one_seed_see_identical_weights_batches_crops_and_lambd
     assert_same_tensors(weights, other_weights)
     assert len(batches) == len(draws) == 30
     for ours, theirs in zip(batches, other_batches, strict=True):
-        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.augment(), theirs.augment())
         assert torch.equal(ours.indices, theirs.indices)
     for ours, theirs in zip(draws, other_draws, strict=True):
         assert torch.equal(ours.lam, theirs.lam)
@@ -426,7 +426,7 @@ def test_a_foreign_file_gives_weights_only_and_says_so(finished, tmp_path):
 def test_twenty_steps_overfit_a_batch(loss):
     data = build_data("digits", "")
     batch = next(data.train_loader(64, 0, CPU).epoch(0))
-    images, targets = batch.images, batch.targets
+    images, targets = batch.augment(), batch.targets
     torch.manual_seed(0)
     model = build_model("digits", "resnet20", 10).train()
     method = build_method(loss, "batch", data.class_counts, 0.0)

@@ -68,12 +68,6 @@ def edit(path: Path, *changes: tuple[str, str]) -> None:
     path.write_text(text)
 
 
-def run_in_a_process(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "datasets.verify", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 
@@ -96,7 +90,7 @@ def test_a_data_set_without_fault(tree, check):
         "  smallest class: 1 images, label 3 (b/barn)",
         "",
         "note: test: 7 images lie in no class folder; labels not checked",
-        "note: no image was decoded; --images all or --images N does it",
+        "note: no image was decoded; use --images all or --images N",
         "",
         "problems: 0",
     ]
@@ -412,9 +406,11 @@ def folders(tmp_path) -> Path:
     return tmp_path
 
 
-def test_class_folders_as_a_process(folders):
-    done = run_in_a_process("--cfg", str(folders / "x.yaml"), "--images", "all")
-    assert done.stdout.splitlines() == [
+def test_class_folders(folders, capsys):
+    (folders / "train/cat/Thumbs.db").touch()
+    assert exit_code(lambda: verify.main(["--cfg", str(folders / "x.yaml"), "--images", "all"])) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
         f"folder in {folders}",
         "classes: cat, dog",
         "",
@@ -430,13 +426,13 @@ def test_class_folders_as_a_process(folders):
         "  largest class: 1 images, label 0 (cat)",
         "  smallest class: 1 images, label 0 (cat)",
         "",
+        "note: data_path: 1 hidden or other files and folders skipped, such as train/cat/Thumbs.db",
         "note: train: 3 of 3 images were decoded",
         "note: test: 1 of 1 images were decoded",
         "",
         "problems: 0",
     ]
-    assert done.returncode == 0
-    assert "train: decoding: 100%" in done.stderr
+    assert "train: decoding: 100%" in err
 
 
 def test_a_damaged_image_in_a_class_folder_ends_the_check(folders, capsys):
@@ -456,29 +452,28 @@ def test_another_number_of_classes_than_the_data_set_has_is_a_problem(folders, c
     assert problems(capsys.readouterr().out) == ["- classes: cifar10 has 10, here 2"]
 
 
-def test_a_small_copy_of_places_as_a_process(tree):
-    """The process knows the published figures; the configuration is given from elsewhere."""
+@pytest.mark.slow
+def test_the_command_as_a_process(tree):
+    """It knows the published figures, prints names that are not UTF-8, and is called from any folder."""
     (tree / "val_256/v3.jpg").unlink()
-    done = run_in_a_process("--cfg", "x.yaml", "--images", "2", "workers", "1", cwd=tree)
+    train = (tree / "Places_LT_train.txt").read_bytes()
+    (tree / "Places_LT_train.txt").write_bytes(train + b"data_256/caf\xe9/1.jpg 0\n")
+    words = [sys.executable, "-m", "datasets.verify", "--cfg", "x.yaml", "--images", "2", "workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert problems(done.stdout) == [
-        "- train: images: published 62500, here 11",
-        "- train: largest class: published 4980, here 6",
+        "- train: images: published 62500, here 12",
+        "- train: largest class: published 4980, here 7",
         "- train: smallest class: published 5, here 1",
         "- test: images: published 36500, here 7",
+        "- train: missing or empty files: 1",
+        f"    line 12: {tree}/data_256/caf\\udce9/1.jpg",
         "- test: missing or empty files: 1",
         f"    line 4: {tree}/val_256/v3.jpg",
     ]
     assert "classes with images: 3 of 365" in done.stdout
     assert "train: looking up: 100%" in done.stderr
-
-
-def test_names_that_are_no_utf8_are_printed(tree):
-    name = os.fsdecode(b"data_256/caf\xe9/1.jpg")
-    (tree / "Places_LT_train.txt").write_bytes(os.fsencode(f"{name} 0\n"))
-    done = run_in_a_process("--cfg", str(tree / "x.yaml"))
-    assert done.returncode == 1
-    assert f"    line 1: {tree}/data_256/caf\\udce9/1.jpg\n" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -501,11 +496,3 @@ def test_bad_input_ends_with_code_2_and_one_line(tree, capsys, monkeypatch, argu
     assert err.startswith(said)
     assert err.count("\n") == 1
     assert "problems" not in out
-
-
-def test_bad_input_ends_the_process_with_code_2(tree):
-    (tree / "Places_LT_test.txt").unlink()
-    done = run_in_a_process("--cfg", str(tree / "x.yaml"))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: val_txt: there is no ")
-    assert done.stderr.count("\n") == 1

@@ -1,9 +1,77 @@
-"""python -m utils.bench [PART ...]"""
+"""Compare this trainer with the usual loop and with its upper bound: python -m utils.bench [PART ...] [--json FILE] ...
 
+Parts: cifar, criterion, pipeline, startup, epoch; all by default. Contestants take turns in one warm process, in an
+order that every round shuffles. Numbers are medians over the rounds, with minimum and maximum; a column "/ x" is the
+row's median divided by that of row x. Nothing is asserted: other machines give other numbers.
+"""
+
+import argparse
+import json
+import os
 import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
-from utils.bench.measure import main
-from utils.command_line import exit_code
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as in train_stage1
+
+from utils import distributed
+from utils.bench.contestants import MODES
+from utils.bench.parts import Bench, cifar, criterion, epoch, jpegs, pipeline, startup
+from utils.bench.timing import as_text
+from utils.command_line import Parser, exit_code
+from utils.files import write_text
+from utils.run.provenance import machine
+
+PARTS = {part.__name__: part for part in (cifar, criterion, pipeline, startup, epoch)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    with distributed.processes(args.device) as device, tempfile.TemporaryDirectory() as scratch:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(scratch, "compiled")  # compile from scratch
+        bench, report = Bench(args, device, Path(scratch)), machine(device)
+        print(*(f"{key}: {value}" for key, value in report.items()), sep="\n", flush=True)
+        report["parts"] = {}
+        for name in args.parts:
+            part = PARTS[name](bench)
+            print(as_text(name, part), flush=True)
+            report["parts"][name] = part._asdict()
+            if args.json:
+                write_text(args.json, json.dumps(report, indent=2) + "\n")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    description = "Compare the trainer with the usual loop and with its upper bound."
+    parser = Parser(prog="python -m utils.bench", description=description, hint="; see --help")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with each round's numbers")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="of every comparison")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="cifar: steps per round")
+    parser.add_argument("--images", type=_positive, metavar="N", help="epoch: training images of each of 10 classes")
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="pipeline: JPEG files; some are made by default")
+    parser.add_argument("--modes", type=lambda text: text.split(","), metavar="A,B", help="such as fp32,bf16+compile")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="nothing, not even the bound")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(arguments)
+    args.parts = args.parts or list(PARTS)
+    for what, given, known in (("part", args.parts, PARTS), ("mode", args.modes or [], MODES)):
+        for name in set(given) - set(known):
+            parser.error(f"unknown {what} {name!r}; known are {', '.join(known)}")
+    if args.modes and not args.compile and all("+" in mode for mode in args.modes):
+        parser.error("--no-compile leaves none of --modes")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json {args.json}: must be a file in an existing folder")
+    if args.photos and not jpegs(args.photos):
+        parser.error(f"--photos {args.photos}: no folder with JPEG files")
+    return args
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
+    return int(text)
+
 
 if __name__ == "__main__":
     sys.exit(exit_code(main))

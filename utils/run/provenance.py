@@ -71,7 +71,7 @@ def provenance(data: Data, settings: Mapping, device: torch.device) -> dict:
         "class_counts": data.class_counts,
         "class_map": data.class_map,
         "class_names": data.class_names,
-        "fingerprint": data.fingerprint,
+        "fingerprint": data.label_hash,
         "environment": environment(device),
         "selected_on": "held-out training images" if settings["val_per_class"] else "test set",
     }

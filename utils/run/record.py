@@ -50,7 +50,7 @@ class Recorder:
             "step": self.state.step,
             "commit": commit(),
             "processes": distributed.world_size(),
-            "data": self.data.checksum(),
+            "data": self.data.content_hash(),
             "class_counts": self.data.class_counts.tolist(),
             **machine(device),
         }

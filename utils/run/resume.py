@@ -207,7 +207,7 @@ def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], d
             f"{path}: was trained on other images: their number per class differs from what data_path (and "
             "train_txt) hold now; a run goes on with its own data"
         )
-    if fingerprint is not None and not (isinstance(fingerprint, str) and fingerprint in ("", data.fingerprint)):
+    if fingerprint is not None and not (isinstance(fingerprint, str) and fingerprint in ("", data.label_hash)):
         raise CheckpointError(
             f"{path}: was trained on other data: the lists (or the images' labels) are not what they were (their hash "
             "differs); a run goes on with its own data"

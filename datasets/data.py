@@ -1,0 +1,219 @@
+"""From a name in :mod:`datasets.specs` to loaders: read, hold out, cut to a long tail."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.loaders import EvalLoader, ImageSource, InMemoryImages, TrainLoader
+from datasets.long_tail import cut_counts, hold_out, long_tail_indices
+from datasets.source import DataError, ImageFiles, Source, Split, StoredImages, hash_labels
+from datasets.specs import SPECS, DatasetSpec, find_spec
+from datasets.streaming import StreamedLargeImages, StreamedSmallImages
+from utils import distributed
+
+EVAL_BATCH = 500  # any size gives the same predictions; this one fits everywhere
+STREAMED_EVAL_BATCH = 100
+CPU = torch.device("cpu")
+
+
+class Images(NamedTuple):
+    """One split: pixels uint8 [N, H, W, 3] to be kept on the device, or a source to read them from; targets [N]."""
+
+    images: Tensor | StoredImages | ImageFiles
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set after the cut."""
+
+    spec: DatasetSpec
+    class_names: list[str]
+    class_counts: Tensor  # int64 [C], training images per class after the cut
+    train: Images
+    val: Images | None  # held-out training images, the same number of each class
+    test: Images
+    image_size: int
+    class_map: Tensor | None = None  # int64 [C], label in the lists -> class; None: no lists
+    workers: int = 0
+    decoder: str = "pil"
+    label_hash: str = ""  # of the lists and of every image's label; the checkpoint's ``fingerprint``
+    notes: list[str] = field(default_factory=list)  # for the log
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def content_hash(self) -> str:
+        """Hash of everything trained and tested on: :attr:`label_hash`, and the pixels if they are in memory."""
+        splits = [split.images for split in (self.train, self.val, self.test) if split is not None]
+        if not all(isinstance(images, Tensor) for images in splits):
+            return self.label_hash
+        digest = hashlib.sha256(self.label_hash.encode())
+        for images in splits:
+            digest.update(images.cpu().numpy())
+        return digest.hexdigest()
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the images live in the device's memory."""
+        return isinstance(self.train.images, Tensor)
+
+    def train_loader(
+        self,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ) -> TrainLoader:
+        present = self.class_counts.nonzero().flatten().tolist()
+        if len(present) == 1:
+            raise DataError(
+                f"data_path: all {len(self.train.targets)} training images are of one class, "
+                f"{self.class_names[present[0]]!r}; there is nothing to learn with less than two"
+            )
+        pixels, targets = self._pixels(self.train, device), self.train.targets
+        return TrainLoader(pixels, targets, batch_size, seed, device, rank, world_size, accumulate)
+
+    def plain_train_loader(
+        self, device: torch.device, rank: int = 0, world_size: int = 1, pixels: ImageSource | None = None
+    ) -> EvalLoader:
+        """The training images in order, without augmentation.
+
+        ``pixels``: a train loader's, to share its memory and workers.
+        """
+        return self._eval_loader(self.train, device, rank, world_size, pixels)
+
+    def test_loader(self, device: torch.device, rank: int = 0, world_size: int = 1) -> EvalLoader:
+        return self._eval_loader(self.test, device, rank, world_size)
+
+    def val_loader(self, device: torch.device, rank: int = 0, world_size: int = 1) -> EvalLoader | None:
+        """None if nothing is held out."""
+        return self.val and self._eval_loader(self.val, device, rank, world_size)
+
+    def _eval_loader(
+        self, split: Images, device: torch.device, rank: int, world_size: int, pixels: ImageSource | None = None
+    ) -> EvalLoader:
+        batch_size = STREAMED_EVAL_BATCH if self.spec.lists else EVAL_BATCH
+        return EvalLoader(pixels or self._pixels(split, device), split.targets, batch_size, device, rank, world_size)
+
+    def _pixels(self, split: Images, device: torch.device) -> ImageSource:
+        images, mean, std = split.images, self.spec.mean, self.spec.std
+        if isinstance(images, ImageFiles):
+            return StreamedLargeImages(images, self.image_size, mean, std, device, self.workers, self.decoder)
+        if isinstance(images, StoredImages):
+            return StreamedSmallImages(images, mean, std, device, self.spec.flip, self.workers)
+        return InMemoryImages(images, mean, std, device, self.spec.flip)
+
+
+def build_data(
+    dataset: str,
+    data_path: str,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    imb_type: str = "exp",
+    imb_factor: float | None = None,
+    subset_seed: int = 0,
+    val_per_class: int = 0,
+    workers: int = 0,
+    decoder: str = "pil",
+    train_txt: str = "",
+    val_txt: str = "",
+    class_map: str | Sequence[int] = "",
+    data_on_device: str | bool = "auto",
+    device: torch.device = CPU,
+) -> Data:
+    """Read a data set and cut it to a long tail. Raises :class:`DataError`.
+
+    Args:
+        num_classes: as configured, or None.
+        imb_factor: smallest / largest class; None leaves the counts as they are.
+        subset_seed: 0 keeps the reference's images.
+        workers: processes that decode, with ``decoder`` (see :func:`datasets.decoding.open_rgb`).
+        train_txt, val_txt, class_map: for data sets that come as lists.
+        data_on_device: whether ``device`` keeps small images; "auto": if they fit into half of its memory.
+    """
+    spec = find_spec(dataset)
+    if image_size not in (None, spec.image_size) and not spec.any_size:
+        raise DataError(f"image_size: {image_size}, but images of {dataset} have {spec.image_size} pixels")
+    image_size = image_size or spec.image_size
+    lists = {"train_txt": train_txt, "val_txt": val_txt, "class_map": class_map}
+    source = _read(spec, dataset, Path(data_path), image_size, workers, lists)
+    targets, classes = source.train.targets, len(source.class_names)
+    if num_classes not in (None, classes):
+        raise DataError(f"num_classes: {num_classes}, but {dataset} in {data_path} has {classes}")
+    chosen, held_out, tested = np.arange(len(targets)), np.arange(0), np.arange(len(source.test.targets))
+    if val_per_class:
+        chosen, held_out = hold_out(targets, val_per_class, source.class_names, subset_seed)
+    if imb_factor is not None:
+        counts = cut_counts(np.bincount(targets[chosen], minlength=classes), imb_type, imb_factor, spec.ranked_cut)
+        chosen = chosen[long_tail_indices(targets[chosen], counts, subset_seed)]
+    size = (len(chosen) + len(held_out) + len(tested)) * image_size**2 * 3
+    in_memory = _fits_on_device(data_on_device, dataset, spec, size, device)
+    train, test = _select(source.train, chosen, in_memory), _select(source.test, tested, in_memory)
+    labelled = [([source.list_hash], train.targets.numpy()), ([], test.targets.numpy())]
+    return Data(
+        spec=spec,
+        class_names=source.class_names,
+        class_counts=torch.bincount(train.targets, minlength=classes),
+        train=train,
+        val=_select(source.train, held_out, in_memory) if val_per_class else None,
+        test=test,
+        image_size=image_size,
+        class_map=None if source.class_map is None else torch.from_numpy(source.class_map),
+        workers=workers,
+        decoder=decoder,
+        label_hash=hash_labels(labelled),
+        notes=source.notes,
+    )
+
+
+def _read(spec: DatasetSpec, name: str, data_path: Path, image_size: int, workers: int, lists: dict) -> Source:
+    lists = {option: value for option, value in lists.items() if len(value)}
+    if spec.lists is not None:
+        return spec.lists.read(data_path, spec.num_classes, **lists)
+    if lists:
+        known = [other for other, row in SPECS.items() if row.lists]
+        raise DataError(f"{next(iter(lists))}: {name} does not come as lists; only {', '.join(known)} do")
+    source = spec.read(data_path, image_size, workers)
+    if spec.num_classes not in (None, len(source.class_names)):
+        raise DataError(f"data_path: {data_path} has {len(source.class_names)} classes, {name} has {spec.num_classes}")
+    return source
+
+
+def _fits_on_device(wanted: str | bool, name: str, spec: DatasetSpec, size: int, device: torch.device) -> bool:
+    """Whether ``size`` bytes of images are kept in the device's memory; ``wanted``: ``data_on_device``."""
+    if spec.lists is not None:
+        if wanted is True:
+            raise DataError(f"data_on_device: True, but the images of {name} stay in their files; use auto or False")
+        return False
+    if wanted is False:
+        return False
+    limit = _memory(device) // (1 if wanted is True else 2)
+    if wanted is True and size > limit:
+        raise DataError(
+            f"data_on_device: True, but the images need {size / 2**30:.1f} GiB and {device} has {limit / 2**30:.1f}; "
+            "use auto or False"
+        )
+    return size <= limit
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes this process may use: what is free on a CUDA device, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // distributed.processes_here()
+
+
+def _select(split: Split, chosen: np.ndarray, in_memory: bool) -> Images:
+    images, targets = split.images.select(chosen), torch.from_numpy(split.targets[chosen])
+    return Images(torch.from_numpy(np.ascontiguousarray(images.read())) if in_memory else images, targets)
