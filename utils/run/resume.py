@@ -28,11 +28,10 @@ from utils.checkpoint import (
 from utils.errors import InputError
 from utils.run.log import folder_of, inherit, new_folder
 
+# Runs that differ in one of these are not trained and tested on the same images.
+DATA = ("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class")
 # What a run cannot change when it goes on: its data and its network.
-FIXED = (
-    *("dataset", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class"),
-    *("backbone", "classifier", "cosine_scale"),
-)
+FIXED = (*DATA, "backbone", "classifier", "cosine_scale")
 
 
 class Numbering(NamedTuple):
