@@ -136,14 +136,20 @@ def _chunks(batches: Batches, device: torch.device) -> Iterator[tuple[Tensor, Te
 
 def _class_means(batches: Batches, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Samples per class, int64 [C], and their means [C, D] (0 where there is none), over all processes."""
-    counts = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-    sums = torch.zeros_like(weight)
-    for features, targets in _chunks(batches, weight.device):
-        counts += targets.bincount(minlength=len(weight))
-        sums.index_add_(0, targets, features)
+    counts, sums = class_sums(batches, weight)
     all_reduce_sum(counts)
     all_reduce_sum(sums)
     return counts, sums.div_(counts.clamp(min=1)[:, None])
+
+
+def class_sums(batches: Batches, like: Tensor) -> tuple[Tensor, Tensor]:
+    """This process's samples per class, int64 [C], and the sums of their features, a float64 tensor like ``like``."""
+    counts = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+    sums = torch.zeros_like(like, dtype=torch.float64)
+    for features, targets in _chunks(batches, like.device):
+        counts += targets.bincount(minlength=len(like))
+        sums.index_add_(0, targets, features)
+    return counts, sums
 
 
 def _second_pass(

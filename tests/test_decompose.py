@@ -121,9 +121,7 @@ def test_a_fit_that_does_not_converge_says_so_without_a_warning(noisy, monkeypat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = decompose(*noisy, COUNTS, GROUPS)
-    assert result.notes == [
-        f"{label}: not converged after 2 iterations, scored as it was then" for label in (REFIT, PROBE)
-    ]
+    assert result.notes == [f"{label}: not converged after 2 iterations, scored as it is" for label in (REFIT, PROBE)]
     assert set(result.rows) == {MODEL, ADJUSTED, NEAREST_MEAN, REFIT, PROBE}
 
 
@@ -212,14 +210,14 @@ def test_beyond_a_thousand_classes_there_is_no_logistic_regression():
     assert result.rows[NEAREST_MEAN] == PERFECT
     assert [note.split(":")[0] for note in result.notes] == [REFIT, PROBE, ADJUSTED]
     assert "1001 classes would take hours" in result.notes[0]
-    assert "one test image per class makes no halves" in result.notes[2]
+    assert "one test image per class cannot be halved" in result.notes[2]
 
 
 def test_one_test_image_per_class_cannot_be_probed():
     train, test = clouds(torch.eye(4), torch.eye(4), per_class=1)
     result = decompose(train, test, COUNTS, GROUPS)
     assert list(result.rows) == [MODEL, ADJUSTED, NEAREST_MEAN, REFIT]
-    assert result.notes[0] == f"{PROBE}: left out, what it is fitted to has less than two classes"
+    assert result.notes[0] == f"{PROBE}: left out, it needs training samples of at least two classes"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -104,8 +104,13 @@ def load_data(cfg: CfgNode, class_map: str | Sequence[int], device: torch.device
 
 def class_groups(cfg: CfgNode, data: Data) -> dict[str, dict[str, Tensor]]:
     """Many / medium / few by every rule that applies, the headline rule first."""
+    return groups_of(cfg, data.class_counts)
+
+
+def groups_of(cfg: CfgNode, class_counts: Tensor) -> dict[str, dict[str, Tensor]]:
+    """:func:`class_groups` without the data, from training images per class [C]."""
     given = (cfg.head_class_idx, cfg.med_class_idx, cfg.tail_class_idx)
-    return shot_groups(cfg.shots, data.spec.shot_ranges if None in given else given, data.class_counts)
+    return shot_groups(cfg.shots, find_spec(cfg.dataset).shot_ranges if None in given else given, class_counts)
 
 
 def new_loaders(cfg: CfgNode, data: Data, device: torch.device) -> Loaders:
