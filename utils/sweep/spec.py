@@ -97,10 +97,11 @@ def real(value):
 
 
 def figure(value):
-    bounds = config.several(real)(value) if isinstance(value, list) else [real(value)] * 2
-    if len(bounds) != 2 or bounds[0] > bounds[1]:
+    if not isinstance(value, list):
+        return real(value)
+    if len(value) != 2 or real(value[0]) > real(value[1]):
         raise ValueError("must be a number or [lowest, highest]")
-    return bounds if isinstance(value, list) else bounds[0]
+    return [real(bound) for bound in value]
 
 
 def seeds(value):
@@ -111,16 +112,10 @@ def seeds(value):
     raise ValueError("must be a list of different whole numbers >= 0, such as [0, 1, 2]")
 
 
-def name(value):
-    if not isinstance(value, str):
-        raise ValueError("must be the name of an arm")
-    return value
-
-
 def pair(value):
     if not isinstance(value, list) or len(value) != 2 or value[0] == value[1]:
         raise ValueError("must be [arm, another arm]")
-    return config.several(name)(value)
+    return config.several(config.text)(value)
 
 
 def options(value):
@@ -131,9 +126,8 @@ def options(value):
 
 
 def refuse_set_by_sweep(keys: Iterable[str]) -> None:
-    for key in keys:
-        if key in SET_BY_SWEEP:
-            raise InputError(f"{key} is set for every run by the sweep itself{SET_BY_SWEEP[key]}")
+    for key in set(keys) & SET_BY_SWEEP.keys():
+        raise InputError(f"{key} is set for every run by the sweep itself{SET_BY_SWEEP[key]}")
 
 
 def axes(value):
@@ -176,9 +170,13 @@ def claim(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # Every key, once; config/sweeps/README.md says what each means.
 
-ARM = {"cfg": config.text, "seeds": seeds, "fork": fields({"arm": name, "epoch": config.whole(1)})}  # beside options
+ARM = {
+    "cfg": config.text,
+    "seeds": seeds,
+    "fork": fields({"arm": config.text, "epoch": config.whole(1)}),
+}  # beside options
 POINT = mapping(lambda value: value, least=1)
-REPRODUCTION = fields({"arm": name, "published": figure}, at=POINT)
+REPRODUCTION = fields({"arm": config.text, "published": figure}, at=POINT)
 DIFFERENCE = fields({"pair": pair, "at_least": real}, at=POINT)
 STEPS = mapping(mapping(real, least=1), least=1)
 KEYS = fields(
@@ -191,7 +189,9 @@ KEYS = fields(
     against=config.text,
     pairs=config.several(partial(at, "a pair", pair)),
     claims=mapping(claim),
-    waterfall=fields({"start": name, "steps": STEPS, "end": config.choice(*MEASURES)}, published=config.optional(real)),
+    waterfall=fields(
+        {"start": config.text, "steps": STEPS, "end": config.choice(*MEASURES)}, published=config.optional(real)
+    ),
     choose=config.flag,
 )
 
