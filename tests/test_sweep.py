@@ -326,10 +326,10 @@ def test_nothing_is_started_that_cannot_end_in_time(copied, capsys):
     assert state_of(*runs_in(copied / "saved/tiny")) == before
 
 
-def crew_of(folder: Path, path: Path | None = None, **changes) -> runner.Crew:
+def scheduler_of(folder: Path, path: Path | None = None, **changes) -> runner.Scheduler:
     asked = read_sweep(path or folder / "tiny.yaml")
     runs = plan(asked, folder / "saved" / asked.name)
-    return runner.Crew(asked, runs, **{"jobs": 2, "minutes": None, "images": None, **changes})
+    return runner.Scheduler(asked, runs, **{"jobs": 2, "minutes": None, "images": None, **changes})
 
 
 def test_times_are_estimated_from_runs_of_the_same_arm(copied):
@@ -340,8 +340,8 @@ def test_times_are_estimated_from_runs_of_the_same_arm(copied):
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arms = {**ARMS, **LATE, "new": {"lr": 0.05}}
     arms["late"] = {**LATE["late"], "seeds": [0, 2]}
-    crew = crew_of(copied, written(copied, seeds=[0, 2], arms=arms))
-    left = {run.name: crew.seconds_left(run) for run in crew.waiting}
+    scheduler = scheduler_of(copied, written(copied, seeds=[0, 2], arms=arms))
+    left = {run.name: scheduler.seconds_left(run) for run in scheduler.waiting}
     slower = runner.OVERHEAD
     assert left == {
         "new_seed0": pytest.approx(slower * 20 * 2),  # the median of 10, 20, 60
@@ -350,12 +350,14 @@ def test_times_are_estimated_from_runs_of_the_same_arm(copied):
         "late_seed2": pytest.approx(slower * 60),  # one epoch of its own
         "new_seed2": pytest.approx(slower * 20 * 2),
     }
-    assert crew.total_epochs_left() == 2 + 2 + 2 + 1 + 2
+    assert scheduler.total_epochs_left() == 2 + 2 + 2 + 1 + 2
     for minutes, ready in ((60, 5), (slower * 40.5 / 60, 4), (slower * 20.5 / 60, 1), (slower * 19 / 60, 0)):
-        crew.deadline = time.monotonic() + 60 * minutes
-        able = [run.name for run in crew.waiting if run.parent is None and crew.is_ready(run)]
+        scheduler.deadline = time.monotonic() + 60 * minutes
+        able = [run.name for run in scheduler.waiting if run.parent is None and scheduler.is_ready(run)]
         assert len(able) == min(ready, 4), (minutes, able)
-    assert not crew.is_ready(next(run for run in crew.waiting if run.arm == "late"))  # its parent has kept nothing yet
+    assert not scheduler.is_ready(
+        next(run for run in scheduler.waiting if run.arm == "late")
+    )  # its parent has kept nothing yet
 
 
 def metrics(folder: Path) -> list[str]:
@@ -375,19 +377,19 @@ def test_the_pace_of_a_fork_is_of_its_own_epochs(tiny):
 def test_when_the_time_is_over_runs_stop_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = written(tmp_path, options=OPTIONS | {"num_epochs": 500}, seeds=[0], arms=ARMS)
-    crew = crew_of(tmp_path, path, jobs=1, minutes=60)
+    scheduler = scheduler_of(tmp_path, path, jobs=1, minutes=60)
     home = tmp_path / "saved/tiny"
     home.mkdir(parents=True)
 
     def wait() -> None:
         while not any(metrics(folder) for folder in home.glob("plain_seed0_*") if (folder / "metrics.jsonl").exists()):
             time.sleep(0.05)
-        crew.deadline = time.monotonic()
+        scheduler.deadline = time.monotonic()
 
     clock = threading.Thread(target=wait, daemon=True)
     clock.start()
     with Signals() as signals, signals.noted():
-        assert crew.work(signals) == {}
+        assert scheduler.work(signals) == {}
     said = capsys.readouterr().out
     assert "the time is over: plain_seed0 writes a checkpoint" in said and "stopped plain_seed0 after " in said
     assert "2 runs are left for another time" in said and "start arb_seed0" not in said
@@ -696,7 +698,9 @@ def test_nothing_finished_is_nothing_to_publish(repository, tmp_path):
 
 
 def test_an_estimate_is_finite_before_anything_is_known(tmp_path):
-    crew = crew_of(tmp_path, written(tmp_path))
-    assert crew.seconds_left(crew.waiting[0]) is None and crew.outlook().startswith("0 of 4 runs are finished, all ")
-    crew.deadline = math.inf
-    assert all(crew.is_ready(run) for run in crew.waiting)
+    scheduler = scheduler_of(tmp_path, written(tmp_path))
+    assert scheduler.seconds_left(scheduler.waiting[0]) is None and scheduler.progress().startswith(
+        "0 of 4 runs are finished, all "
+    )
+    scheduler.deadline = math.inf
+    assert all(scheduler.is_ready(run) for run in scheduler.waiting)

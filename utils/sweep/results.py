@@ -157,9 +157,9 @@ def _add_earlier(results: dict[str, Any], before: Mapping[str, Any], runs: Seque
     order = list(planned)
     same = all(before["defaults"][key] == DEFAULTS[key] for key in before["defaults"].keys() & DEFAULTS.keys())
     rows = before["runs"] if same else []
-    kept = [row for row in rows if row["run"] not in here and planned.get(row["run"]) == row["hash"]]
+    earlier = [row for row in rows if row["run"] not in here and planned.get(row["run"]) == row["hash"]]
     results["images"] = results["images"] or before["images"]
-    results["runs"] = sorted([*results["runs"], *kept], key=lambda row: order.index(row["run"]))
+    results["runs"] = sorted([*results["runs"], *earlier], key=lambda row: order.index(row["run"]))
     failed, ended = before["failed"] | results["failed"], {row["run"] for row in results["runs"]}
     results["failed"] = {name: why for name, why in failed.items() if name in planned and name not in ended}
 

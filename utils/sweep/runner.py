@@ -83,7 +83,7 @@ class Job:
         return (time.monotonic() - self.since) / epochs if epochs >= least else None
 
 
-class Crew:
+class Scheduler:
     """Runs what is not finished, ``jobs`` at once, until all is done or the time is over."""
 
     def __init__(
@@ -99,7 +99,7 @@ class Crew:
         self.sweep, self.runs, self.jobs, self.images, self.lock = sweep, list(runs), jobs, images, lock
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.waiting = [run for run in runs if not run.finished()]
-        self.working: list[Job] = []
+        self.running: list[Job] = []
         self.failed: dict[str, str] = {}
         self.left = {run.name: run.epochs_left() for run in runs}  # epochs
         self.paces: dict[str, list[float]] = {}  # arm -> seconds per epoch of its finished runs
@@ -113,11 +113,11 @@ class Crew:
         _tell(f"{len(self.runs)} runs, {len(self.runs) - len(self.waiting)} finished before")
         with tqdm(total=total, unit="epoch", disable=not sys.stderr.isatty()) as bar:
             try:
-                while self._start_ready() or self.working:
+                while self._start_ready() or self.running:
                     if signals.received:
-                        kept = "every run is kept as far as it came; the same command goes on"
-                        raise Interrupted(signals.received, kept)
-                    self._reap()
+                        message = "every run is kept as far as it came; the same command goes on"
+                        raise Interrupted(signals.received, message)
+                    self._collect_finished()
                     bar.n = total - self.total_epochs_left()
                     bar.refresh()
                     if self.deadline is not None and time.monotonic() > self.deadline:
@@ -125,8 +125,8 @@ class Crew:
                     time.sleep(PAUSE)
             finally:
                 self._stop("the sweep was stopped")
-                while self.working:
-                    self._reap()
+                while self.running:
+                    self._collect_finished()
                     time.sleep(PAUSE / 10)
                 write_results(self.sweep, self.runs, self.failed, self.images)
         left = sum(run.name not in self.failed and not run.finished() for run in self.runs)
@@ -136,10 +136,10 @@ class Crew:
 
     def _start_ready(self) -> bool:
         """Start runs while there is room; return False if no run is left that could be started."""
-        room = self.jobs - len(self.working)
+        room = self.jobs - len(self.running)
         if not room:
             return True
-        self._give_up()
+        self._fail_orphans()
         ready = [run for run in self.waiting if self.is_ready(run)]
         for run in ready[:room]:
             self.waiting.remove(run)
@@ -152,7 +152,7 @@ class Crew:
             return False
         return self.deadline is None or time.monotonic() + (self.seconds_left(run) or 0.0) < self.deadline
 
-    def _give_up(self) -> None:
+    def _fail_orphans(self) -> None:
         """Fail forks whose origin will never exist."""
         for run in [run for run in self.waiting if run.parent and run.origin() is None]:
             why = ""
@@ -174,7 +174,7 @@ class Crew:
         begun.mkdir(exist_ok=True)
         fork = str(run.origin()) if run.parent else ""
         write_text(begun / f"{run.name}.yaml", dump_config(run.cfg, fork=fork))
-        slot = min(set(range(self.jobs)) - {busy.slot for busy in self.working})
+        slot = min(set(range(self.jobs)) - {job.slot for job in self.running})
         command = [sys.executable, str(ROOT / "train_stage1.py"), "--cfg", str(begun / f"{run.name}.yaml")]
         with (begun / f"{run.name}.txt").open("w") as output:
             process = subprocess.Popen(
@@ -186,13 +186,13 @@ class Crew:
                 start_new_session=True,  # a terminal's Ctrl-C reaches the sweep alone, which then asks its runs to stop
                 pass_fds=[] if self.lock is None else [self.lock],
             )
-        self.working.append(Job(run, process, slot, left_before=run.epochs_left()))
+        self.running.append(Job(run, process, slot, left_before=run.epochs_left()))
         self._say(f"start {run.name}" + (f", from epoch {run.epochs_done()}" if run.epochs_done() else ""))
 
-    def _reap(self) -> None:
-        for job in [job for job in self.working if job.process.poll() is not None]:
+    def _collect_finished(self) -> None:
+        for job in [job for job in self.running if job.process.poll() is not None]:
             pace = job.pace(least=1)
-            self.working.remove(job)
+            self.running.remove(job)
             run, code = job.run, job.process.returncode
             self.left[run.name] = run.epochs_left()
             if code == 0 and run.finished():
@@ -200,7 +200,7 @@ class Crew:
                     self.paces.setdefault(run.arm, []).append(pace)
                 results = write_results(self.sweep, self.runs, self.failed, self.images)
                 (top1,) = (row["last"]["top1"] for row in results["runs"] if row["run"] == run.name)
-                self._say(f"done {run.name}: {top1:.2f} at the last epoch; {self.outlook()}")
+                self._say(f"done {run.name}: {top1:.2f} at the last epoch; {self.progress()}")
             elif job.stopped:
                 self._say(f"stopped {run.name} after {run.epochs_done()} epochs; it is kept")
             else:
@@ -211,26 +211,26 @@ class Crew:
                     raise InputError(f"{why} (runs of two arms have ended so at once; no other was started)")
 
     def _stop(self, why: str) -> None:
-        for job in self.working:
+        for job in self.running:
             if not job.stopped:
                 job.stopped = True
                 job.process.send_signal(signal.SIGTERM)
                 self._say(f"{why}: {job.run.name} writes a checkpoint")
 
     def total_epochs_left(self) -> int:
-        self.left |= {job.run.name: job.run.epochs_left() for job in self.working}
+        self.left |= {job.run.name: job.run.epochs_left() for job in self.running}
         return sum(self.left.values())
 
     def seconds_left(self, run: Run) -> float | None:
         """By the pace of the run itself, of its arm, of all arms, or of other runs; None before any is known."""
-        now = next((job.pace() for job in self.working if job.run is run), None)
+        now = next((job.pace() for job in self.running if job.run is run), None)
         pace = now or _median(self.paces.get(run.arm, [])) or _median(list(itertools.chain(*self.paces.values())))
-        pace = pace or _median([p for job in self.working if (p := job.pace())])
+        pace = pace or _median([p for job in self.running if (p := job.pace())])
         return None if pace is None else pace * run.epochs_left()
 
-    def outlook(self) -> str:
+    def progress(self) -> str:
         """How much is done, and when all of it will be."""
-        left = [self.seconds_left(run) or 0.0 for run in (*(job.run for job in self.working), *self.waiting)]
+        left = [self.seconds_left(run) or 0.0 for run in (*(job.run for job in self.running), *self.waiting)]
         seconds = max(sum(left) / self.jobs, max(left, default=0.0))
         ended = sum(run.finished() for run in self.runs)
         end = datetime.now() + timedelta(seconds=seconds)
