@@ -1,4 +1,4 @@
-"""Real sweeps on digits, whose results are those of their runs' folders."""
+"""Sweeps on digits at 8 pixels, whose results are those of their runs' folders."""
 
 import contextlib
 import copy
@@ -13,51 +13,64 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import train_stage1
 from tests.conftest import ROOT, assert_same_run, content, failure, history
 from tests.test_several_processes import completed, processes_of, started, wait_for
 from tests.test_sweep_plan import ARMS, DIGITS, LATE, OPTIONS, WATERFALL, planned, written
 from tests.test_sweep_tables import FIELDS, check_published
 from utils import config
 from utils.command_line import exit_code
-from utils.config import load_config
+from utils.config import dump_config, load_config
 from utils.errors import InputError
 from utils.signals import Signals
-from utils.sweep import runner as sweep
+from utils.sweep import results as sweep
+from utils.sweep import runner
+from utils.sweep.command import main
 from utils.sweep.intervals import estimate
-from utils.sweep.tables import fill_readme, markdown
+from utils.sweep.plan import Run, plan
+from utils.sweep.spec import Sweep, read_sweep
+from utils.sweep.tables import markdown
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Real sweeps
+# Runs and results
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """The folder of a finished sweep of two arms, two seeds and a fork; tests do not write into it."""
     folder = tmp_path_factory.mktemp("sweeps")
-    path = written(folder, arms=ARMS | LATE, waterfall=WATERFALL)
-    done = swept(folder, path, "--jobs", 2, "--images", "digits of a test")
-    assert done.code == 0, done.err
-    assert done.out.count(" start ") == done.out.count(" done ") == 5
-    assert "5 of 5 runs are finished" in done.out and "| arb - plain | 2 |" in done.out
+    written(folder, arms=ARMS | LATE, waterfall=WATERFALL)
+    trained(of_tiny(folder)[1])
+    assert again(folder, "--images", "digits of a test") == 0
     return folder
+
+
+def trained(runs: Iterable[Run]) -> None:
+    """Each by the same script and file as in a process of its own, but in this one."""
+    for run in runs:
+        run.home.mkdir(parents=True, exist_ok=True)
+        path = run.home.parent / f"{run.name}.yaml"
+        path.write_text(dump_config(run.cfg, fork=str(run.origin()) if run.parent else ""))
+        train_stage1.main(["--cfg", str(path)])
 
 
 def swept(folder: Path, path: Path, *arguments: object):
     return completed(folder, "-m", "utils.sweep", path, "--save_dir", folder / "saved", *arguments)
 
 
-def of_tiny(folder: Path) -> tuple[sweep.Sweep, list[sweep.Run], Path]:
+def of_tiny(folder: Path) -> tuple[Sweep, list[Run], Path]:
     """The sweep, its runs and its home."""
-    asked = sweep.read_sweep(folder / "tiny.yaml")
+    asked = read_sweep(folder / "tiny.yaml")
     home = folder / "saved/tiny"
-    return asked, sweep.plan(asked, home), home
+    return asked, plan(asked, home), home
 
 
 @pytest.fixture
@@ -69,13 +82,17 @@ def copied(tiny, tmp_path) -> Path:
 def again(folder: Path, *arguments: object) -> int:
     """The same command in this process; for what starts no run."""
     told = [str(folder / "tiny.yaml"), "--save_dir", str(folder / "saved"), *map(str, arguments)]
-    return exit_code(lambda: sweep.main(told))
+    return exit_code(lambda: main(told))
 
 
-def state_of(home: Path) -> list[tuple]:
-    """All that lies in the runs' folders."""
-    inside = [path for folder in home.iterdir() if folder.is_dir() for path in (folder, *folder.rglob("*"))]
+def state_of(*folders: Path) -> list[tuple]:
+    """Everything that lies in them."""
+    inside = [path for folder in folders for path in (folder, *folder.rglob("*"))]
     return sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in inside)
+
+
+def runs_in(home: Path) -> list[Path]:
+    return [folder for folder in home.iterdir() if folder.is_dir()]
 
 
 def folder_of(home: Path, name: str) -> Path:
@@ -106,7 +123,7 @@ def test_results_are_those_of_the_runs_folders(tiny):
         cfg, (start,) = load_config(folder / "config.yaml"), starts_of(folder)
         assert (row["seed"], row["subset_seed"], row["epochs"]) == (cfg.seed, cfg.subset_seed, cfg.num_epochs)
         assert row["options"] == {key: cfg[key] for key in row["options"]}
-        assert row["data"] == start["data"] and row["commit"] == start["commit"] and row["threads"] == 1
+        assert row["data"] == start["data"] and row["commit"] == start["commit"] and row["threads"] == start["threads"]
         assert row["versions"] == start["versions"] and row["starts"][0]["epoch"] == (row["arm"] == "late")
 
 
@@ -138,8 +155,6 @@ def test_arms_of_a_seed_are_trained_on_the_same_images_at_the_same_rates(tiny):
         assert (
             [row["lr"] for row in history(one)] == [row["lr"] for row in history(other)] == pytest.approx([0.1, 0.01])
         )
-        assert history(one)[0]["train"] != history(other)[0]["train"]
-    assert history(first[0])[0]["train"] != history(second[0])[0]["train"]  # another seed
 
 
 def test_a_fork_begins_with_its_parent_s_epoch(tiny):
@@ -149,23 +164,48 @@ def test_a_fork_begins_with_its_parent_s_epoch(tiny):
     assert load_config(fork / "config.yaml").fork == str(parent / "ckps/epoch_1.pth.tar")
 
 
+def test_what_is_missing_is_trained_and_what_fails_stops_no_other(copied, capsys):
+    """Two processes at once: a fork of a run that is finished, and an arm without images."""
+    home, away = copied / "saved/tiny", {"dataset": "folder", "data_path": str(copied / "nowhere"), "imb_factor": None}
+    written(copied, arms={**ARMS, "away": {**away, "seeds": [0]}, **LATE}, waterfall=WATERFALL)
+    former = folder_of(home, "late_seed0").rename(copied / "former")
+    rest = [folder_of(home, f"{arm}_seed{seed}") for arm in ARMS for seed in (0, 1)]
+    before = state_of(*rest)
+    assert again(copied, "--jobs", 2) == 1
+    said = capsys.readouterr()
+    assert said.out.count(" start ") == 2 and "6 runs, 4 finished before" in said.out
+    assert "done late_seed0: " in said.out and "failed away_seed0: " in said.out
+    (line,) = said.err.splitlines()
+    assert line.startswith("failed: away_seed0: ") and str(copied / "nowhere") in line
+    assert state_of(*rest) == before
+    results = json.loads((home / "results.json").read_text())
+    assert list(results["failed"]) == ["away_seed0"] and "* failed: away_seed0: " in (home / "table.md").read_text()
+    assert [row["run"] for row in results["runs"]][2] == "late_seed0" and len(results["runs"]) == 5
+    fork = folder_of(home, "late_seed0")
+    assert starts_of(fork)[0]["data"] == starts_of(former)[0]["data"]
+    assert history(fork)[0] == history(former)[0] and len(history(fork)) == 2
+
+
 def test_a_second_call_starts_nothing_and_leaves_everything_as_it_was(copied, capsys):
     home = copied / "saved/tiny"
-    before, results, table = state_of(home), (home / "results.json").read_bytes(), (home / "table.md").read_bytes()
+    before, results, table = (
+        state_of(*runs_in(home)),
+        (home / "results.json").read_bytes(),
+        (home / "table.md").read_bytes(),
+    )
     assert again(copied, "--jobs", 2) == 0
     said = capsys.readouterr().out
     assert "5 runs, 5 finished before" in said and " start " not in said and "left for another time" not in said
-    assert state_of(home) == before
+    assert state_of(*runs_in(home)) == before
     assert (home / "results.json").read_bytes() == results and (home / "table.md").read_bytes() == table
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"images": 3'])
-def test_damaged_results_are_made_anew(copied, damage):
-    home = copied / "saved/tiny"
+def test_damaged_results_are_replaced(copied):
+    asked, runs, home = of_tiny(copied)
     whole = json.loads((home / "results.json").read_text())
-    (home / "results.json").write_text(damage)
-    assert again(copied, "--images", "digits of a test") == 0
-    assert json.loads((home / "results.json").read_text()) == whole
+    for damage in ("", "{", "[]", '{"images": 3'):
+        (home / "results.json").write_text(damage)
+        assert sweep.results_of(asked, runs, images="digits of a test") == whole
 
 
 def test_a_run_of_an_older_version_counts_and_is_compared_with_nothing(copied):
@@ -186,14 +226,21 @@ def test_a_run_whose_summary_is_damaged_goes_on_and_the_rest_stays(copied):
         assert len(sweep.results_of(asked, runs)["runs"]) == 4
 
 
+def test_a_run_whose_metrics_cannot_be_read_is_not_finished_and_the_rest_stays(copied):
+    asked, runs, home = of_tiny(copied)
+    path = folder_of(home, "arb_seed0") / "metrics.jsonl"
+    path.write_text("{\n" + path.read_text())
+    assert [run.name for run in runs if not run.finished()] == ["arb_seed0"]
+    assert len(sweep.results_of(asked, runs)["runs"]) == 4
+
+
+@pytest.mark.slow
 def test_metrics_that_cannot_be_read_fail_their_run_alone(copied, capsys):
     path = folder_of(copied / "saved/tiny", "arb_seed0") / "metrics.jsonl"
     path.write_text("{\n" + path.read_text())
     assert again(copied) == 1
-    assert f"failed: arb_seed0: {path}, line 1: is no JSON" in capsys.readouterr().err
-    results = json.loads((copied / "saved/tiny/results.json").read_text())
-    assert [row["run"] for row in results["runs"]] == ["plain_seed0", "late_seed0", "plain_seed1", "arb_seed1"]
-    assert list(results["failed"]) == ["arb_seed0"]
+    assert f"failed: arb_seed0: {path}, line 1: " in capsys.readouterr().err
+    assert list(json.loads((copied / "saved/tiny/results.json").read_text())["failed"]) == ["arb_seed0"]
 
 
 def test_a_run_that_was_trained_on_other_images_in_between_is_compared_with_nothing(copied):
@@ -228,14 +275,14 @@ def test_options_of_arms_that_differ_by_their_configurations_cannot_be_overridde
         planned(path, "weight_decay", "0.1")
     (run, *_) = planned(path, "lr", "0.05", "workers", "2")
     assert run.overridden == {"lr": 0.05}
-    assert sweep.results_of(sweep.read_sweep(path), [run])["overridden"] == {"lr": 0.05}
+    assert sweep.results_of(read_sweep(path), [run])["overridden"] == {"lr": 0.05}
 
 
 def test_a_changed_sweep_makes_new_runs_and_keeps_the_old_folders(copied):
     _, runs, home = of_tiny(copied)
     arms = {**ARMS, "arb": {**ARMS["arb"], "lr": 0.05}, **LATE}
-    asked = sweep.read_sweep(written(copied, arms=arms, waterfall=WATERFALL))
-    changed = sweep.plan(asked, home)
+    asked = read_sweep(written(copied, arms=arms, waterfall=WATERFALL))
+    changed = plan(asked, home)
     assert [run.name for run in changed if not run.finished()] == ["arb_seed0", "arb_seed1"]
     assert [row["arm"] for row in sweep.results_of(asked, changed)["runs"]] == ["plain", "late", "plain"]
     assert all(run.finished() for run in runs)  # of the file as it was
@@ -272,17 +319,17 @@ def test_a_fork_whose_parent_kept_nothing_is_named(copied, capsys):
 def test_nothing_is_started_that_cannot_end_in_time(copied, capsys):
     """Epochs' times are known from the runs that have ended."""
     written(copied, seeds=[0, 1, 2], arms=ARMS | LATE, waterfall=WATERFALL)
-    before = state_of(copied / "saved/tiny")
+    before = state_of(*runs_in(copied / "saved/tiny"))
     assert again(copied, "--minutes", 0.0005) == 0
     said = capsys.readouterr().out
     assert " start " not in said and "2 runs are left for another time; the same command goes on" in said
-    assert state_of(copied / "saved/tiny") == before
+    assert state_of(*runs_in(copied / "saved/tiny")) == before
 
 
-def crew_of(folder: Path, path: Path | None = None, **changes) -> sweep.Crew:
-    asked = sweep.read_sweep(path or folder / "tiny.yaml")
-    runs = sweep.plan(asked, folder / "saved" / asked.name)
-    return sweep.Crew(asked, runs, **{"jobs": 2, "minutes": None, "images": None, **changes})
+def scheduler_of(folder: Path, path: Path | None = None, **changes) -> runner.Scheduler:
+    asked = read_sweep(path or folder / "tiny.yaml")
+    runs = plan(asked, folder / "saved" / asked.name)
+    return runner.Scheduler(asked, runs, **{"jobs": 2, "minutes": None, "images": None, **changes})
 
 
 def test_times_are_estimated_from_runs_of_the_same_arm(copied):
@@ -293,9 +340,9 @@ def test_times_are_estimated_from_runs_of_the_same_arm(copied):
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arms = {**ARMS, **LATE, "new": {"lr": 0.05}}
     arms["late"] = {**LATE["late"], "seeds": [0, 2]}
-    crew = crew_of(copied, written(copied, seeds=[0, 2], arms=arms))
-    left = {run.name: crew._seconds_left(run) for run in crew.waiting}
-    slower = sweep.OVERHEAD
+    scheduler = scheduler_of(copied, written(copied, seeds=[0, 2], arms=arms))
+    left = {run.name: scheduler.seconds_left(run) for run in scheduler.waiting}
+    slower = runner.OVERHEAD
     assert left == {
         "new_seed0": pytest.approx(slower * 20 * 2),  # the median of 10, 20, 60
         "plain_seed2": pytest.approx(slower * 10 * 2),
@@ -303,12 +350,14 @@ def test_times_are_estimated_from_runs_of_the_same_arm(copied):
         "late_seed2": pytest.approx(slower * 60),  # one epoch of its own
         "new_seed2": pytest.approx(slower * 20 * 2),
     }
-    assert crew._epochs_left() == 2 + 2 + 2 + 1 + 2
+    assert scheduler.total_epochs_left() == 2 + 2 + 2 + 1 + 2
     for minutes, ready in ((60, 5), (slower * 40.5 / 60, 4), (slower * 20.5 / 60, 1), (slower * 19 / 60, 0)):
-        crew.deadline = time.monotonic() + 60 * minutes
-        able = [run.name for run in crew.waiting if run.parent is None and crew._ready(run)]
+        scheduler.deadline = time.monotonic() + 60 * minutes
+        able = [run.name for run in scheduler.waiting if run.parent is None and scheduler.is_ready(run)]
         assert len(able) == min(ready, 4), (minutes, able)
-    assert not crew._ready(next(run for run in crew.waiting if run.arm == "late"))  # its parent has kept nothing yet
+    assert not scheduler.is_ready(
+        next(run for run in scheduler.waiting if run.arm == "late")
+    )  # its parent has kept nothing yet
 
 
 def metrics(folder: Path) -> list[str]:
@@ -320,26 +369,27 @@ def test_the_pace_of_a_fork_is_of_its_own_epochs(tiny):
     run = next(run for run in of_tiny(tiny)[1] if run.arm == "late")
     fresh = dataclasses.replace(run, home=tiny)  # where it was never started
     assert (fresh.epochs_left(), run.epochs_left()) == (1, 0)
-    worker = sweep.Working(run, None, 0, since=time.monotonic() - 50, left_before=fresh.epochs_left())
+    worker = runner.Job(run, None, 0, since=time.monotonic() - 50, left_before=fresh.epochs_left())
     assert worker.pace() is None and worker.pace(least=1) == pytest.approx(50, abs=5)
 
 
+@pytest.mark.slow
 def test_when_the_time_is_over_runs_stop_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = written(tmp_path, options=OPTIONS | {"num_epochs": 500}, seeds=[0], arms=ARMS)
-    crew = crew_of(tmp_path, path, jobs=1, minutes=60)
+    scheduler = scheduler_of(tmp_path, path, jobs=1, minutes=60)
     home = tmp_path / "saved/tiny"
     home.mkdir(parents=True)
 
     def wait() -> None:
         while not any(metrics(folder) for folder in home.glob("plain_seed0_*") if (folder / "metrics.jsonl").exists()):
             time.sleep(0.05)
-        crew.deadline = time.monotonic()
+        scheduler.deadline = time.monotonic()
 
     clock = threading.Thread(target=wait, daemon=True)
     clock.start()
     with Signals() as signals, signals.noted():
-        assert crew.work(signals) == {}
+        assert scheduler.work(signals) == {}
     said = capsys.readouterr().out
     assert "the time is over: plain_seed0 writes a checkpoint" in said and "stopped plain_seed0 after " in said
     assert "2 runs are left for another time" in said and "start arb_seed0" not in said
@@ -352,61 +402,62 @@ def test_when_the_time_is_over_runs_stop_with_a_checkpoint(tmp_path, monkeypatch
 # Ends
 
 
-def test_a_sweep_that_was_stopped_goes_on_to_the_same_numbers(tiny, tmp_path):
-    path = written(tmp_path, seeds=[0], arms=ARMS | LATE, waterfall=WATERFALL)
-    home = tmp_path / "saved/tiny"
-    command = ("-m", "utils.sweep", path, "--save_dir", tmp_path / "saved", "--jobs", 2)
-    with started(tmp_path, *command) as run:
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_resumes_to_the_same_numbers(tmp_path):
+    folders = tmp_path / "whole", tmp_path / "stopped"
+    paths = [written(folder, seeds=[0], options=OPTIONS | {"num_epochs": 20}) for folder in folders]
+    runs = [planned(path, home=str(folder / "saved")) for path, folder in zip(paths, folders, strict=True)]
+    trained(runs[0])
+    home, threads = folders[1] / "saved/tiny", {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = ("-m", "utils.sweep", paths[1], "--save_dir", home.parent, "--jobs", 2)
+    with started(tmp_path, *command, **threads) as run:
         wait_for(lambda: len([*home.glob("*/ckps/current.pth.tar")]) == 2, run)
         run.process.send_signal(signal.SIGTERM)
         assert run.process.wait(60) == 143
-        assert run.err().splitlines() == [
-            "stopped by SIGTERM: every run is kept as far as it came; the same command goes on"
-        ]
+        assert (
+            run.err().startswith("stopped by SIGTERM: every run is kept as far as it came")
+            and run.err().count("\n") == 1
+        )
         assert not processes_of(tmp_path)
-    for arm in ARMS:
-        assert content(folder_of(home, f"{arm}_seed0"))["epoch"] >= 1
-    assert json.loads((home / "results.json").read_text())["planned"] == 3
-    done = swept(tmp_path, path, "--jobs", 2)
+    assert all(content(folder_of(home, f"{arm}_seed0"))["epoch"] >= 1 for arm in ARMS)
+    assert json.loads((home / "results.json").read_text())["planned"] == 2
+    done = completed(tmp_path, *command, **threads)
     assert done.code == 0, done.err
-    for arm in ("plain", "arb", "late"):
-        assert_same_run(folder_of(tiny / "saved/tiny", f"{arm}_seed0"), folder_of(home, f"{arm}_seed0"))
-    results = [json.loads((folder / "saved/tiny/results.json").read_text())["runs"][:3] for folder in (tiny, tmp_path)]
+    for one, other in zip(*runs, strict=True):
+        assert_same_run(one.folder(), dataclasses.replace(other, home=home).folder())
+    results = [sweep.results_of(read_sweep(path), each)["runs"] for path, each in zip(paths, runs, strict=True)]
     for one, other in zip(*results, strict=True):
-        told = ("run", "hash", "options", "data", "epochs", "last", "cross_fitted", "best")
-        assert [one[key] for key in told] == [other[key] for key in told]
+        same = ("run", "hash", "options", "data", "epochs", "last", "cross_fitted", "best")
+        assert [one[key] for key in same] == [other[key] for key in same]
 
 
-def test_an_arm_that_fails_is_named_and_stops_no_other(tmp_path):
-    arms = {
-        "no-data": {"dataset": "cifar10", "num_classes": 10, "data_path": str(tmp_path / "nowhere")},
-        "diverges": {"lr": 1e18},
-        "from-it": {"fork": {"arm": "diverges", "epoch": 1}},
-        "good": {},
-    }
-    path = written(tmp_path, seeds=[0], arms=arms)
-    done = swept(tmp_path, path, "--jobs", 2)
+@pytest.mark.slow
+def test_a_fork_of_a_run_that_failed_fails_too(tmp_path):
+    fork = {"arm": "diverges", "epoch": 1}
+    done = swept(tmp_path, written(tmp_path, seeds=[0], arms={"diverges": {"lr": 1e18}, "from-it": {"fork": fork}}))
     assert done.code == 1
     failed = dict(line.removeprefix("failed: ").split(": ", 1) for line in done.err.splitlines())
-    assert set(failed) == {"no-data_seed0", "diverges_seed0", "from-it_seed0"}
-    assert "nowhere" in failed["no-data_seed0"] and "is not finite" in failed["diverges_seed0"]
+    assert set(failed) == {"diverges_seed0", "from-it_seed0"} and "is not finite" in failed["diverges_seed0"]
     assert "diverges_seed0, whose checkpoint it begins with, failed" in failed["from-it_seed0"]
-    assert "done good_seed0" in done.out and "left for another time" not in done.out
-    home = tmp_path / "saved/tiny"
-    results = json.loads((home / "results.json").read_text())
-    assert results["failed"] == failed and [row["run"] for row in results["runs"]] == ["good_seed0"]
-    assert "* failed: no-data_seed0: " in (home / "table.md").read_text()
+    assert "left for another time" not in done.out
+    assert json.loads((tmp_path / "saved/tiny/results.json").read_text())["failed"] == failed
 
 
+@pytest.mark.slow
 def test_what_runs_of_two_arms_die_of_at_once_stops_the_sweep(tmp_path):
-    """As where the images are not where they should be: nobody wants to hear that once for each of 88 runs."""
+    """As where the images are not where they should be: one line instead of one for each of 88 runs."""
     path = written(tmp_path, arms={name: {} for name in "abcdef"})
     done = swept(tmp_path, path, "dataset", "folder", "data_path", tmp_path / "nowhere", "imb_factor", "null")
     assert done.code == 2 and done.out.count("failed ") == done.out.count("start ") == 2
     (line,) = done.err.splitlines()
-    assert str(tmp_path / "nowhere") in line and line.endswith(
-        "(runs of two arms have ended so at once; no other was started)"
-    )
+    assert str(tmp_path / "nowhere") in line and "runs of two arms have ended so at once" in line
+
+
+def test_a_second_sweep_is_refused(copied, capsys):
+    with runner._claimed(copied / "saved/tiny"):
+        result = failure(capsys, main, copied / "tiny.yaml", "--save_dir", copied / "saved")
+    assert (result.code, len(result.lines)) == (2, 1) and "another process works on this sweep" in result.said
+    assert again(copied) == 0
 
 
 @contextlib.contextmanager
@@ -418,10 +469,11 @@ def going_on(folder: Path) -> Iterator:
         yield run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="only Linux ends a run with its killed sweep")
-def test_a_second_sweep_is_refused_and_a_killed_one_leaves_no_orphans(tmp_path, capsys):
+def test_a_killed_sweep_leaves_no_orphans_and_keeps_its_lock_until_its_runs_end(tmp_path, capsys):
     with going_on(tmp_path) as run:
-        result = failure(capsys, sweep.main, tmp_path / "tiny.yaml", "--save_dir", tmp_path / "saved")
+        result = failure(capsys, main, tmp_path / "tiny.yaml", "--save_dir", tmp_path / "saved")
         assert (result.code, len(result.lines)) == (2, 1) and "another process works on this sweep" in result.said
         run.process.kill()
         run.process.wait(10)
@@ -434,11 +486,12 @@ def test_a_second_sweep_is_refused_and_a_killed_one_leaves_no_orphans(tmp_path, 
 
 
 def is_free(home: Path) -> bool:
-    with contextlib.suppress(InputError), sweep._claimed(home):
+    with contextlib.suppress(InputError), runner._claimed(home):
         return True
     return False
 
 
+@pytest.mark.slow
 def test_a_sweep_that_nobody_listens_to_ends_as_any_other(copied):
     """As with `| head`."""
     command = [sys.executable, "-m", "utils.sweep", copied / "tiny.yaml", "--save_dir", copied / "saved"]
@@ -459,22 +512,22 @@ def test_a_sweep_that_nobody_listens_to_ends_as_any_other(copied):
 )
 def test_why_a_run_failed_is_said_in_a_line(tmp_path, code, text, said):
     (tmp_path / "said.txt").write_text(text)
-    assert sweep._why(code, tmp_path / "said.txt").startswith(said)
+    assert runner.reason(code, tmp_path / "said.txt").startswith(said)
 
 
 def test_runs_share_processors_and_take_turns_on_gpus(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cores = len(os.sched_getaffinity(0))
-    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 0)
-    assert sweep._environment(0, 2)["OMP_NUM_THREADS"] == str(max(1, cores // 2))
-    assert "OMP_NUM_THREADS" not in sweep._environment(0, 1) and "CUDA_VISIBLE_DEVICES" not in sweep._environment(0, 1)
-    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
-    assert [sweep._environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 0)
+    assert runner.environment(0, 2)["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    assert "OMP_NUM_THREADS" not in runner.environment(0, 1) and "CUDA_VISIBLE_DEVICES" not in runner.environment(0, 1)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
+    assert [runner.environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,MIG-7")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert [sweep._environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["5", "MIG-7", "5"]
-    assert sweep._environment(0, 3)["OMP_NUM_THREADS"] == "3"
+    assert [runner.environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["5", "MIG-7", "5"]
+    assert runner.environment(0, 3)["OMP_NUM_THREADS"] == "3"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,10 +564,11 @@ def test_the_figure_s_intervals_are_over_cuts_where_there_are_several_like_the_t
         row["axes"], row["seed"], row["subset_seed"] = {"imb_factor": 0.1}, number % 2, number // 2
         row["last"]["top1"] = [80.0, 82.0, 90.0, 92.0][number]
     results |= {"axes": {"imb_factor": [0.1]}, "subset_seeds": [0, 1], "runs": rows, "waterfall": {}}
-    curve = sweep._over_imbalance(results, {})["arb"]
-    means = estimate([81.0, 91.0])
-    assert (curve["means"], curve["lows"], curve["highs"]) == ([86.0], [means.low], [means.high])
-    assert f"[{means.low:.2f}, {means.high:.2f}]" in markdown(results)
+    ((_, figure),) = sweep.figures(results)
+    (interval,) = (line for line in figure.axes[0].get_lines() if len(line.get_ydata()) == 2)
+    mean = estimate([81.0, 91.0])
+    assert interval.get_ydata() == pytest.approx([mean.low, mean.high])
+    assert f"[{mean.low:.2f}, {mean.high:.2f}]" in markdown(results)
 
 
 @pytest.fixture
@@ -524,24 +578,24 @@ def repository(tiny, tmp_path) -> Path:
     shutil.copytree(ROOT / "config/digits", root / "config/digits")
     written(root / "config/sweeps", cfg="../digits/digits_imb005.yaml", arms=ARMS | LATE, waterfall=WATERFALL)
     page = "# Title\n\n<!-- results of tiny -->\nold\n<!-- end of results -->\n\nafter\n"
-    (root / "README.md").write_text(page.replace("after", f"{page}<!-- not a marker -->"))
+    (root / sweep.PAGE).write_text(page.replace("after", f"{page}<!-- not a marker -->"))
     return root
 
 
 def publish(root: Path, home: Path) -> Path:
     path = root / "config/sweeps/tiny.yaml"
-    asked = sweep.read_sweep(path)
-    assert sweep.publish(asked, sweep.plan(asked, home), home, path, None, root) == 0
+    asked = read_sweep(path)
+    assert sweep.publish(asked, plan(asked, home), path, None, root) == 0
     return root / sweep.PUBLISHED / "tiny.json"
 
 
-def test_publishing_puts_results_beside_the_sweep_and_tables_into_the_readme(repository, tiny):
+def test_publishing_puts_results_beside_the_sweep_and_tables_into_the_page(repository, tiny):
     home = tiny / "saved/tiny"
-    before = state_of(home)
+    before = state_of(*runs_in(home))
     target = publish(repository, home)
     assert json.loads(target.read_text()) == json.loads((home / "results.json").read_text())
     assert Image.open(target.with_name("tiny_waterfall.png")).size[0] == 1650
-    readme = (repository / "README.md").read_text()
+    readme = (repository / sweep.PAGE).read_text()
     table = markdown(json.loads(target.read_text()))
     part = f"<!-- results of tiny -->\n\n{table}\n<!-- end of results -->"
     assert (
@@ -550,11 +604,11 @@ def test_publishing_puts_results_beside_the_sweep_and_tables_into_the_readme(rep
         and readme.startswith("# Title\n")
         and "<!-- not a marker -->" in readme
     )
-    assert fill_readme(readme, lambda name: sweep.published(name, repository)) == readme
+    assert sweep.filled_page(repository) == readme
     check_published(target, repository)
-    assert state_of(home) == before
+    assert state_of(*runs_in(home)) == before
     publish(repository, home)
-    assert (repository / "README.md").read_text() == readme
+    assert (repository / sweep.PAGE).read_text() == readme
 
 
 @pytest.mark.parametrize(
@@ -570,11 +624,11 @@ def test_publishing_puts_results_beside_the_sweep_and_tables_into_the_readme(rep
         ),
     ],
 )
-def test_a_readme_without_the_right_places_is_refused_before_anything_is_written(repository, tiny, page, said):
-    (repository / "README.md").write_text(page)
-    with pytest.raises(InputError, match=re.escape(f"README.md: {said}")):
+def test_a_page_without_the_right_places_is_refused_before_anything_is_written(repository, tiny, page, said):
+    (repository / sweep.PAGE).write_text(page)
+    with pytest.raises(InputError, match=re.escape(f"{sweep.PAGE}: {said}")):
         publish(repository, tiny / "saved/tiny")
-    assert (repository / "README.md").read_text() == page and not (repository / sweep.PUBLISHED).exists()
+    assert (repository / sweep.PAGE).read_text() == page and not (repository / sweep.PUBLISHED).exists()
 
 
 def test_results_have_the_keys_that_published_files_are_asked_for(tiny):
@@ -590,7 +644,7 @@ def test_what_failed_is_published_too(repository, copied):
     (home / "results.json").write_text(json.dumps(results | {"failed": why}))
     found = json.loads(publish(repository, home).read_text())
     assert found["failed"] == {"arb_seed1": "the loss is not finite"} and len(found["runs"]) == 4
-    assert "* failed: arb_seed1: the loss is not finite" in (repository / "README.md").read_text()
+    assert "* failed: arb_seed1: the loss is not finite" in (repository / sweep.PAGE).read_text()
 
 
 def test_what_was_published_elsewhere_stays_as_long_as_it_is_of_the_sweep(repository, tiny, copied, capsys):
@@ -640,11 +694,13 @@ def test_published_results_of_other_sweeps_and_defaults_are_caught(repository, t
 def test_nothing_finished_is_nothing_to_publish(repository, tmp_path):
     with pytest.raises(InputError, match="there is nothing to publish"):
         publish(repository, tmp_path / "empty")
-    assert not (repository / sweep.PUBLISHED).exists() and "\nold\n" in (repository / "README.md").read_text()
+    assert not (repository / sweep.PUBLISHED).exists() and "\nold\n" in (repository / sweep.PAGE).read_text()
 
 
 def test_an_estimate_is_finite_before_anything_is_known(tmp_path):
-    crew = crew_of(tmp_path, written(tmp_path))
-    assert crew._seconds_left(crew.waiting[0]) is None and crew._outlook().startswith("0 of 4 runs are finished, all ")
-    crew.deadline = math.inf
-    assert all(crew._ready(run) for run in crew.waiting)
+    scheduler = scheduler_of(tmp_path, written(tmp_path))
+    assert scheduler.seconds_left(scheduler.waiting[0]) is None and scheduler.progress().startswith(
+        "0 of 4 runs are finished, all "
+    )
+    scheduler.deadline = math.inf
+    assert all(scheduler.is_ready(run) for run in scheduler.waiting)

@@ -7,10 +7,19 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, failure
-from utils.sweep import runner as sweep
+from utils.sweep.command import main
+from utils.sweep.plan import Run, plan
+from utils.sweep.spec import read_sweep
 
 DIGITS = ROOT / "config/digits/digits_imb005.yaml"
-OPTIONS = {"num_epochs": 2, "batch_size": 64, "lr_steps": [1, 9], "warmup_epochs": 0}
+OPTIONS = {
+    "num_epochs": 2,
+    "batch_size": 64,
+    "lr_steps": [1, 9],
+    "warmup_epochs": 0,
+    "backbone": "resnet8",
+    "image_size": 8,
+}
 ARMS = {"plain": {}, "arb": {"loss": "arb", "class_counts": "batch"}}
 LATE = {"late": {"fork": {"arm": "plain", "epoch": 1}, "lr_steps": [8, 9], "seeds": [0]}}
 WATERFALL = {
@@ -44,8 +53,8 @@ def written(folder: Path, name: str = "tiny", **changes: object) -> Path:
     return path
 
 
-def planned(path: Path, *overrides: str, home: str = "saved") -> list[sweep.Run]:
-    return sweep.plan(sweep.read_sweep(path), Path(home) / path.stem, overrides)
+def planned(path: Path, *overrides: str, home: str = "saved") -> list[Run]:
+    return plan(read_sweep(path), Path(home) / path.stem, overrides)
 
 
 def names(runs) -> list[str]:
@@ -120,7 +129,7 @@ waterfall: {{start: text, steps: {{x: {{old: 1e0, text: -1}}}}, end: last, publi
     assert [run.cell["weight_decay"] for run in runs[::4]] == [2e-4, 5e-4]
     assert (runs[0].cfg.loss, runs[0].cfg.class_counts, runs[0].cfg.num_epochs) == ("arb", "global", 2)
     assert (runs[1].cfg.alpha, runs[1].cfg.logit_clamp, runs[1].cfg.imb_factor) == (0.5, None, None)
-    compared = sweep.read_sweep(tmp_path / "odd.yaml").compared
+    compared = read_sweep(tmp_path / "odd.yaml").compared
     assert compared["claims"]["1"]["at_least"] == 0.5 and compared["waterfall"]["steps"] == {
         "x": {"old": 1.0, "text": -1.0}
     }
@@ -168,7 +177,7 @@ def test_the_hash_of_a_fork_is_of_its_parent_and_its_epoch_too(tmp_path):
 def test_every_sweep_of_the_repository_can_be_planned(path):
     runs = planned(path)
     assert len({run.name for run in runs}) == len({run.hash for run in runs}) == len(runs) > 1
-    arms = sweep.read_sweep(path).arms
+    arms = read_sweep(path).arms
     assert {run.arm for run in runs} == set(arms) and all(run.arm in "".join(names(runs)) for run in runs)
 
 
@@ -177,123 +186,102 @@ def test_every_sweep_of_the_repository_can_be_planned(path):
 
 FORK = {"arm": "plain", "epoch": 1}
 REFUSED = {
-    "an unknown key": ({"arm": {}}, "unknown key 'arm'; a sweep has cfg, options"),
-    "no arms": ({"arms": {}}, "a sweep has arms: {name: {option: value"),
-    "no cfg": ({"cfg": None}, "plain: has no cfg, and neither has the sweep"),
-    "a missing cfg": ({"cfg": "nowhere.yaml"}, "nowhere.yaml: no such configuration file"),
-    "an unknown option": ({"arms": {"a": {"lrr": 1}}}, "tiny: a: unknown key 'lrr'; the nearest known one is 'lr'"),
-    "an option out of range": ({"arms": {"a": {"lr": -1}}}, "tiny: a: lr: -1 must be a number > 0"),
-    "an unknown loss": ({"arms": {"a": {"loss": "arbb"}}}, "tiny: a: loss"),
-    "an unknown backbone": ({"arms": {"a": {"backbone": "resnet33"}}}, "tiny: a: backbone"),
-    "switches that disagree": ({"arms": {"a": {"arbloss": True, "loss": "ce"}}}, "disagree; keep one"),
-    "options that are none": ({"arms": {"a": 3}}, "a: must be a mapping of options, not 3"),
-    "options of another kind": ({"options": [1]}, "options: must be a mapping, not [1]"),
-    "a name with a dot": ({"arms": {"a.b": {}}}, "'a.b' must be a name of letters"),
-    "a name that is a number": ({"arms": {1: {}}}, "1 must be a name of letters"),
-    "a seed in an arm": ({"arms": {"a": {"seed": 1}}}, "a: seed is set for every run by the sweep itself; give seeds"),
-    "a seed in the options": ({"options": {"seed": 1}}, "options: seed is set for every run"),
-    "a checkpoint to resume": ({"options": {"resume": "x"}}, "options: resume is set for every run"),
-    "seeds that are no list": ({"seeds": 3}, "seeds: must be a list, not 3"),
-    "seeds that are words": ({"seeds": ["a"]}, "seeds: must be a list of different whole numbers >= 0, not ['a']"),
-    "seeds given twice": ({"seeds": [1, 1]}, "seeds: must be a list of different whole numbers"),
-    "no seeds": ({"arms": {"a": {"seeds": []}}}, "a: seeds: must be a list of different whole numbers >= 0, not []"),
-    "one seed without brackets": ({"arms": {"a": {"seeds": 0}}}, "a: seeds: must be a list"),
-    "a negative seed": ({"seeds": [-1]}, "seeds: must be a list of different whole numbers >= 0"),
-    "subset seeds": ({"subset_seeds": [True]}, "subset_seeds: must be a list of different whole numbers"),
-    "an axis of nothing": ({"axes": {"lr": []}}, "axes: lr: must be a list of values, not []"),
-    "an unknown axis": ({"axes": {"lrr": [1]}}, "axes: unknown key 'lrr'; the nearest known one is 'lr'"),
-    "seeds as an axis": ({"axes": {"seed": [1]}}, "axes: seed is set for every run by the sweep itself; give seeds"),
-    "an old switch as an axis": ({"axes": {"arbloss": [True]}}, "axes: arbloss is a switch of the originals"),
-    "an axis without brackets": ({"axes": {"lr": 1}}, "axes: lr: must be a list of values, not 1"),
-    "a wrong value of an axis": ({"axes": {"imb_factor": [100]}}, "axes: imb_factor: 100 must lie in (0, 1]"),
-    "a value twice": ({"axes": {"imb_factor": [0.1, "1e-1"]}}, "'1e-1' is there twice"),
-    "an arm that sets an axis": ({"axes": {"lr": [1]}, "arms": {"a": {"lr": 2}}}, "a: lr is an axis already"),
-    "options that set an axis": ({"axes": {"num_epochs": [3]}}, "options: num_epochs is an axis already"),
-    "an unknown arm to compare with": (
-        {"against": "nobody"},
-        "'nobody' is compared and is no arm; there are plain, arb",
-    ),
-    "a measure to compare with": ({"against": "plain.best"}, "'plain.best' is compared and is no arm"),
-    "an unknown arm in a pair": ({"pairs": [["arb", "nobody"]]}, "'nobody' is compared and is no arm"),
-    "a pair of three": ({"pairs": [["arb", "plain", "x"]]}, "pairs: must be [arm, another arm], not ['arb', 'plain', "),
-    "an arm against itself": ({"pairs": [["arb", "arb"]]}, "pairs: must be [arm, another arm], not ['arb', 'arb']"),
-    "an unknown measure": ({"pairs": [["arb.worst", "arb"]]}, "'arb.worst': a term is an arm, or arm.last or arm."),
-    "an unknown arm in a claim": ({"claims": {"c": {"arm": "x", "published": 1}}}, "'x' is compared and is no arm"),
-    "a claim without a figure": ({"claims": {"c": {"arm": "arb"}}}, "claims: c: must be {arm: an arm, published: "),
-    "a claim with words": ({"claims": {"c": {"arm": "arb", "published": "high"}}}, "claims: c: must be {arm: an arm"),
-    "a range upside down": ({"claims": {"c": {"arm": "arb", "published": [9, 1]}}}, "number or [lowest, highest]}"),
-    "a claim on one arm": ({"claims": {"c": {"pair": ["arb"], "at_least": 1}}}, "{pair: [arm, another arm], at_least"),
-    "a claim off the grid": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"lr": 1}}}}, "at: {axis: one"),
-    "a claim off any option": ({"claims": {"c": {"arm": "arb", "published": 1, "at": {"x": 1}}}}, "at: {axis: one"),
-    "an unknown arm in a step": (
-        {"waterfall": {"start": "plain", "steps": {"s": {"x": 1}}, "end": "last"}},
-        "'x' is compared and is no arm",
-    ),
-    "an unknown end": ({"waterfall": WATERFALL | {"end": "worst"}}, "end: one of last, cross_fitted, best, val"),
-    "a waterfall without steps": ({"waterfall": WATERFALL | {"steps": {}}}, "waterfall: must be {start: an arm"),
-    "a step without arms": ({"waterfall": WATERFALL | {"steps": {"s": {}}}}, "steps: {name: {arm: weight, ...}, ...}"),
-    "a published word": ({"waterfall": WATERFALL | {"published": "x"}}, "published: number}"),
-    "a choice without held-out images": ({"choose": True}, "choose: True needs val_per_class above 0"),
-    "an arm that is a list": ({"claims": {"c": {"arm": ["arb"], "published": 1}}}, "claims: c: must be {arm: an arm"),
-    "an arm that is a number": ({"pairs": [[1, "arb"]]}, "pairs: must be [arm, another arm], not [1, 'arb']"),
-    "a number of thousands of digits": (
-        {"claims": {"c": {"arm": "arb", "published": 10**3000}}},
-        "claims: c: must be {arm: an arm",
-    ),
-    "a waterfall that starts at a measure": (
-        {"waterfall": WATERFALL | {"start": "plain.best"}, "arms": ARMS | LATE},
-        "'plain.best' is compared and is no arm",
-    ),
-    "a waterfall to held-out images that there are not": (
-        {"waterfall": WATERFALL | {"end": "val"}, "arms": ARMS | LATE},
-        "end: val needs val_per_class above 0, and plain has none",
-    ),
-    "a pair on held-out images that there are not": (
-        {"pairs": [["plain.val", "arb.val"]]},
-        "plain.val needs val_per_class above 0, and plain has none",
-    ),
-    "many seeds": ({"seeds": [1] * 50_000}, "seeds: must be a list of different whole numbers >= 0, not [1, 1, "),
-    "a choice that is no flag": ({"choose": "yes"}, "choose: must be True or False, not 'yes'"),
-    "a fork of a later arm": (
-        {"arms": {"late": {"fork": FORK}, "plain": {}}},
-        "late: fork: must be {arm: an arm above",
-    ),
-    "a fork of itself": ({"arms": {"plain": {"fork": FORK}}}, "(above: none)"),
-    "a fork at no epoch": (
-        {"arms": {**ARMS, "late": {"fork": {"arm": "plain"}}}},
-        "late: fork: must be {arm: an arm above",
-    ),
-    "a fork at half an epoch": ({"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 1.5}}}}, "epoch: number >= 1"),
-    "a fork after the end": (
-        {"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 2}}}},
-        "late: fork: epoch 2 must lie in",
-    ),
-    "a fork of a seed that is not there": (
-        {"arms": {**ARMS, "late": {"fork": FORK, "seeds": [7]}}},
-        "late: seed 7 would fork a run of plain that the sweep does not have",
-    ),
-    "a fork on other data": (
-        {"arms": {**ARMS, "late": {"fork": FORK, "imb_factor": 0.1}}},
-        "its imb_factor is another",
-    ),
-    "a fork of a fork before it": (
-        {
-            "options": OPTIONS | {"num_epochs": 5},
-            "arms": {"plain": {}, "b": {"fork": FORK | {"epoch": 3}}, "c": {"fork": {"arm": "b", "epoch": 2}}},
-        },
-        "c: fork: epoch 2 must lie in the 5 epochs of b (after its own 3)",
-    ),
-    "a fork with class means that its parent has not": (
-        {"arms": {"plain": {}, "late": {"fork": FORK, "nc_within": 0.01}}},
-        "late: a fork goes on with its parent's data and network, and its nc_within is another",
-    ),
-    "runs of one name": ({"axes": {"data_path": ["a/b", "a-b"]}}, "two runs would be called plain_data_patha-b_seed0"),
+    "unknown key 'arm'; the keys are arms, cfg, options": {"arm": {}},
+    "arms: {} must be a mapping, {name: value, ...}, of one entry": {"arms": {}},
+    "arms: plain: cfg is missing, here and in the sweep": {"cfg": None},
+    "nowhere.yaml: no such configuration file": {"cfg": "nowhere.yaml"},
+    "tiny: a: unknown key 'lrr'; the nearest known one is 'lr'": {"arms": {"a": {"lrr": 1}}},
+    "tiny: a: lr: -1 must be a number > 0": {"arms": {"a": {"lr": -1}}},
+    "tiny: a: loss": {"arms": {"a": {"loss": "arbb"}}},
+    "tiny: a: backbone": {"arms": {"a": {"backbone": "resnet33"}}},
+    "disagree; keep one": {"arms": {"a": {"arbloss": True, "loss": "ce"}}},
+    "arms: a: 3 must be a mapping of options": {"arms": {"a": 3}},
+    "options: [1] must be a mapping of options": {"options": [1]},
+    "'a.b' must be a name of letters": {"arms": {"a.b": {}}},
+    "1 must be a name of letters": {"arms": {1: {}}},
+    "a: seed is set for every run by the sweep itself; give seeds": {"arms": {"a": {"seed": 1}}},
+    "options: seed is set for every run": {"options": {"seed": 1}},
+    "options: resume is set for every run": {"options": {"resume": "x"}},
+    "seeds: 3 must be a list of different whole numbers >= 0, such as [0, 1, 2]": {"seeds": 3},
+    "seeds: ['a'] must be a list of different whole numbers": {"seeds": ["a"]},
+    "seeds: [1, 1] must be a list of different whole numbers": {"seeds": [1, 1]},
+    "arms: a: seeds: [] must be a list": {"arms": {"a": {"seeds": []}}},
+    "arms: a: seeds: 0 must be a list": {"arms": {"a": {"seeds": 0}}},
+    "seeds: [-1] must be a list of different whole numbers >= 0": {"seeds": [-1]},
+    "subset_seeds: [True] must be a list of different whole numbers": {"subset_seeds": [True]},
+    "axes: lr: [] must be a list of values": {"axes": {"lr": []}},
+    "axes: lrr: unknown key 'lrr'; the nearest known one is 'lr'": {"axes": {"lrr": [1]}},
+    "axes: seed is set for every run by the sweep itself; give seeds": {"axes": {"seed": [1]}},
+    "axes: arbloss: a switch of the originals": {"axes": {"arbloss": [True]}},
+    "axes: lr: 1 must be a list of values": {"axes": {"lr": 1}},
+    "axes: imb_factor: value: 100 must lie in (0, 1]": {"axes": {"imb_factor": [100]}},
+    "'1e-1' is there twice": {"axes": {"imb_factor": [0.1, "1e-1"]}},
+    "a: lr is an axis already": {"axes": {"lr": [1]}, "arms": {"a": {"lr": 2}}},
+    "num_epochs is an axis already": {"axes": {"num_epochs": [3]}},
+    "'nobody' is compared and is no arm; there are plain, arb": {"against": "nobody"},
+    "'plain.best' is compared and is no arm": {"against": "plain.best"},
+    "'nobody' is compared and is no arm": {"pairs": [["arb", "nobody"]]},
+    "pairs: a pair: ['arb', 'plain', 'x'] must be [arm, another arm]": {"pairs": [["arb", "plain", "x"]]},
+    "pairs: a pair: ['arb', 'arb'] must be [arm, another arm]": {"pairs": [["arb", "arb"]]},
+    "'arb.worst': a term is an arm, or arm.last or arm.": {"pairs": [["arb.worst", "arb"]]},
+    "'x' is compared and is no arm": {"claims": {"c": {"arm": "x", "published": 1}}},
+    "claims: c: published is missing; the keys are arm, published, at": {"claims": {"c": {"arm": "arb"}}},
+    "claims: c: published: 'high' must be a number": {"claims": {"c": {"arm": "arb", "published": "high"}}},
+    "claims: c: published: [9, 1] must be a number or [lowest, highest]": {
+        "claims": {"c": {"arm": "arb", "published": [9, 1]}}
+    },
+    "claims: c: pair: ['arb'] must be [arm, another arm]": {"claims": {"c": {"pair": ["arb"], "at_least": 1}}},
+    "claims: c: at: {'lr': 1} must be {axis: one": {"claims": {"c": {"arm": "arb", "published": 1, "at": {"lr": 1}}}},
+    "claims: c: at: {'x': 1} must be {axis: one": {"claims": {"c": {"arm": "arb", "published": 1, "at": {"x": 1}}}},
+    "'x' is compared and is no arm; there are plain, arb": {
+        "waterfall": {"start": "plain", "steps": {"s": {"x": 1}}, "end": "last"}
+    },
+    "waterfall: end: 'worst' must be one of last, cross_fitted, best, val": {"waterfall": WATERFALL | {"end": "worst"}},
+    "waterfall: steps: {} must be a mapping": {"waterfall": WATERFALL | {"steps": {}}},
+    "waterfall: steps: s: {} must be a mapping": {"waterfall": WATERFALL | {"steps": {"s": {}}}},
+    "waterfall: published: 'x' must be a number": {"waterfall": WATERFALL | {"published": "x"}},
+    "choose: True needs val_per_class above 0": {"choose": True},
+    "claims: c: arm: ['arb'] must be text": {"claims": {"c": {"arm": ["arb"], "published": 1}}},
+    "pairs: a pair: [1, 'arb'] must be text": {"pairs": [[1, "arb"]]},
+    "claims: c: published: 1000": {"claims": {"c": {"arm": "arb", "published": 10**3000}}},
+    "'plain.best' is compared and is no arm; there are plain, arb, late": {
+        "waterfall": WATERFALL | {"start": "plain.best"},
+        "arms": ARMS | LATE,
+    },
+    "end: val needs val_per_class above 0, and plain has none": {
+        "waterfall": WATERFALL | {"end": "val"},
+        "arms": ARMS | LATE,
+    },
+    "plain.val needs val_per_class above 0, and plain has none": {"pairs": [["plain.val", "arb.val"]]},
+    "seeds: [1, 1, ": {"seeds": [1] * 2000},
+    "choose: 'yes' must be True or False": {"choose": "yes"},
+    "arms: late: fork: arm: 'plain' must be an arm above (there is none)": {
+        "arms": {"late": {"fork": FORK}, "plain": {}}
+    },
+    "plain: fork: arm: 'plain' must be an arm above": {"arms": {"plain": {"fork": FORK}}},
+    "arms: late: fork: epoch is missing; the keys are arm, epoch": {
+        "arms": {**ARMS, "late": {"fork": {"arm": "plain"}}}
+    },
+    "fork: epoch: 1.5 must be a whole number": {"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 1.5}}}},
+    "late: fork: epoch 2 must lie in": {"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 2}}}},
+    "late: seed 7 would fork a run of plain that the sweep does not have": {
+        "arms": {**ARMS, "late": {"fork": FORK, "seeds": [7]}}
+    },
+    "its imb_factor is another": {"arms": {**ARMS, "late": {"fork": FORK, "imb_factor": 0.1}}},
+    "c: fork: epoch 2 must lie in the 5 epochs of b (after its own 3)": {
+        "options": OPTIONS | {"num_epochs": 5},
+        "arms": {"plain": {}, "b": {"fork": FORK | {"epoch": 3}}, "c": {"fork": {"arm": "b", "epoch": 2}}},
+    },
+    "late: a fork keeps its parent's data and network, and its nc_within is another": {
+        "arms": {"plain": {}, "late": {"fork": FORK, "nc_within": 0.01}}
+    },
+    "two runs would be called plain_data_patha-b_seed0": {"axes": {"data_path": ["a/b", "a-b"]}},
 }
 
 
-@pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)
-def test_a_wrong_sweep_is_refused_in_one_line(changes, said, tmp_path, capsys):
-    result = failure(capsys, sweep.main, written(tmp_path, **changes), "--save_dir", tmp_path / "saved")
+@pytest.mark.parametrize(("said", "changes"), REFUSED.items(), ids=REFUSED)
+def test_a_wrong_sweep_is_refused_in_one_line(said, changes, tmp_path, capsys):
+    result = failure(capsys, main, written(tmp_path, **changes), "--save_dir", tmp_path / "saved")
     assert (result.code, len(result.lines)) == (2, 1), result.said
     assert said in result.said and result.said.startswith("error: ") and len(result.said) < 1000
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
@@ -305,18 +293,18 @@ def test_a_wrong_sweep_is_refused_in_one_line(changes, said, tmp_path, capsys):
         ("arms: {a: {}, a: {lr: 1}}", "line 1: a is given twice; keep one"),
         ("arms:\n  a: {lr: 1}\n  b: {lr: 1, lr: 2}", "line 3: lr is given twice; keep one"),
         ("arms: [a", "cannot be read"),
-        ("", "a sweep has arms"),
-        ("- a", "a sweep has arms"),
-        ("arms: &a {x: *a}", "x: has no cfg"),
+        ("", "None must be a mapping of arms, cfg, options"),
+        ("- a", "['a'] must be a mapping of arms"),
+        ("arms: &a {x: *a}", "arms: x: cfg is missing"),
         (f"cfg: {DIGITS}\narms: &a {{x: *a}}", "x: unknown key 'x'"),
         (f"cfg: {DIGITS}\narms: {{a: &a {{lr: *a}}}}", "a: lr: {"),
-        (LAUGHS, "seeds: must be a list of different whole numbers >= 0, not ["),
+        (LAUGHS, "must be a list of different whole numbers >= 0"),
         ("arms: {a: 2026-99-99}", "cannot be read"),
     ],
 )
 def test_files_that_are_no_sweeps_are_refused(text, said, tmp_path, capsys):
     (tmp_path / "x.yaml").write_text(text)
-    result = failure(capsys, sweep.main, tmp_path / "x.yaml")
+    result = failure(capsys, main, tmp_path / "x.yaml")
     assert (result.code, len(result.lines)) == (2, 1) and said in result.said
     assert "error: x: " in result.said or "x.yaml" in result.said
     assert len(result.said) < 2000
@@ -342,17 +330,17 @@ def test_files_that_are_no_sweeps_are_refused(text, said, tmp_path, capsys):
 )
 def test_a_wrong_command_line_is_refused_in_one_line(arguments, said, tmp_path, capsys):
     path = written(tmp_path, axes={"imb_factor": [0.1, 0.05]})
-    result = failure(capsys, sweep.main, path, "--save_dir", tmp_path / "saved", *arguments)
+    result = failure(capsys, main, path, "--save_dir", tmp_path / "saved", *arguments)
     assert (result.code, len(result.lines)) == (2, 1) and said in result.said
     assert not (tmp_path / "saved").exists()
 
 
 def test_a_folder_that_cannot_hold_the_sweep_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    result = failure(capsys, sweep.main, written(tmp_path), "--save_dir", tmp_path / "file")
+    result = failure(capsys, main, written(tmp_path), "--save_dir", tmp_path / "file")
     assert (result.code, len(result.lines)) == (2, 1) and str(tmp_path / "file") in result.said
     for name in ("none", "n" * 300):
-        missing = failure(capsys, sweep.main, tmp_path / f"{name}.yaml")
+        missing = failure(capsys, main, tmp_path / f"{name}.yaml")
         assert (missing.code, len(missing.lines)) == (2, 1) and f"{name}.yaml: no such sweep" in missing.said
-    nothing = failure(capsys, sweep.main)
+    nothing = failure(capsys, main)
     assert (nothing.code, len(nothing.lines)) == (2, 1) and "which sweep? (usage: python" in nothing.said

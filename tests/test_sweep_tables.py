@@ -13,20 +13,20 @@ from scipy import stats
 from tests.conftest import ROOT
 from utils.config import OPTIONS
 from utils.errors import InputError
-from utils.sweep import runner as sweep
+from utils.sweep import results as sweep
+from utils.sweep.contrasts import contrast, pairs, values, waterfall
+from utils.sweep.plan import plan
+from utils.sweep.spec import read_sweep
 from utils.sweep.tables import (
     arm_table,
     choice,
     claims,
-    contrast,
-    fill_readme,
+    fill_page,
     latex,
     markdown,
     pair_table,
-    pairs,
+    places,
     tables,
-    values,
-    waterfall,
     waterfall_table,
 )
 
@@ -63,10 +63,6 @@ def results(rows, **changes):
     }
 
 
-def texts(table):
-    return [[cell.text for cell in line] for line in table.rows]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pairs
 
@@ -74,7 +70,7 @@ def texts(table):
 def test_a_row_has_mean_deviation_number_and_interval():
     found = arm_table(results(NONE_COMMON), {})
     assert found.head[:4] == ["arm", "n", "top-1, last epoch", "95 % interval"]
-    for (arm, top1), line in zip(NONE_COMMON.items(), texts(found), strict=True):
+    for (arm, top1), line in zip(NONE_COMMON.items(), found.rows, strict=True):
         low, high = stats.ttest_1samp(top1, 0).confidence_interval(0.95)
         assert line[:3] == [arm, "3", f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}"]
         assert line[3] == f"[{low:.2f}, {high:.2f}]"
@@ -82,19 +78,19 @@ def test_a_row_has_mean_deviation_number_and_interval():
             f"{np.mean(top1) + 0.5:.2f} ±"
         )
         assert line[6:] == ["90.00 ± 0.00", "60.00 ± 0.00", "30.00 ± 0.00", "5.00 ± 0.00"]
-        assert not any(cell.bold for cell in found.rows[0])
+    assert not found.bold
 
 
 def test_groups_without_test_images_and_single_runs_are_shown_as_what_they_are():
     one = row("none", 0, 70.0)
     del one["last"]["few"]
-    (line,) = texts(arm_table(results([one]), {}))
+    (line,) = arm_table(results([one]), {}).rows
     assert line[:4] == ["none", "1", "70.00", "-"] and line[8] == "-"
     assert pair_table(results([one, row("both", 1, 71.0)]), {}) is None
 
 
 def test_two_arms_are_compared_by_their_paired_difference():
-    (line,) = texts(pair_table(results(NONE_COMMON), {}))
+    (line,) = pair_table(results(NONE_COMMON), {}).rows
     test = stats.ttest_rel(NONE_COMMON["both"], NONE_COMMON["none"])
     low, high = test.confidence_interval(0.95)
     assert line == ["both - none", "3", f"{5 + 0:+.2f}", f"[{low:+.2f}, {high:+.2f}]"]
@@ -115,7 +111,7 @@ def test_only_runs_on_the_same_images_are_paired():
     rows = [row("none", 0, 70.0), row("none", 1, 70.0), row("none", 2, 70.0)]
     rows += [row("both", 0, 71.0), row("both", 1, 75.0, data="other images"), row("both", 2, 73.0)]
     assert contrast(results(rows), {"both": 1, "none": -1}, {}) == {(0, 0): 1.0, (2, 0): 3.0}
-    assert texts(arm_table(results(rows), {}))[1][1] == "3"  # a mean is of all
+    assert arm_table(results(rows), {}).rows[1][1] == "3"  # a mean is of all
 
 
 def test_runs_that_do_not_say_their_images_are_compared_with_nothing():
@@ -131,7 +127,7 @@ def test_pairs_are_formed_within_a_point_of_the_grid():
     ]
     found = results(rows, axes=axes)
     assert pair_table(found, {"imb_factor": 0.1}) is None
-    assert texts(pair_table(found, {"imb_factor": 0.01})) == [["both - none", "1", "+4.00", "-"]]
+    assert pair_table(found, {"imb_factor": 0.01}).rows == [["both - none", "1", "+4.00", "-"]]
     captions = [table.caption for table in tables(found)]
     assert [", imb_factor 0.1" in captions[0], *(", imb_factor 0.01" in caption for caption in captions[1:])] == [
         True
@@ -158,8 +154,7 @@ def test_every_arm_is_compared_with_one_and_a_pair_is_there_once():
 )
 def test_a_difference_is_bold_only_where_its_interval_excludes_zero(differences, bold):
     found = results({"none": [70.0] * len(differences), "both": [70 + d for d in differences]})
-    ((name, count, *rest),) = pair_table(found, {}).rows
-    assert [cell.bold for cell in rest] == [bold, bold] and name.bold == bold and not count.bold
+    assert pair_table(found, {}).bold == ({(0, 0), (0, 2), (0, 3)} if bold else set())
     assert markdown(found).count("**") == 6 * bold
     assert latex(found).count(r"\textbf") == 3 * bold
 
@@ -313,7 +308,7 @@ def test_steps_that_were_not_run_are_named_and_left_out():
     assert steps.missing == ["interaction", "selection"]
     assert steps.end.name == "prior, best on the test set"
     assert sum(bar.change.mean for bar in steps.bars()[:-1]) == pytest.approx(steps.end.change.mean, abs=1e-10)
-    shown = texts(waterfall_table(found, {}))
+    shown = waterfall_table(found, {}).rows
     assert shown[-3:] == [
         ["interaction", "too few runs", "-"],
         ["selection", "too few runs", "-"],
@@ -377,11 +372,11 @@ def test_runs_of_one_cut_are_not_independent_where_there_are_several():
         for cut in (0, 7)
     ]
     found = results(rows, subset_seeds=[0, 7])
-    (line,) = texts(pair_table(found, {}))
+    (line,) = pair_table(found, {}).rows
     low, high = stats.ttest_1samp([0.3, 1.0], 0).confidence_interval(0.95)
     assert line == ["both - none", "2", "+0.65", f"[{low:+.2f}, {high:+.2f}]"]
     table = arm_table(found, {})
-    assert texts(table)[0][1] == "2" and "over n cuts" in table.caption
+    assert table.rows[0][1] == "2" and "over n cuts" in table.caption
 
 
 def test_an_end_that_nobody_measured_makes_no_waterfall():
@@ -413,7 +408,7 @@ def test_markdown_is_tables_whose_lines_have_as_many_columns():
     for head, rule, *lines in blocks:
         columns = [len(re.findall(r"(?<!\\)\|", line)) for line in (head, rule, *lines)]
         assert len(set(columns)) == 1 and columns[0] > 3
-        assert set(rule) == set("| -") and lines
+        assert set(rule) == set("| -:") and lines
         assert all(line.startswith("| ") and line.endswith(" |") for line in (head, *lines))
     assert "50 % \\| of_it" in said
     lists = [line for line in said.splitlines() if line.startswith("* ")]
@@ -489,7 +484,7 @@ def test_latex_compiles(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the README
+# On the page of the sweeps
 
 PAGE = """# Title
 
@@ -510,15 +505,15 @@ def by_name(name):
 
 
 def test_only_what_stands_between_markers_changes():
-    filled = fill_readme(PAGE, by_name)
+    filled = fill_page(PAGE, by_name)
     one, two = markdown(by_name("one")), markdown(by_name("two-b"))
     assert filled == PAGE.replace("what was there\n", f"\n{one}\n").replace("two-b -->\n", f"two-b -->\n\n{two}\n")
-    assert fill_readme(filled, by_name) == filled
-    assert fill_readme("no marker", by_name) == "no marker"
+    assert fill_page(filled, by_name) == filled
+    assert fill_page("no marker", by_name) == "no marker"
 
 
 def test_where_nothing_is_published_nothing_stands():
-    assert fill_readme(PAGE, lambda name: None) == PAGE.replace("what was there\n", "")
+    assert fill_page(PAGE, lambda name: None) == PAGE.replace("what was there\n", "")
 
 
 @pytest.mark.parametrize(
@@ -533,34 +528,35 @@ def test_where_nothing_is_published_nothing_stands():
 )
 def test_a_marker_without_its_end_is_refused(wrong):
     with pytest.raises(InputError, match="one of these lines is missing"):
-        fill_readme(wrong, by_name)
+        fill_page(wrong, by_name)
 
 
 def published():
     return sorted((ROOT / sweep.PUBLISHED).glob("*.json"))
 
 
-def test_the_readme_has_the_published_tables():
+def test_the_page_has_the_published_tables():
     """Byte for byte what the files beside the sweeps give."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fill_readme(readme, sweep.published) == readme, "python -m utils.sweep ... --publish brings it up to date"
+    page = (ROOT / sweep.PAGE).read_text(encoding="utf-8")
+    assert sweep.filled_page() == page, "python -m utils.sweep ... --publish brings it up to date"
+    assert {path.stem for path in published()} <= set(places(page))
 
 
 def test_a_number_that_was_changed_by_hand_is_caught(tmp_path):
-    """In the README, and in the file that it is made from."""
+    """On the page, and in the file that it is made from."""
     stored = results(NONE_COMMON, sweep="quick_digits")
     file = tmp_path / sweep.PUBLISHED / "quick_digits.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(stored))
-    page = fill_readme(
+    page = fill_page(
         PAGE.replace("of one ", "of quick_digits ").replace("of two-b ", "of quick_digits "), lambda _: stored
     )
-    assert fill_readme(page, lambda name: sweep.published(name, tmp_path)) == page
+    assert fill_page(page, lambda name: sweep.published(name, tmp_path)) == page
     wrong = page.replace("71.17 ± 1.26", "71.18 ± 1.26", 1)
-    assert wrong != page and fill_readme(wrong, lambda name: sweep.published(name, tmp_path)) == page
+    assert wrong != page and fill_page(wrong, lambda name: sweep.published(name, tmp_path)) == page
     stored["runs"][0]["last"]["top1"] += 0.02
     file.write_text(json.dumps(stored))
-    assert fill_readme(page, lambda name: sweep.published(name, tmp_path)) != page
+    assert fill_page(page, lambda name: sweep.published(name, tmp_path)) != page
 
 
 def test_published_files_that_are_missing_or_damaged_are_named(tmp_path):
@@ -570,7 +566,11 @@ def test_published_files_that_are_missing_or_damaged_are_named(tmp_path):
     (folder / "other.json").write_text("[]")
     whole = json.loads((ROOT / sweep.PUBLISHED / "quick_digits.json").read_text())
     (folder / "less.json").write_text(json.dumps({key: whole[key] for key in whole if key != "failed"}))
-    for name, said in (("cut", "cannot be read"), ("other", "does not hold what"), ("less", "does not hold what")):
+    for name, said in (
+        ("cut", "cannot be read"),
+        ("other", "does not hold a sweep"),
+        ("less", "does not hold a sweep"),
+    ):
         with pytest.raises(InputError, match=f"{name}.json: {said}"):
             sweep.published(name, tmp_path)
     assert sweep.published("none", tmp_path) is None
@@ -580,8 +580,8 @@ def check_published(path: Path, root: Path = ROOT) -> None:
     """What lies there is of a sweep as its file, the configurations and the defaults are today."""
     found, file = sweep.published(path.stem, root), root / "config/sweeps" / f"{path.stem}.yaml"
     assert file.is_file(), f"{path} belongs to no sweep"
-    asked = sweep.read_sweep(file)
-    planned = {run.name: run for run in sweep.plan(asked, Path("saved") / path.stem)}
+    asked = read_sweep(file)
+    planned = {run.name: run for run in plan(asked, Path("saved") / path.stem)}
     assert found["sweep"] == path.stem and found["planned"] == len(planned) and found["failed"] == {}
     assert found["arms"] == list(asked.arms) and found["axes"] == asked.axes
     assert {key: found[key] for key in asked.compared} == json.loads(json.dumps(asked.compared))
@@ -600,7 +600,6 @@ def test_what_is_published_is_of_the_sweeps_as_they_are_today(path):
     check_published(path)
 
 
-def test_every_marker_of_the_readme_names_a_sweep():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"^<!-- results of (.*) -->$", readme, re.MULTILINE):
-        assert (ROOT / "config/sweeps" / f"{name}.yaml").is_file(), name
+def test_every_place_for_tables_is_of_a_sweep():
+    for name in places((ROOT / sweep.PAGE).read_text(encoding="utf-8")):
+        assert (ROOT / sweep.SWEEPS / f"{name}.yaml").is_file(), name

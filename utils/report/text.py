@@ -10,6 +10,7 @@ from torch import Tensor
 
 from utils.files import atomic_file, write_text
 from utils.metrics import GROUPS, Predictions, class_accuracy
+from utils.table import Table, text
 
 NPZ_LIMIT = 50_000  # per-sample predictions are saved for test sets of at most this many images
 
@@ -23,11 +24,8 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Format label -> metrics as a table: top-1, many / medium / few, and ECE if a row has it; all in percent."""
     columns = {"top1": "top-1", **{group: group for group in GROUPS}}
     columns |= {"ece": "ECE"} if any("ece" in metrics for metrics in rows.values()) else {}
-    width = max(len(label) for label in rows)
-    lines = [" " * width + "".join(f"{head:>9}" for head in columns.values())]
-    for label, metrics in rows.items():
-        lines.append(f"{label:<{width}}" + "".join(f"{percent(metrics.get(c)):>9}" for c in columns))
-    return "\n".join(lines)
+    cells = [[label, *(percent(metrics.get(column)) for column in columns)] for label, metrics in rows.items()]
+    return text(Table(["", *columns.values()], cells), width=9, gap="")
 
 
 def details(metrics: Mapping) -> str:

@@ -3,7 +3,7 @@
 import sys
 
 from utils.command_line import exit_code
-from utils.sweep.runner import main
+from utils.sweep.command import main
 
 if __name__ == "__main__":
     sys.exit(exit_code(main))

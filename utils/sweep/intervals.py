@@ -1,7 +1,8 @@
-"""Means with their 95 % intervals, by Student's t: for a handful of seeds, not for thousands."""
+"""Means with 95 % intervals by Student's t, for a handful of seeds."""
 
 import statistics
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from scipy import stats
@@ -10,7 +11,7 @@ LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """What n values say of the mean that they were drawn around."""
+    """The mean of n values and its interval."""
 
     mean: float
     deviation: float | None  # of the sample; None for one value
@@ -20,12 +21,12 @@ class Estimate(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Never for values that are all the same: a deviation of 0 is no measure of anything."""
+        """Never for values that are all equal: a deviation of 0 measures nothing."""
         return bool(self.deviation) and (self.low > 0 or self.high < 0)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean, deviation and interval of one value or more: ``mean +- t s / sqrt(n)``, t with n - 1 degrees of freedom."""
+    """``mean +- t s / sqrt(n)``, t with n - 1 degrees of freedom, of one value or more."""
     mean, count = statistics.fmean(values), len(values)
     if count == 1:
         return Estimate(mean, None, 1, None, None)
@@ -42,5 +43,6 @@ def prediction_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+@cache
 def _t(count: int) -> float:
     return float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
