@@ -1,8 +1,8 @@
-"""The errors that end a script with one line instead of a traceback."""
+"""Errors that end a script with one line instead of a traceback."""
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: the message names it and says, in one line, what would be right."""
+    """Bad input; the message is one line that names it and says what would be right."""
 
 
 class DivergenceError(ArithmeticError):
@@ -10,13 +10,16 @@ class DivergenceError(ArithmeticError):
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run has ended, and this one cannot go on without it."""
+    """Another process of the run has ended, and this one cannot continue without it."""
 
 
 class Interrupted(BaseException):
-    """A signal has asked the process to end. As KeyboardInterrupt no ``Exception``, so that nothing else catches it."""
+    """A signal has asked the process to end.
+
+    Derives from ``BaseException``, like ``KeyboardInterrupt``, so that ``except Exception`` does not catch it.
+    """
 
     def __init__(self, number: int, message: str = ""):
-        """``number`` of the signal; ``message``: what was kept, and how to go on."""
+        """``number`` of the signal; ``message``: which checkpoint was saved, and how to resume."""
         super().__init__(message)
         self.number = number

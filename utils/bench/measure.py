@@ -42,7 +42,7 @@ from datasets.streaming import Crops, StreamedPixels
 from methods import build_method
 from models import build_model
 from utils import build, distributed
-from utils.command_line import Parser
+from utils.command_line import Parser, positive
 from utils.config import read_config
 from utils.errors import InputError
 from utils.files import write_text
@@ -113,9 +113,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m utils.bench", description=description, hint="; --help says what there is")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; by default all of them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with each round's numbers")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="of every comparison")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="cifar: steps per round")
-    parser.add_argument("--images", type=_positive, metavar="N", help="epoch: training images of each of 10 classes")
+    parser.add_argument("--rounds", type=positive(int), metavar="N", help="of every comparison")
+    parser.add_argument("--steps", type=positive(int), metavar="N", help="cifar: steps per round")
+    parser.add_argument("--images", type=positive(int), metavar="N", help="epoch: training images per class, of 10")
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="pipeline: JPEG files; by default some are made")
     parser.add_argument("--data_path", type=Path, metavar="FOLDER", help="startup: CIFAR-10; by default noise")
     parser.add_argument("--modes", type=lambda text: text.split(","), metavar="A,B", help="such as fp32,bf16+compile")
@@ -135,12 +135,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.photos and not _jpegs(args.photos):
         parser.error(f"--photos {args.photos}: is no folder with JPEG files")
     return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
-    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

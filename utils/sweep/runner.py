@@ -25,16 +25,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 from utils import distributed
-from utils.command_line import Parser
+from utils.command_line import Parser, discard_if_closed, positive
 from utils.config import dump_config
 from utils.errors import InputError, Interrupted
-from utils.files import write_text
+from utils.files import lock_file, write_text
 from utils.report import plots
 from utils.run.log import read_rows
 from utils.signals import WITH_PARENT, Signals
@@ -91,30 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(text: str) -> None:
-    """On standard output; where nobody reads that any more, nowhere: the runs have to be seen to all the same."""
-    try:
+    """Print; without a reader the sweep goes on all the same."""
+    with discard_if_closed(sys.stdout):
         tqdm.write(text)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def _claimed(home: Path) -> Iterator[int]:
-    """Two processes never work on one sweep. The lock is gone with this process and the runs that it has started.
-
-    Gives its file's descriptor, which the runs get too.
-    """
-    with (home / ".lock").open("a") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{home}: another process works on this sweep, or runs that it has started; wait for it, or stop it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+    """Keep other processes from working on this sweep; yield the lock's descriptor, which the runs inherit."""
+    taken = f"{home}: another process works on this sweep, or runs that it has started; wait for it, or stop it"
+    with lock_file(home / ".lock", taken, inheritable=True) as lock:
         yield lock.fileno()
 
 
@@ -127,14 +108,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
     parser.add_argument(
         "--jobs",
-        type=_positive(int, "whole number above 0"),
+        type=positive(int),
         default=1,
         metavar="N",
         help="runs at once; GPUs take turns",
     )
-    parser.add_argument(
-        "--minutes", type=_positive(float, "number above 0"), metavar="N", help="start nothing that cannot end by then"
-    )
+    parser.add_argument("--minutes", type=positive(float), metavar="N", help="start nothing that cannot end by then")
     parser.add_argument("--save_dir", default="saved", metavar="FOLDER", help="holds the sweep's folder")
     parser.add_argument("--images", metavar="TEXT", help="what the images are, in words, for the tables")
     parser.add_argument(
@@ -144,16 +123,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.sweep is None:
         parser.error("which sweep?")
     return args
-
-
-def _positive(kind: type, words: str):
-    def parse(text: str):
-        with contextlib.suppress(ValueError):
-            if kind(text) > 0:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"must be a {words}, not {text!r}")
-
-    return parse
 
 
 # ---------------------------------------------------------------------------------------------------------------------
