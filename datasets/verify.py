@@ -3,7 +3,6 @@
 Exit code 0: no problems; 1: problems; 2: it cannot be read at all (no such list, no such data set).
 """
 
-import argparse
 import hashlib
 import os
 import stat
@@ -22,7 +21,7 @@ from datasets.decoding import open_rgb
 from datasets.image_list import ListRows, class_names, on_disk, scan_image_list
 from datasets.source import DataError
 from datasets.specs import DatasetSpec, find_spec
-from utils.command_line import exit_code, parse
+from utils.command_line import exit_code, parse, positive
 from utils.config import load_config
 
 SHOWN = 5  # examples of each problem
@@ -31,7 +30,8 @@ LOOKERS = 16  # threads that look files up; they wait for the disk, not for a co
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    images = {"type": _number_of_images, "default": 0, "metavar": "all|N", "help": "decode all images, or N per split"}
+    images = {"type": positive(int, all=sys.maxsize), "default": 0, "metavar": "all|N"}
+    images["help"] = "decode all images, or N per split"
     args = parse("Check a data set before training on it.", arguments, images=images)
     cfg = load_config(args.cfg, args.overrides)
     spec = find_spec(cfg.dataset)
@@ -42,14 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say("", *(f"note: {note}" for note in report.notes))
     say("", f"problems: {len(report.problems)}", *(line for lines in report.problems for line in lines))
     return 1 if report.problems else 0
-
-
-def _number_of_images(text: str) -> int:
-    if text == "all":
-        return sys.maxsize
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be all or a whole number >= 1")
-    return int(text)
 
 
 def say(*lines: str) -> None:

@@ -1,11 +1,12 @@
-"""What the scripts share: their command line, and the exit code 2 with one line for bad input."""
+"""Command lines, and the exit codes of the scripts."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TextIO
 
 from utils import distributed
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
@@ -13,13 +14,10 @@ from utils.signals import NAMES
 
 
 class Parser(argparse.ArgumentParser):
-    """One line, as for every other bad input, instead of argparse's usage."""
+    """Reports errors in one line."""
 
     def __init__(self, *, hint: str, **options: Any):
-        """``hint``: what follows the message, and says what would be right, ``%(prog)s`` being the program's name.
-
-        ``options``: of argparse.
-        """
+        """``hint`` ends every message and says what would be right; ``%(prog)s`` is the program's name."""
         super().__init__(**options)
         self.hint = hint
 
@@ -27,13 +25,31 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"command line: {message}{self.hint % {'prog': self.prog}}")
 
 
+def positive(kind: type, **words: int) -> Callable[[str], float]:
+    """Return an argparse type for numbers above 0: ``int`` or ``float``.
+
+    ``words``: accepted in place of a number, with the values that they stand for.
+    """
+    expected = " or ".join([*words, f"a {'whole ' * (kind is int)}number above 0"])
+
+    def parse_number(text: str) -> float:
+        if text in words:
+            return words[text]
+        with contextlib.suppress(ValueError):
+            if kind(text) > 0:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}")
+
+    return parse_number
+
+
 def parse(
     description: str, arguments: Sequence[str] | None = None, epilog: str = "", **options: dict
 ) -> argparse.Namespace:
-    """``--cfg FILE [key value ...]``; ``--local-rank`` comes from torch.distributed.launch and is not needed.
+    """Parse ``--cfg FILE [key value ...]``.
 
-    ``epilog``: text at the end of ``--help``, as it is. ``options``: a script's own, from name to the keywords of
-    ``add_argument``.
+    ``epilog`` ends ``--help``, as it is. ``options``: a script's own, from name to the keywords of ``add_argument``.
+    ``--local-rank``, which torch.distributed.launch passes, is accepted and not needed.
     """
     hint = " (usage: %(prog)s --cfg FILE [key value ...], such as lr 0.05)"
     layout = argparse.RawDescriptionHelpFormatter
@@ -47,27 +63,36 @@ def parse(
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """What ``main`` returns, or 0; 2 after one line on standard error where the input or the numbers were bad.
+    """Run ``main`` and return the exit code; expected errors become one line on standard error.
 
-    1 after such a line where it is another process that failed; 128 + signal after one where a signal ended it.
+    2: bad input, or numbers that are not finite. 1: another process of the run has failed. 128 + signal: stopped by it.
     """
     try:
         return main() or 0
     except (InputError, DivergenceError, LostProcessError) as error:
-        _say(f"error{distributed.who()}: {error}")
+        _print_error(f"error{distributed.who()}: {error}")
         return 1 if isinstance(error, LostProcessError) else 2
     except (Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        for name in NAMES:  # to end takes torch a while, in which a further signal would change the exit code
+        for name in NAMES:  # torch takes a while to finalize, and a second signal would change the exit code
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         if distributed.speaks():
-            _say(f"stopped by {signal.Signals(number).name}" + f": {stop}" * bool(str(stop)))
+            _print_error(f"stopped by {signal.Signals(number).name}" + f": {stop}" * bool(str(stop)))
         return 128 + number
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
+    with discard_if_closed(sys.stderr):
+        print(" ".join(line.split()), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def discard_if_closed(stream: TextIO) -> Iterator[None]:
+    """Flush ``stream`` after the block; once its reader (a pipe, a terminal) has gone, its output is discarded."""
     try:
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
-    except OSError:  # nobody listens any more; the exit code is still worth something
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        yield
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())

@@ -1,6 +1,6 @@
-"""The only file that knows about processes: with one process every function here is the identity.
+"""Process groups. With a single process every function here is the identity.
 
-Rank and world size come from the launcher's environment (torch.distributed.launch and torchrun both set it).
+Rank and world size come from the launcher's environment (torchrun and torch.distributed.launch both set it).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from utils.errors import InputError, LostProcessError
 
-LOST = "another process of this run has ended; what it said tells why"
+LOST = "another process of this run has ended; see its error message"
 
 
 def rank() -> int:
@@ -26,26 +26,26 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True in the one process that writes files and speaks."""
+    """True on rank 0, the only one that writes files and prints."""
     return rank() == 0
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of ``tensor`` over all processes, in place."""
+    """Sum ``tensor`` over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_min(tensor: Tensor) -> Tensor:
-    """The elementwise minimum of ``tensor`` over all processes, in place."""
+    """Take the elementwise minimum of ``tensor`` over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     return tensor
 
 
 def greatest(number: int) -> int:
-    """The greatest ``number`` of all processes, on every one; it waits for them, but not for their devices."""
+    """All-reduce (max) of an int over Gloo; does not synchronise the GPU."""
     if not dist.is_initialized():
         return number
     box = torch.tensor(number)
@@ -54,12 +54,12 @@ def greatest(number: int) -> int:
 
 
 def all_equal(*numbers: int) -> bool:
-    """Whether every process has the same ``numbers``; the same answer on all of them."""
+    """Return on every rank whether all ranks have the same ``numbers``."""
     return all(greatest(n) == -greatest(-n) for n in numbers)
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """The rows of all processes, rank after rank, on every one; they may differ in number, and be none."""
+    """Concatenate the rows of all ranks, in rank order, on every rank. Ranks may have different numbers, also 0."""
     if not dist.is_initialized():
         return tensor
     counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
@@ -73,7 +73,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def broadcast_text(value: str) -> str:
-    """Rank 0's ``value``, on every rank."""
+    """Return rank 0's ``value`` on every rank."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
@@ -81,7 +81,7 @@ def broadcast_text(value: str) -> str:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Gives every rank rank 0's buffers: each process has kept batch-norm statistics of its own share."""
+    """Copy rank 0's buffers to all ranks: batch-norm statistics are of each rank's own images."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -93,9 +93,9 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 goes through the block first, then the first process of every other node, then the rest.
+    """Run the block on rank 0 first, then on the first rank of every other node, then on the rest.
 
-    For files that the first one makes, on a disk that nodes may share or not.
+    For files that the first one creates, on a disk that nodes may or may not share.
     """
     turn = 0 if is_main() else 1 if _local_rank() == 0 else 2
     for _ in range(turn):
@@ -110,17 +110,17 @@ def _local_rank() -> int:
 
 
 def speaks() -> bool:
-    """True in the one process that speaks, also before and after the processes meet."""
+    """True on rank 0. Reads the environment, so it also works without a process group."""
     return "RANK" not in os.environ or not _launched() or os.environ["RANK"] == "0"
 
 
 def who() -> str:
-    """A remark for messages, "(rank r)", where a launcher started several processes, also before they have met."""
+    """A suffix for messages, " (rank r)", empty for a single process. Reads the environment, as :func:`speaks`."""
     return f" (rank {os.environ['RANK']})" if "RANK" in os.environ and _launched() else ""
 
 
 def launcher() -> str:
-    """How a command begins that starts as many processes as there are now: "python", or torchrun with options."""
+    """The start of a command that launches as many processes as there are now: "python", or torchrun with options."""
     if world_size() == 1:
         return "python"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
@@ -130,7 +130,7 @@ def launcher() -> str:
 
 
 def processes_here() -> int:
-    """Processes of this run on this machine."""
+    """Number of processes of this run on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
 
 
@@ -141,23 +141,24 @@ def workers_here(workers: int) -> int:
 
 
 def parallel(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
-    """``model`` such that a backward pass averages gradients over the processes.
+    """Wrap ``model`` in DistributedDataParallel, which averages gradients over the ranks.
 
-    ``sync_bn``: batch norm normalises by all processes' images, not each by its own; on CUDA only.
+    ``sync_bn``: normalise over the images of all ranks instead of each rank's own. CUDA only, else
+    :class:`InputError`.
     """
     if not dist.is_initialized():
         return model
     if sync_bn and device.type != "cuda":
-        raise InputError("sync_bn: True needs CUDA; on a CPU each process normalises by its own share (sync_bn False)")
+        raise InputError("sync_bn: True needs CUDA; on a CPU use sync_bn: False, each process normalises its own share")
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def average_gradients(module: nn.Module) -> None:
-    """The mean over the processes of the gradients of a module that is not :func:`parallel`, in place.
+    """Average the gradients of a module that is not :func:`parallel` over the ranks, in place.
 
-    Every process has gradients of the same parameters, or of none.
+    All ranks must have gradients of the same parameters.
     """
     if dist.is_initialized():
         for parameter in module.parameters():
@@ -166,14 +167,14 @@ def average_gradients(module: nn.Module) -> None:
 
 
 def averaging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
-    """Inside the block a backward pass of a :func:`parallel` model averages gradients, or only adds them up."""
+    """Return a context in which a backward pass averages gradients over the ranks, or only accumulates them."""
     alone = wanted or not isinstance(model, nn.parallel.DistributedDataParallel)
     return contextlib.nullcontext() if alone else model.no_sync()
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """For what every process does before they meet: if it fails in one, all end, instead of waiting for that one."""
+    """Wrap set-up that runs before the process group exists: if one rank fails, all ranks exit."""
     try:
         yield
     except InputError:
@@ -183,7 +184,7 @@ def together() -> Iterator[None]:
 
 
 def _report(failed: bool) -> None:
-    """Tells the others, by the launcher's store, and hears from them."""
+    """Exchange outcomes over the launcher's store. Raises :class:`LostProcessError` if another rank has failed."""
     if not _launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     key = f"together {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -192,14 +193,14 @@ def _report(failed: bool) -> None:
         store, own_rank, size = next(dist.rendezvous("env://"))
         store.set(f"{key} {own_rank}", "failed" if failed else "went well")
         lost = not failed and any(store.get(f"{key} {other}") == b"failed" for other in range(size))
-    except (dist.DistError, ConnectionRefusedError):  # the launcher that keeps the store has ended
+    except (dist.DistError, ConnectionRefusedError):  # the launcher, which hosts the store, has ended
         lost = not failed
     if lost:
         raise LostProcessError(LOST)
 
 
 def _check_store() -> None:
-    """Raises ``ConnectionRefusedError`` where nobody listens any more, for which torch would wait many minutes."""
+    """Raise ``ConnectionRefusedError`` if the launcher's store is gone; torch would retry for many minutes."""
     try:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=30).close()
     except ConnectionRefusedError:
@@ -213,16 +214,16 @@ def _launched() -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
     if "RANK" not in os.environ:
-        raise InputError("WORLD_SIZE is set and RANK is not: start several processes with torchrun")
+        raise InputError("WORLD_SIZE is set but RANK is not; start several processes with torchrun")
     return True
 
 
 @contextlib.contextmanager
 def processes(device: str, deterministic: bool = False) -> Iterator[torch.device]:
-    """Joins the launcher's process group, if there is one, for the length of the block; yields this process's device.
+    """Join the launcher's process group, if any, for the length of the block; yield this process's device.
 
-    ``device``: "auto" (CUDA where there is one), "cpu" or "cuda". NCCL on CUDA, Gloo on a CPU. ``deterministic``:
-    deterministic kernels wherever they exist.
+    ``device``: "auto" (CUDA if available), "cpu" or "cuda". The backend is NCCL on CUDA, Gloo on a CPU.
+    ``deterministic``: use deterministic kernels where they exist.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda, but this machine has no usable CUDA device; use auto or cpu")
@@ -231,7 +232,7 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
     if on_cuda and _local_rank() >= torch.cuda.device_count():
         here, devices = _local_rank() + 1, torch.cuda.device_count()
         raise InputError(
-            f"this machine has {devices} CUDA devices and at least {here} processes; --nproc_per_node {devices}"
+            f"this machine has {devices} CUDA devices and at least {here} processes; use --nproc_per_node {devices}"
         )
     here = torch.device("cuda", _local_rank()) if on_cuda else torch.device("cpu")
     if on_cuda:
@@ -239,12 +240,12 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if launched:
-        # Each tensor travels by the backend of its device: questions between steps by Gloo, gradients by NCCL.
+        # Tensors travel by the backend of their device: agreements between steps by Gloo, gradients by NCCL.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=here if on_cuda else None)
     try:
         yield here
-        # Not after an error: the others may wait in a collective, and leaving in order would wait for them. The
-        # launcher ends them when this process ends.
+        # Not after an error: other ranks may wait in a collective, and this would wait for them. The launcher ends
+        # them once this process has exited.
         if launched:
             dist.destroy_process_group()
     except RuntimeError as error:

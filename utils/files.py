@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes and lock files."""
 
 import contextlib
 import os
@@ -6,10 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from utils.errors import InputError
+
 
 @contextlib.contextmanager
 def named(path: str | os.PathLike) -> Iterator[None]:
-    """An ``OSError`` leaves the block with ``path`` as its file name, whichever call it comes from."""
+    """Make ``path`` the file name of any ``OSError`` that leaves the block."""
     try:
         yield
     except OSError as error:
@@ -18,9 +25,9 @@ def named(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """A handle whose content appears at ``path`` when the block ends well; before that the old file stays as it is.
+    """Open a temporary file that replaces ``path`` when the block ends without an error.
 
-    An ``OSError`` names ``path``.
+    Raises ``OSError`` with ``path`` as its file name.
     """
     beside = path.with_name(f".{path.name}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
@@ -33,12 +40,12 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
             os.replace(beside, path)
         _flush_folder(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # what made the writing fail may make this fail too
+        with contextlib.suppress(OSError):  # a read-only folder, say, which has made the write fail as well
             beside.unlink()
 
 
 def _flush_folder(folder: Path) -> None:
-    """So that the new name outlives a power cut; not every file system can do it, nor every system."""
+    """Make the new name survive a power cut, where the system can flush folders."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -50,3 +57,22 @@ def _flush_folder(folder: Path) -> None:
 def write_text(path: Path, content: str) -> None:
     with atomic_file(path, "w") as handle:
         handle.write(content)
+
+
+def lock_file(path: Path, taken: str, inheritable: bool = False) -> IO:
+    """Lock ``path`` and return the open file; the lock ends when it is closed, or with this process.
+
+    ``inheritable``: child processes that have the file's descriptor hold the lock too. A file system without locks
+    grants it always. Raises :class:`InputError` with the message ``taken`` if another process holds the lock.
+    """
+    file = path.open("a")
+    lock = fcntl and (fcntl.flock if inheritable else fcntl.lockf)
+    try:
+        if lock:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise InputError(taken) from None
+    except OSError:
+        pass  # a file system without locks
+    return file

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end. It ends between two steps, with a checkpoint, and with exit code 128 + signal."""
+"""Signals that stop a run: between two steps, with a checkpoint, and with exit code 128 + signal."""
 
 import contextlib
 import multiprocessing
@@ -10,23 +10,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from utils.errors import Interrupted
 
-# What users, launchers and schedulers send, also to a job that its shell has started with SIGINT ignored; and what a
-# closed terminal sends, unless nohup had it ignored.
+# Sent by users, launchers and schedulers (SIGINT also where a shell has started the job with it ignored), and by a
+# terminal that closes, unless nohup has SIGHUP ignored.
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-WITH_PARENT = "ENDS_WITH_ITS_PARENT"  # set in a process's environment: it ends where its parent is gone
-GRACE = 25.0  # seconds from the first signal to the end, come what may: launchers kill after 30
+WITH_PARENT = "ENDS_WITH_ITS_PARENT"  # environment variable: end when the parent process is gone
+GRACE = 25.0  # seconds from the first signal to a forced exit; launchers kill after 30
 
 
 class Signals:
-    """Inside the block the first signal of ``NAMES`` ends the process, and further ones are ignored.
+    """Handle the first signal of ``NAMES`` inside the block; ignore all later ones.
 
-    It raises :class:`Interrupted` at once, or within :meth:`noted` leaves its number in ``received``. A process whose
-    launcher (or other parent, see ``WITH_PARENT``) is gone ends as if it had got a SIGTERM. One that has not ended
-    ``grace`` seconds after the signal (a step takes too long, or waits for a process that is gone) ends there, unless
-    it is ``saving``.
+    The signal raises :class:`Interrupted`, or inside :meth:`noted` only sets ``received`` to its number. The end of the
+    launcher (or of another parent, see ``WITH_PARENT``) counts as a SIGTERM. ``grace`` seconds after the signal the
+    process is forced to exit (a step may take too long, or wait for a process that is gone), unless it is ``saving``.
     """
 
     def __init__(self, grace: float = GRACE):
@@ -37,7 +37,7 @@ class Signals:
         self._parent = os.getppid() if {"TORCHELASTIC_RUN_ID", WITH_PARENT} & os.environ.keys() else None
 
     def __enter__(self) -> "Signals":
-        self._active = threading.current_thread() is threading.main_thread()  # no other may install handlers
+        self._active = threading.current_thread() is threading.main_thread()  # only this one may install handlers
         if not self._active:
             return self
         known = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
@@ -45,7 +45,7 @@ class Signals:
         numbers = [n for n in known if n != hung_up or signal.getsignal(n) is not signal.SIG_IGN]
         self._inbox, self._outbox = socket.socketpair()
         self._outbox.setblocking(False)
-        # The thread hears of a signal although the main thread may be waiting inside a library.
+        # Wakes the watching thread even while the main thread waits inside a library.
         self._wakeup_before = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
         self._thread = threading.Thread(target=self._watch, args=(set(numbers),), name="signals", daemon=True)
@@ -65,8 +65,8 @@ class Signals:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Inside the block a signal only sets ``received``: whoever reads it ends in an orderly way."""
-        if self.received:  # came while nothing could be raised, such as in a destructor
+        """Inside the block a signal only sets ``received``; the caller checks it and stops at a convenient point."""
+        if self.received:  # its exception was lost: raised in a destructor, say
             raise Interrupted(self.received)
         self._only_noted = True
         try:
@@ -85,28 +85,31 @@ class Signals:
         first, since = 0, 0.0
         while True:
             readable, _, _ = select.select([self._inbox], [], [], 0.5)
-            heard = self._inbox.recv(4096) if readable else b""
-            if 0 in heard:
+            numbers_received = self._inbox.recv(4096) if readable else b""
+            if 0 in numbers_received:
                 return
             if not first:
-                first, since = next((n for n in heard if n in numbers), 0), time.monotonic()
+                first, since = next((n for n in numbers_received if n in numbers), 0), time.monotonic()
             if not first and self._parent not in (None, os.getppid()):
                 self._parent = None
                 os.kill(os.getpid(), signal.SIGTERM)
             if first and not self.saving and time.monotonic() - since > self.grace:
-                name = signal.Signals(first).name
-                sys.stderr.write(
-                    f"stopped by {name}: did not end within {self.grace:g} s; what no checkpoint holds is lost\n"
-                )
-                sys.stderr.flush()
-                os._exit(128 + first)
+                self._force_exit(first)
+
+    def _force_exit(self, number: int) -> NoReturn:
+        name = signal.Signals(number).name
+        line = f"stopped by {name}: still running after {self.grace:g} s; steps since the last checkpoint are lost\n"
+        with contextlib.suppress(OSError):  # a closed terminal must not keep the process alive
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        os._exit(128 + number)
 
 
 @contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
-    """For processes that this thread starts inside the block: launchers signal whole process groups, terminals too.
+    """Block the signals in processes started inside the block: launchers and terminals signal whole process groups.
 
-    The signals stay blocked in them for good; this process gets its own all the same.
+    They stay blocked there for good. This process receives its own when the block ends.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -120,10 +123,10 @@ def kept_from_children() -> Iterator[None]:
 
 
 def obey_the_parent(worker: int = 0) -> None:
-    """In a child from within :func:`kept_from_children`: a SIGTERM ends it if it is the parent's own."""
+    """End this child, started inside :func:`kept_from_children`, on a SIGTERM from its parent only."""
     if not hasattr(signal, "sigwaitinfo"):
         return
-    parent = multiprocessing.parent_process()  # with forkserver it is not the process's own parent
+    parent = multiprocessing.parent_process()  # under forkserver not the same as os.getppid()
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:

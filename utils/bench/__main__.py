@@ -19,7 +19,7 @@ from utils import distributed
 from utils.bench.contestants import MODES
 from utils.bench.parts import Bench, cifar, criterion, epoch, jpegs, pipeline, startup
 from utils.bench.timing import as_text
-from utils.command_line import Parser, exit_code
+from utils.command_line import Parser, exit_code, positive
 from utils.files import write_text
 from utils.run.provenance import machine
 
@@ -46,9 +46,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m utils.bench", description=description, hint="; see --help")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with each round's numbers")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="of every comparison")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="cifar: steps per round")
-    parser.add_argument("--images", type=_positive, metavar="N", help="epoch: training images of each of 10 classes")
+    parser.add_argument("--rounds", type=positive(int), metavar="N", help="of every comparison")
+    parser.add_argument("--steps", type=positive(int), metavar="N", help="cifar: steps per round")
+    parser.add_argument(
+        "--images", type=positive(int), metavar="N", help="epoch: training images of each of 10 classes"
+    )
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="pipeline: JPEG files; some are made by default")
     parser.add_argument("--modes", type=lambda text: text.split(","), metavar="A,B", help="such as fp32,bf16+compile")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="nothing, not even the bound")
@@ -65,12 +67,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.photos and not jpegs(args.photos):
         parser.error(f"--photos {args.photos}: no folder with JPEG files")
     return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
-    return int(text)
 
 
 if __name__ == "__main__":

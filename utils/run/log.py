@@ -9,7 +9,6 @@ Only rank 0 writes; on all other ranks the methods of :class:`RunLog` do nothing
 import contextlib
 import json
 import logging
-import os
 import shutil
 import sys
 import threading
@@ -21,14 +20,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 from utils import distributed
+from utils.command_line import discard_if_closed
 from utils.errors import DivergenceError, InputError
-from utils.files import atomic_file, named, write_text
+from utils.files import atomic_file, lock_file, named, write_text
 
 REPEATED = ("Epoch: [", "* Acc@1", "* ECE")  # prefixes of lines that a repeated epoch writes again
 TIME = len("2026-01-31 23:59:59,999 ")
@@ -96,11 +91,8 @@ class _Terminal(logging.Handler):
     """Writes to standard output above the progress bar; a closed output is ignored."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with discard_if_closed(sys.stdout):
             tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:  # a closed pipe or terminal; the log still has the line
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _File(logging.FileHandler):
@@ -141,7 +133,8 @@ class RunLog:
             raise
 
     def _open(self, name: str, start_epoch: int, log_size: int | None) -> None:
-        self._claim()
+        taken = f"{self.folder}: another process is training this run; wait for it, or stop it"
+        self._lock = lock_file(self.folder / ".lock", taken)
         (self.folder / "logs").mkdir(exist_ok=True)
         self._text = self.folder / "logs" / f"{name}.txt"
         self._drop_repeated_lines(log_size)
@@ -171,19 +164,6 @@ class RunLog:
                     raise error
         finally:
             self._close()
-
-    def _claim(self) -> None:
-        """Lock the folder: no two processes write to it. The lock ends with its process, however that ends."""
-        lock = (self.folder / ".lock").open("w")
-        try:
-            if fcntl:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.close()
-            raise InputError(f"{self.folder}: another process is training this run; wait for it, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
-        self._lock = lock
 
     def _close(self) -> None:
         for handler in list(self.logger.handlers):

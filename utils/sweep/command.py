@@ -1,12 +1,11 @@
 """Command line: python -m utils.sweep SWEEP.yaml [--jobs N] [--publish] [key value ...]"""
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.command_line import Parser
+from utils.command_line import Parser, positive
 from utils.errors import InputError
 from utils.signals import Signals
 from utils.sweep import runner
@@ -44,9 +43,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="YAML file, see config/sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
     number = {"metavar": "N"}
-    jobs, minutes = _positive(int, "whole number above 0"), _positive(float, "number above 0")
-    parser.add_argument("--jobs", type=jobs, default=1, help="runs at once; GPUs take turns", **number)
-    parser.add_argument("--minutes", type=minutes, help="start nothing that cannot end by then", **number)
+    parser.add_argument("--jobs", type=positive(int), default=1, help="runs at once; GPUs take turns", **number)
+    parser.add_argument("--minutes", type=positive(float), help="start nothing that cannot end by then", **number)
     parser.add_argument("--save_dir", default="saved", metavar="FOLDER", help="holds the sweep's folder")
     parser.add_argument("--images", metavar="TEXT", help="what the images are, for the tables")
     publishing = f"run nothing: finished runs go to {PUBLISHED} and into the page beside it"
@@ -55,13 +53,3 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.sweep is None:
         parser.error("which sweep?")
     return args
-
-
-def _positive(kind: type, words: str):
-    def parse(text: str):
-        with contextlib.suppress(ValueError):
-            if kind(text) > 0:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"must be a {words}, not {text!r}")
-
-    return parse

@@ -19,15 +19,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 from utils import distributed
+from utils.command_line import discard_if_closed
 from utils.config import dump_config
 from utils.errors import InputError, Interrupted
-from utils.files import write_text
+from utils.files import lock_file, write_text
 from utils.signals import WITH_PARENT, Signals
 from utils.sweep.plan import Run
 from utils.sweep.results import ROOT, write_results
@@ -39,30 +35,16 @@ OVERHEAD = 1.2  # of a run over its training, if only that was measured: evaluat
 
 
 def _tell(text: str) -> None:
-    """On standard output; where nobody reads that any more, nowhere: the runs have to be seen to all the same."""
-    try:
+    """Print; without a reader the sweep goes on all the same."""
+    with discard_if_closed(sys.stdout):
         tqdm.write(text)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def _claimed(home: Path) -> Iterator[int]:
-    """Two processes never work on one sweep. The lock is gone with this process and the runs that it has started.
-
-    Gives its file's descriptor, which the runs get too.
-    """
-    with (home / ".lock").open("a") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{home}: another process works on this sweep, or runs that it has started; wait for it, or stop it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+    """Keep other processes from working on this sweep; yield the lock's descriptor, which the runs inherit."""
+    taken = f"{home}: another process works on this sweep, or runs that it has started; wait for it, or stop it"
+    with lock_file(home / ".lock", taken, inheritable=True) as lock:
         yield lock.fileno()
 
 
