@@ -397,15 +397,15 @@ def test_processes_decode_many_images_and_few_are_decoded_here(many, images, wor
 
 
 @more_processes_than_cpus
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("images", [MANY, MANY + 1, 5 * image_folder.CHUNK + 17])
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("images", [MANY, 5 * image_folder.CHUNK + 17])
 def test_any_number_of_processes_decodes_the_same_in_the_order_asked_for(many, decoded, images, workers):
     chosen = repeated(images, len(decoded))
     np.testing.assert_array_equal(read(many, 8, workers).train.images.read(chosen), decoded[chosen])
 
 
 @more_processes_than_cpus
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_the_first_broken_image_of_many_is_named_in_one_line(many, tmp_path, workers):
     before = multiprocessing.active_children()
     paths = sorted((many / "train").glob("*/*.png"))
