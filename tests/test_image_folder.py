@@ -71,8 +71,7 @@ def test_classes_are_the_training_folders_in_alphabetical_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["a.PNG", "b.jpg", "c.JPeG", "d.webp", "e.BMP", "deeper/f.TIF", "g.tiff", "h.gif", "i.ppm", "j.jfif"],
+    "name", ["a.PNG", "b.jpg", "c.JPeG", "d.webp", "e.BMP", "deeper/f.TIF", "g.tiff", "h.gif", "i.ppm", "j.jfif"]
 )
 def test_every_format_is_read_whatever_the_case_of_its_ending(tree, name):
     save(tree / "train/cat" / name, noise(16, 12))

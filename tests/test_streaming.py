@@ -398,10 +398,7 @@ def evaluated(data: Data, part: str, rank: int, world_size: int) -> list[torch.T
     return [tensor for batch in batches for tensor in batch]
 
 
-@pytest.mark.parametrize(
-    ("workers", "rank", "world_size", "accumulate"),
-    [(0, 1, 2, 1), (0, 0, 1, 3), (2, 1, 2, 2)],
-)
+@pytest.mark.parametrize(("workers", "rank", "world_size", "accumulate"), [(0, 1, 2, 1), (0, 0, 1, 3), (2, 1, 2, 2)])
 def test_images_that_are_read_give_the_batches_of_images_on_the_device(small, workers, rank, world_size, accumulate):
     here, read = small(data_on_device=True), small(data_on_device=False, workers=workers)
     assert here.on_device and not read.on_device
