@@ -67,13 +67,7 @@ class Data:
         return isinstance(self.train.images, Tensor)
 
     def train_loader(
-        self,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
+        self, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1, accumulate: int = 1
     ) -> TrainLoader:
         present = self.class_counts.nonzero().flatten().tolist()
         if len(present) == 1:

@@ -151,10 +151,7 @@ class ImageLists:
 
     def find(self, data_path: Path, train_txt: str = "", val_txt: str = "") -> tuple[Path, Path]:
         """The paths of the two lists. ``train_txt``, ``val_txt``: as configured; empty for the default names."""
-        return (
-            _find("train_txt", train_txt, self.train, data_path),
-            _find("val_txt", val_txt, self.test, data_path),
-        )
+        return (_find("train_txt", train_txt, self.train, data_path), _find("val_txt", val_txt, self.test, data_path))
 
     def read(
         self,

@@ -15,6 +15,8 @@ from datasets.augment import crop_and_flip, draw_crops, normalise
 from datasets.source import DataError
 from utils.seed import generator
 
+Inputs = Iterator[tuple[Tensor, ...]]  # of ``augment``, for one micro-batch after another
+
 
 class MicroBatch(NamedTuple):
     """The plan of one :class:`Batch`."""
@@ -48,9 +50,7 @@ class Batch(NamedTuple):
 class ImageSource(Protocol):
     """A source of batches of images: float32 [B, 3, H, W], normalised, on the device."""
 
-    def train_inputs(
-        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int
-    ) -> Iterator[tuple[Tensor, ...]]:
+    def train_inputs(self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int) -> Inputs:
         """Inputs of :meth:`augment` for the images ``order[s]``, s in slices; a function of (seed, epoch, image)."""
 
     def augment(self, *inputs: Tensor) -> Tensor:
@@ -175,13 +175,7 @@ class SmallImages:
     """Small images: padded with black, cropped, flipped and normalised on the device, batch by batch."""
 
     def __init__(
-        self,
-        size: int,
-        side: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device,
-        flip: bool = True,
+        self, size: int, side: int, mean: Sequence[float], std: Sequence[float], device: torch.device, flip: bool = True
     ):
         """``size`` images of ``side`` x ``side`` pixels."""
         self.size, self.flip, self.device = size, flip, device
@@ -208,9 +202,7 @@ class InMemoryImages(SmallImages):
         super().__init__(len(images), images.shape[1], mean, std, device, flip)
         self.images = images.to(device)
 
-    def train_inputs(
-        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int
-    ) -> Iterator[tuple[Tensor, ...]]:
+    def train_inputs(self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int) -> Inputs:
         tables = [order.to(self.device), *self.draw(order, seed, epoch)]
         return (tuple(table[part] for table in tables) for part in slices)
 

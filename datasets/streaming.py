@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.augment import central_crop, draw_jitter, jitter, normalise, random_crop
 from datasets.decoding import open_rgb
-from datasets.loaders import SmallImages
+from datasets.loaders import Inputs, SmallImages
 from datasets.source import DataError, ImageFiles, StoredImages
 from utils.seed import generator
 from utils.signals import kept_from_children, obey_the_parent
@@ -105,7 +105,7 @@ class Workers:
 
     def read_with(
         self, tables: Sequence[Tensor], order: Tensor, slices: Sequence[slice], draw: tuple[int, int] | None = None
-    ) -> Iterator[tuple[Tensor, ...]]:
+    ) -> Inputs:
         """The images at each ``order[slice]``, and the same rows of ``tables``, which are in that order already."""
         images_of = self.read([order[part].numpy() for part in slices], draw)
         return ((images, *(table[part] for table in tables)) for images, part in zip(images_of, slices, strict=True))
@@ -133,9 +133,7 @@ class StreamedLargeImages:
         self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
         self.workers = Workers(CropReader(files, size, decoder), workers, device)
 
-    def train_inputs(
-        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int
-    ) -> Iterator[tuple[Tensor, ...]]:
+    def train_inputs(self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int) -> Inputs:
         """Random crops, possibly flipped, and for each its own colour factors and their order."""
         colours = [table[order].to(self.device) for table in draw_jitter(self.size, JITTER, seed, epoch)]
         return self.workers.read_with(colours, order, slices, (seed, epoch))
@@ -163,9 +161,7 @@ class StreamedSmallImages(SmallImages):
         super().__init__(len(stored), stored.side, mean, std, device, flip)
         self.workers = Workers(partial(read_stored, stored), workers, device)
 
-    def train_inputs(
-        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int
-    ) -> Iterator[tuple[Tensor, ...]]:
+    def train_inputs(self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int) -> Inputs:
         return self.workers.read_with(self.draw(order, seed, epoch), order, slices)
 
     def unaugmented(self, slices: Iterable[slice]) -> Iterator[Tensor]:

@@ -189,26 +189,26 @@ def _check_labels(splits: tuple[Listed, Listed], names: Sequence[str], report: R
     kinds, counts = np.unique(pairs, return_counts=True)
     folder, label = np.divmod(kinds, outside + 1)
     most = 2 * counts > np.bincount(folder, counts)[folder]
-    own = np.full(len(known), outside)  # the label of each folder; C: it is no class folder
-    own[folder[most]] = label[most]
+    majority = np.full(len(known), outside)  # the label of each class folder; C for other folders
+    majority[folder[most]] = label[most]
     for split, code in zip(splits, folders, strict=True):
-        expected = own[code]
-        judged = (expected < outside) & (code != code[:1]).any()  # one folder for all, such as val_256, is no class
+        expected = majority[code]
+        checked = (expected < outside) & (code != code[:1]).any()  # a single folder, such as val_256, is no class
         report.check(
             f"{split.title}: images labelled unlike most of their folder",
-            np.flatnonzero(judged & (split.labels < outside) & (split.labels != expected)),
+            np.flatnonzero(checked & (split.labels < outside) & (split.labels != expected)),
             lambda i, split=split, own=expected: f"{split.line(i)}, most have {own[i]} ({names[own[i]]})",
         )
         several: dict[int, list[str]] = {}
-        for one in np.unique(code[judged]):
-            several.setdefault(own[one].item(), []).append(known[one])
+        for one in np.unique(code[checked]):
+            several.setdefault(majority[one].item(), []).append(known[one])
         report.check(
             f"{split.title}: labels of more than one class folder",
             sorted((label, found) for label, found in several.items() if len(found) > 1),
             lambda item: f"label {item[0]}: {', '.join(item[1][:SHOWN])}",
         )
-        if not judged.all():
-            report.notes.append(f"{split.title}: {(~judged).sum()} images lie in no class folder; labels not checked")
+        if not checked.all():
+            report.notes.append(f"{split.title}: {(~checked).sum()} images lie in no class folder; labels not checked")
 
 
 def _class_folder(path: str) -> str:

@@ -193,7 +193,7 @@ def test_a_crop_of_a_tiny_image_lies_inside(height, width):
 @pytest.mark.parametrize(("width", "height", "size"), [(60, 45, 32), (33, 80, 24), (300, 20, 16), (5, 5, 8)])
 def test_a_random_crop_equals_torchvisions_and_half_are_mirrored(width, height, size):
     image, mirrored = picture(width, height), 0
-    for seed in range(400):
+    for seed in range(200):
         ours = random_crop(image, size, np.random.default_rng(seed))
         assert (ours.dtype, ours.shape) == (np.uint8, (size, size, 3))
         box = crop_box(height, width, np.random.default_rng(seed))
@@ -201,7 +201,7 @@ def test_a_random_crop_equals_torchvisions_and_half_are_mirrored(width, height, 
         flip = not np.array_equal(ours, np.asarray(upright))
         np.testing.assert_array_equal(ours, np.asarray(TF.hflip(upright) if flip else upright))
         mirrored += flip
-    assert abs(mirrored / 400 - 0.5) < 4 * 0.5 / 400**0.5
+    assert abs(mirrored / 200 - 0.5) < 4 * 0.5 / 200**0.5
 
 
 def test_whether_a_crop_is_mirrored_does_not_depend_on_where_it_is():
@@ -230,7 +230,7 @@ def test_the_middle_of_an_image_equals_torchvisions_resize_and_center_crop(width
 def test_crops_of_a_tensor_are_those_of_the_pil_image_but_for_rounding(width, height, size):
     image = picture(width, height)
     tensor, other_layout = decoded(image), decoded(image).contiguous()
-    for seed in range(200):
+    for seed in range(50):
         draws = [np.random.default_rng(seed) for _ in range(3)]
         ours, same, expected = map(random_crop, (tensor, other_layout, image), [size] * 3, draws)
         assert draws[0].bit_generator.state == draws[2].bit_generator.state
@@ -290,7 +290,7 @@ def test_jitter_equals_torchvisions_pixel_by_pixel_for_each_images_draws():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_jitter_equals_torchvisions_for_extreme_factors(order):
-    factors = torch.tensor(list(product([0.0, 1e-3, 0.5, 1.0, 1.7, 300.0], repeat=3)))
+    factors = torch.tensor(list(product([0.0, 1e-3, 1.0, 1.7, 300.0], repeat=3)))
     assert_jitter_equals_torchvisions(noise(len(factors), 5, 7, 3), factors, torch.tensor([order] * len(factors)))
 
 

@@ -71,8 +71,7 @@ def test_classes_are_the_training_folders_in_alphabetical_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["a.PNG", "b.jpg", "c.JPeG", "d.webp", "e.BMP", "deeper/f.TIF", "g.tiff", "h.gif", "i.ppm", "j.jfif"],
+    "name", ["a.PNG", "b.jpg", "c.JPeG", "d.webp", "e.BMP", "deeper/f.TIF", "g.tiff", "h.gif", "i.ppm", "j.jfif"]
 )
 def test_every_format_is_read_whatever_the_case_of_its_ending(tree, name):
     save(tree / "train/cat" / name, noise(16, 12))
@@ -397,15 +396,15 @@ def test_processes_decode_many_images_and_few_are_decoded_here(many, images, wor
 
 
 @more_processes_than_cpus
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("images", [MANY, MANY + 1, 5 * image_folder.CHUNK + 17])
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("images", [MANY, 5 * image_folder.CHUNK + 17])
 def test_any_number_of_processes_decodes_the_same_in_the_order_asked_for(many, decoded, images, workers):
     chosen = repeated(images, len(decoded))
     np.testing.assert_array_equal(read(many, 8, workers).train.images.read(chosen), decoded[chosen])
 
 
 @more_processes_than_cpus
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_the_first_broken_image_of_many_is_named_in_one_line(many, tmp_path, workers):
     before = multiprocessing.active_children()
     paths = sorted((many / "train").glob("*/*.png"))

@@ -129,8 +129,8 @@ def test_pixels_are_normalised_by_mean_and_deviation_of_each_channel(tmp_path):
         torch.testing.assert_close(images[0, channel], torch.full((32, 32), value))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("batch_size", [1, 6, 23, 100])
+@WORKERS
+@pytest.mark.parametrize("batch_size", [1, 6, 100])
 def test_evaluation_sees_the_middle_of_every_image_in_order(folder, batch_size, workers):
     crops = [central_crop(open_rgb(str(folder / name(i))), 32) for i in range(SIZE)]
     middles = normalise(torch.from_numpy(np.stack(crops)), IMAGENET_MEAN, IMAGENET_STD)
@@ -175,7 +175,7 @@ def test_an_epoch_is_the_same_with_any_number_of_workers_and_after_any_other(fol
 
 
 @WORKERS
-@pytest.mark.parametrize("seen", [1, 2, 3])
+@pytest.mark.parametrize("seen", [1, 3])
 def test_an_abandoned_epoch_leaves_nothing_behind(folder, workers, seen, expected):
     loader = train_loader(folder, workers)
     for epoch in (1, 2):
@@ -207,7 +207,7 @@ def test_the_crop_of_an_image_does_not_depend_on_its_batch(folder, batch_size, e
     assert torch.equal(by_image(train_loader(folder, batch_size=batch_size).epoch(0)), by_image(expected[0]))
 
 
-@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (3, 1), (6, 1), (1, 2), (1, 4), (2, 2)])
+@pytest.mark.parametrize(("world_size", "accumulate"), [(3, 1), (1, 4), (2, 2)])
 def test_processes_and_passes_together_see_the_batches_of_one(folder, world_size, accumulate, expected):
     ranks = [
         list(train_loader(folder, rank=r, world_size=world_size, accumulate=accumulate).epoch(0))
@@ -297,7 +297,7 @@ def test_a_broken_image_is_named_in_one_line_and_the_loader_goes_on_once_it_is_w
     start = time.monotonic()
     del loader, test_loader, batches
     assert worker_pids() == others
-    assert time.monotonic() - start < 4  # a worker that does not hear of the end is killed after 5 seconds
+    assert time.monotonic() - start < 4.5  # a worker that does not hear of the end is killed after 5 seconds
 
 
 @WORKERS
@@ -398,10 +398,7 @@ def evaluated(data: Data, part: str, rank: int, world_size: int) -> list[torch.T
     return [tensor for batch in batches for tensor in batch]
 
 
-@pytest.mark.parametrize(
-    ("workers", "rank", "world_size", "accumulate"),
-    [(0, 1, 2, 1), (0, 0, 1, 3), (2, 1, 2, 2)],
-)
+@pytest.mark.parametrize(("workers", "rank", "world_size", "accumulate"), [(0, 1, 2, 1), (0, 0, 1, 3), (2, 1, 2, 2)])
 def test_images_that_are_read_give_the_batches_of_images_on_the_device(small, workers, rank, world_size, accumulate):
     here, read = small(data_on_device=True), small(data_on_device=False, workers=workers)
     assert here.on_device and not read.on_device

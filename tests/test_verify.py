@@ -121,11 +121,7 @@ FAULTS = {
     ),
     "no label": (
         in_train(("data_256/a/arena/hockey/2.jpg 1", "data_256/a/arena/hockey/2.jpg")),
-        [
-            FEWER,
-            "- train: lines that are not 'relative/path label': 1",
-            "    line 9: 'data_256/a/arena/hockey/2.jpg'",
-        ],
+        [FEWER, "- train: lines that are not 'relative/path label': 1", "    line 9: 'data_256/a/arena/hockey/2.jpg'"],
     ),
     "labels out of range": (
         in_train(("hockey/2.jpg 1", "hockey/2.jpg 4"), ("hockey/3.jpg 1", "hockey/3.jpg -1")),
@@ -197,11 +193,7 @@ FAULTS = {
             (tree / "val_256/v4.jpg").mkdir(),
             (tree / "val_256/v5.jpg").write_bytes(b""),
         ),
-        [
-            "- test: missing or empty files: 2",
-            "    line 5: TREE/val_256/v4.jpg",
-            "    line 6: TREE/val_256/v5.jpg",
-        ],
+        ["- test: missing or empty files: 2", "    line 5: TREE/val_256/v4.jpg", "    line 6: TREE/val_256/v5.jpg"],
     ),
     "a path that no disk can have": (
         in_train(("hockey/2.jpg", "hockey/\0.jpg")),
