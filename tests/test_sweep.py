@@ -29,7 +29,7 @@ from tests.test_sweep_tables import FIELDS, check_published
 from utils import config
 from utils.command_line import exit_code
 from utils.config import dump_config, load_config
-from utils.errors import InputError
+from utils.errors import InputError, Interrupted
 from utils.signals import Signals
 from utils.sweep import results as sweep
 from utils.sweep import runner
@@ -371,6 +371,46 @@ def test_the_pace_of_a_fork_is_of_its_own_epochs(tiny):
     assert (fresh.epochs_left(), run.epochs_left()) == (1, 0)
     worker = runner.Job(run, None, 0, since=time.monotonic() - 50, left_before=fresh.epochs_left())
     assert worker.pace() is None and worker.pace(least=1) == pytest.approx(50, abs=5)
+
+
+@pytest.fixture
+def busy(tmp_path, monkeypatch) -> Iterator[runner.Scheduler]:
+    """A scheduler of two arms whose first run is a process that only waits."""
+    monkeypatch.setattr(runner, "PAUSE", 0.1)
+    scheduler = scheduler_of(tmp_path, written(tmp_path, seeds=[0]), jobs=1, minutes=60)
+    (tmp_path / "saved/tiny/started").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        scheduler.running.append(runner.Job(scheduler.waiting.pop(0), process, 0))
+        yield scheduler
+        process.kill()
+
+
+def test_when_the_time_is_over_runs_are_asked_to_stop(busy, capsys):
+    busy.deadline = time.monotonic()
+    with Signals() as signals, signals.noted():
+        assert busy.work(signals) == {}
+    said = capsys.readouterr().out
+    assert "the time is over: plain_seed0 writes a checkpoint" in said and "stopped plain_seed0 after 0 epochs" in said
+    assert "2 runs are left for another time" in said and " start " not in said
+
+
+def test_a_signal_stops_the_runs_and_then_the_sweep(busy, capsys):
+    with pytest.raises(Interrupted) as stop, Signals() as signals, signals.noted():
+        signal.raise_signal(signal.SIGTERM)
+        busy.work(signals)
+    assert stop.value.number == signal.SIGTERM and "the same command goes on" in str(stop.value)
+    assert "the sweep was stopped: plain_seed0 writes a checkpoint" in capsys.readouterr().out
+    assert busy.running == [] and (busy.runs[0].home / "results.json").is_file()
+
+
+def test_the_same_error_at_once_in_two_arms_stops_the_sweep(busy):
+    job, why = busy.running[0], "data_path: no such folder"
+    (job.run.home / "started/plain_seed0.txt").write_text(f"error: {why}\n")
+    busy.failed["arb_seed0"] = why
+    job.process.kill()
+    job.process = subprocess.Popen(["sh", "-c", "exit 2"])
+    with Signals() as signals, signals.noted(), pytest.raises(InputError, match=f"{why} .runs of two arms have ended"):
+        busy.work(signals)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Tables as text, Markdown and LaTeX: the first column to the left, all others to the right."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -11,7 +11,7 @@ class Table(NamedTuple):
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
-    bold: frozenset[tuple[int, int]] = frozenset()
+    bold: Collection[tuple[int, int]] = ()
 
 
 def text(table: Table, width: int = 0, gap: str = "  ") -> str:

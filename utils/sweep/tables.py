@@ -63,7 +63,7 @@ def pair_table(results: Results, cell: Mapping) -> Table | None:
             interval = _interval(change, signed=True)
             rows.append([f"{first} - {second}", str(change.count), f"{change.mean:+.2f}", interval])
     caption = f"Paired differences{_at(cell)}, top-1 of the last epoch, in points; bold: the interval excludes 0"
-    return Table(["difference", "n", "mean", "95 % interval"], rows, caption, frozenset(bold)) if rows else None
+    return Table(["difference", "n", "mean", "95 % interval"], rows, caption, bold) if rows else None
 
 
 def waterfall_table(results: Results, cell: Mapping) -> Table | None:
