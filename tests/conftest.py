@@ -1,9 +1,13 @@
 """One thread per process, processor time per test, and short runs by the real scripts that tests share."""
 
+import contextlib
+import itertools
 import json
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 
 import train_stage1
 from datasets.loaders import TrainLoader
@@ -27,6 +32,7 @@ from utils.step import Step
 
 ROOT = Path(__file__).parent.parent
 ARB = "config/digits/digits_imb005_arbloss_mixup.yaml"
+CE = "config/digits/digits_imb005.yaml"
 SHORT = ["backbone", "resnet8", "image_size", "8", "batch_size", "64", "print_freq", "4"]  # 8 steps an epoch
 SPENT = pytest.StashKey[dict[str, float]]()  # processor seconds by test
 
@@ -66,10 +72,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
         terminalreporter.write_line(f"{seconds:8.2f} s  {name}")
 
 
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def in_the_repository() -> None:
     """Configuration files are named as the README names them."""
-    monkeypatch.chdir(ROOT)
+    os.chdir(ROOT)
 
 
 @pytest.fixture(autouse=True)
@@ -103,10 +109,92 @@ def failure(capsys, main, *arguments: object) -> SimpleNamespace:
     return SimpleNamespace(code=code, said=said, lines=said.strip().splitlines())
 
 
+def stop_before(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Send this process a SIGTERM before the run's micro-batch number ``calls``, from 0 on."""
+    taken = itertools.count()
+
+    def step(self, batch, draw, own=Step.__call__):
+        if next(taken) == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        own(self, batch, draw)
+
+    monkeypatch.setattr(Step, "__call__", step)
+
+
+def in_ranks(folder: Path, work: Callable[..., None], *arguments: object, world_size: int = 2) -> list[str]:
+    """Call ``work(rank, *arguments)`` in processes with a launcher's environment; return what each wrote to stdout.
+
+    ``work`` must be defined at a module's top level. The processes are forks of this one, which has imported torch
+    already; CUDA cannot be forked, so beside it they are started anew.
+    """
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = door.getsockname()[1]
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(
+        _rank, (world_size, port, folder, work, arguments), nprocs=world_size, start_method=method
+    )
+    return [(folder / f"{rank}.out").read_text() for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, port: int, folder: Path, work: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
+    sizes = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in {"RANK": rank, "LOCAL_RANK": rank, **sizes}.items()}
+    with (folder / f"{rank}.out").open("w") as out, contextlib.redirect_stdout(out):
+        work(rank, *arguments)
+
+
+def train_in_rank(rank: int, cfg: str, *overrides: object) -> None:
+    train_stage1.main(["--cfg", cfg, *SHORT, "device", "cpu", *map(str, overrides)])
+
+
+# The finished runs that tests share. Nobody writes into them; every one has its state after one of its two epochs.
+TWO_EPOCHS = ["num_epochs", 2, "keep_epochs", "[1]"]
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
-    """The folder of a run of two epochs; tests do not write into it."""
-    return train(tmp_path_factory.mktemp("saved"), "num_epochs", 2)
+    """The folder of a run with ARB-Loss and mixup."""
+    return train(tmp_path_factory.mktemp("saved"), *TWO_EPOCHS)
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory) -> Path:
+    """The same run with diagnostics at every other step and neural collapse after its last epoch."""
+    return train(tmp_path_factory.mktemp("saved"), *TWO_EPOCHS, "diagnostics", 2, "nc_every", 2)
+
+
+@pytest.fixture(scope="session")
+def cross_entropy(tmp_path_factory) -> Path:
+    """A run with cross-entropy, without mixup."""
+    return train(tmp_path_factory.mktemp("saved"), *TWO_EPOCHS, cfg=CE)
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    """A copy of a finished run in ``folder``, to write into."""
+    return shutil.copytree(run, folder / run.name)
+
+
+def stopped(run: Path, folder: Path, **changes: object) -> Path:
+    """A copy of a run of two epochs whose checkpoint is that after the first, with ``changes``; None removes a key.
+
+    What the second epoch has written is still there: a resumed run takes it out.
+    """
+    copied = copy_of(run, folder)
+    state = content(run, "epoch_1") | changes
+    without = [key for key, value in changes.items() if value is None]
+    torch.save({key: value for key, value in state.items() if key not in without}, current(copied))
+    return copied
+
+
+def current(folder: Path) -> Path:
+    return folder / "ckps" / "current.pth.tar"
+
+
+def log_of(folder: Path) -> str:
+    (path,) = (folder / "logs").iterdir()
+    return path.read_text()
 
 
 @pytest.fixture(scope="session")

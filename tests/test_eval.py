@@ -1,11 +1,12 @@
 """Evaluation of checkpoints by the real script."""
 
+import contextlib
 import csv
+import io
 import json
 import re
 import shutil
-import subprocess
-import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from sklearn.neighbors import NearestCentroid
 import eval as eval_script
 from datasets import build_data
 from models import build_model
-from tests.conftest import ARB, ROOT, failure
+from tests.conftest import ARB, SHORT, copy_of, current, failure, history, in_ranks, log_of
 from utils.checkpoint import load_weights
 
 LINES = re.compile(
@@ -26,45 +27,46 @@ LINES = re.compile(
 )
 
 
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of the finished run, to write reports into."""
-    return shutil.copytree(finished, tmp_path / finished.name)
+def evaluate(*arguments: object) -> str:
+    """What the script writes to standard output."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        eval_script.main(["--cfg", ARB, *SHORT, *map(str, arguments)])
+    return said.getvalue()
 
 
-def evaluate(*arguments):
-    eval_script.main(["--cfg", ARB, *map(str, arguments)])
+@pytest.fixture(scope="module")
+def evaluated(finished, tmp_path_factory):
+    """The last checkpoint of a copy of the finished run, which the script finds: what was said, copy, and report."""
+    run = copy_of(finished, tmp_path_factory.mktemp("evaluated"))
+    said = evaluate("num_epochs", 2, "resume", "auto", "save_dir", run.parent)
+    return SimpleNamespace(said=said, run=run, report=run / "eval" / "current")
 
 
-def test_it_ends_with_the_training_logs_last_lines(run, capsys):
-    evaluate("resume", run / "ckps" / "current.pth.tar")
-    said = LINES.search(capsys.readouterr().out)
-    log = next((run / "logs").iterdir()).read_text()
-    assert said.group().splitlines() == [line.split(" ", 2)[2] for line in log.splitlines() if "* " in line][-2:]
+def test_it_ends_with_the_training_logs_last_lines(evaluated):
+    last = LINES.search(evaluated.said).group().splitlines()
+    assert last == [line.split(" ", 2)[2] for line in log_of(evaluated.run).splitlines() if "* " in line][-2:]
 
 
-def test_the_report_lies_in_the_runs_folder(run, capsys):
-    evaluate("resume", run / "ckps" / "model_best.pth.tar")
-    folder = run / "eval" / "model_best"
-    pictures = {path.stem: Image.open(path) for path in folder.glob("*.png")}
+def test_the_report_lies_in_the_runs_folder(evaluated):
+    pictures = {path.stem: Image.open(path) for path in evaluated.report.glob("*.png")}
     assert set(pictures) == {"class_accuracy", "confusion", "reliability", "similarity"}
     assert all(len(picture.convert("RGB").getcolors(10**6)) > 5 for picture in pictures.values())
-    metrics = json.loads((folder / "metrics.json").read_text())
-    rows = list(csv.DictReader((folder / "per_class.csv").open()))
-    said = capsys.readouterr().out
-    assert float(LINES.search(said).group(1)) == pytest.approx(metrics["top1"], abs=5e-4)
+    metrics = json.loads((evaluated.report / "metrics.json").read_text())
+    rows = list(csv.DictReader((evaluated.report / "per_class.csv").open()))
+    assert float(LINES.search(evaluated.said).group(1)) == pytest.approx(metrics["top1"], abs=5e-4)
     assert [row["name"] for row in rows] == [str(digit) for digit in range(10)]
     assert sum(float(row["top1_percent"]) for row in rows) / 10 == pytest.approx(metrics["macro"], abs=1e-3)
     assert [int(row["train_images"]) for row in rows][:3] == [138, 102, 73]
-    assert {"top1", "top5", "many", "medium", "few", "macro", "worst_class", "nll", "ece", "mce", "shots"} <= set(
-        metrics
-    )
+    expected = {"top1", "top5", "many", "medium", "few", "macro", "worst_class", "nll", "ece", "mce", "shots"}
+    assert expected <= set(metrics)
     assert set(metrics["shots"]) == {"index", "count"}
-    assert "worst class" in said
+    assert "worst class" in evaluated.said
 
 
-def test_a_file_in_mislas_format_gives_the_same_report_in_a_folder_of_its_own(run, tmp_path, capsys):
-    own = torch.load(run / "ckps" / "current.pth.tar", weights_only=True)
+def test_a_file_in_mislas_format_gives_the_same_numbers_in_a_folder_of_its_own(evaluated, tmp_path):
+    """The headline's groups are by count this time."""
+    own = torch.load(current(evaluated.run), weights_only=True)
     foreign = {
         "epoch": 2,
         "state_dict_model": {f"module.{key}": value for key, value in own["state_dict_model"].items()},
@@ -72,64 +74,43 @@ def test_a_file_in_mislas_format_gives_the_same_report_in_a_folder_of_its_own(ru
         "best_acc1": own["best_acc1"],
     }
     torch.save(foreign, tmp_path / "mislas.pth.tar")
-    evaluate("resume", run / "ckps" / "current.pth.tar")
-    expected = LINES.search(capsys.readouterr().out).group()
-    evaluate("resume", tmp_path / "mislas.pth.tar", "save_dir", tmp_path / "saved")
-    assert LINES.search(capsys.readouterr().out).group() == expected
+    said = evaluate("resume", tmp_path / "mislas.pth.tar", "save_dir", tmp_path / "saved", "shots", "count")
+    ours, theirs = (LINES.search(text) for text in (evaluated.said, said))
+    assert ours.group(1, 2, 6) == theirs.group(1, 2, 6)
     (folder,) = (tmp_path / "saved").iterdir()
     assert folder.name.startswith("digits_imb005_arbloss_mixup_eval_")
-    assert (folder / "metrics.json").is_file()
-
-
-def test_shots_by_count_change_the_headline(run, capsys):
-    evaluate("resume", run / "ckps" / "current.pth.tar", "shots", "count")
-    said = capsys.readouterr().out
-    metrics = json.loads((run / "eval" / "current" / "metrics.json").read_text())
-    assert float(LINES.search(said).group(3)) == pytest.approx(metrics["shots"]["count"]["many"], abs=5e-4)
+    shots = json.loads((folder / "metrics.json").read_text())["shots"]
+    assert shots == json.loads((evaluated.report / "metrics.json").read_text())["shots"]
+    assert float(theirs.group(3)) == pytest.approx(shots["count"]["many"], abs=5e-4)
     assert "classes by count: many 2, medium 4, few 4" in said
 
 
-def test_other_data_than_the_checkpoints_own_are_named(run, capsys):
-    evaluate("resume", run / "ckps" / "current.pth.tar", "imb_factor", "0.5")
-    assert "note: trained with imb_factor 0.05, but this configuration says 0.5" in capsys.readouterr().out
-
-
-def test_calibration_per_group_is_reported_and_shown(run, capsys):
-    evaluate("resume", run / "ckps" / "current.pth.tar")
-    metrics = json.loads((run / "eval" / "current" / "metrics.json").read_text())
-    errors = metrics["ece_groups"]
+def test_calibration_per_group_is_reported_and_shown(evaluated):
+    errors = json.loads((evaluated.report / "metrics.json").read_text())["ece_groups"]
     assert list(errors) == ["index", "count"]
     assert all(set(by_name) == {"many", "medium", "few"} for by_name in errors.values())
-    assert errors == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test"]["ece_groups"]
-    said = capsys.readouterr().out
-    assert f"\nECE by index: many {errors['index']['many']:.2f}, medium " in said
-    assert not (run / "eval" / "current" / "decomposition.json").exists()
+    assert errors == history(evaluated.run)[-1]["test"]["ece_groups"]
+    assert f"\nECE by index: many {errors['index']['many']:.2f}, medium " in evaluated.said
+    assert not (evaluated.report / "decomposition.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Representation or classifier?
 
 
-CUT = ["imb_factor", "0.5"]  # more training images than one batch has
+DECOMPOSE = ["imb_factor", 0.5, "decompose", True]  # more training images than one batch has
 
 
 @pytest.fixture(scope="module")
 def decomposed(finished, tmp_path_factory):
     """What the script says and writes with ``decompose True``, its folder, and the same run's features."""
-    folder = shutil.copytree(finished, tmp_path_factory.mktemp("decomposed") / finished.name)
-    command = [sys.executable, "eval.py", "--cfg", ARB, "resume", folder / "ckps" / "current.pth.tar"]
-    done = subprocess.run(
-        [*map(str, command), *CUT, "decompose", "True"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    )
+    folder = copy_of(finished, tmp_path_factory.mktemp("decomposed"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a fit that does not converge says so by a warning
+        said = evaluate("resume", current(folder), *DECOMPOSE)
     report = folder / "eval" / "current"
     return SimpleNamespace(
-        said=done.stdout,
-        warned=done.stderr,
+        said=said,
         folder=folder,
         metrics=json.loads((report / "metrics.json").read_text()),
         text=(report / "decomposition.json").read_text(),
@@ -140,9 +121,9 @@ def decomposed(finished, tmp_path_factory):
 @pytest.fixture(scope="module")
 def features(finished):
     """Features and targets of the training images and of the test images, and the logits of the latter."""
-    data = build_data("digits", "", imb_factor=0.5)
-    model = build_model("digits", "resnet20", data.num_classes).to(memory_format=torch.channels_last).eval()
-    load_weights(model, finished / "ckps" / "current.pth.tar")
+    data = build_data("digits", "", imb_factor=0.5, image_size=8)
+    model = build_model("digits", "resnet8", data.num_classes).to(memory_format=torch.channels_last).eval()
+    load_weights(model, current(finished))
     found = SimpleNamespace(class_counts=data.class_counts.numpy())
     with torch.no_grad():
         for name, loader in (("train", data.plain_train_loader), ("test", data.test_loader)):
@@ -164,7 +145,10 @@ def test_the_rows_begin_with_the_model_and_the_last_two_lines_stay_last(decompos
     assert decomposed.said.index("the same features") > decomposed.said.index("groups by index")
     for label, row in decomposed.found["rows"].items():
         assert re.search(rf"^{re.escape(label)} +{row['top1']:.2f} +{row['many']:.2f} ", decomposed.said, re.M)
-    assert "Warning" not in decomposed.warned
+
+
+def test_other_data_than_the_checkpoints_own_are_named(decomposed):
+    assert "note: trained with imb_factor 0.05, but this configuration says 0.5" in decomposed.said
 
 
 def test_logit_adjustment_and_nearest_mean_agree_with_direct_computations(decomposed, features):
@@ -181,20 +165,29 @@ def test_logit_adjustment_and_nearest_mean_agree_with_direct_computations(decomp
     assert row["few"] == pytest.approx(100 * (nearest == targets)[few].mean(), abs=1.7)
 
 
-def test_two_processes_write_the_same_file(decomposed):
+def evaluate_in_rank(rank: int, *arguments: object) -> None:
+    eval_script.main(["--cfg", ARB, *SHORT, "device", "cpu", *map(str, arguments)])
+
+
+def test_two_processes_write_the_same_file(decomposed, tmp_path):
     """There are two batches of training images, one for each process, and one of test images."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "eval.py"]
-    options = ["--cfg", ARB, "resume", decomposed.folder / "ckps" / "model_best.pth.tar", *CUT, "decompose", True]
-    shutil.copy(decomposed.folder / "ckps" / "current.pth.tar", decomposed.folder / "ckps" / "model_best.pth.tar")
-    done = subprocess.run([*map(str, command + options)], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert (decomposed.folder / "eval" / "model_best" / "decomposition.json").read_text() == decomposed.text
-    assert done.stdout.count("nearest class mean") == 1
-    assert LINES.search(done.stdout).group() == LINES.search(decomposed.said).group()
+    checkpoint = shutil.copy(current(decomposed.folder), decomposed.folder / "ckps" / "again.pth.tar")
+    first, second = in_ranks(tmp_path, evaluate_in_rank, "resume", checkpoint, *DECOMPOSE)
+    assert (decomposed.folder / "eval" / "again" / "decomposition.json").read_text() == decomposed.text
+    assert first.count("nearest class mean") == 1
+    assert LINES.search(first).group() == LINES.search(decomposed.said).group()
+    assert second == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
+
+
+def test_auto_finds_only_this_configuration(evaluated, capsys):
+    arguments = ["--cfg", ARB, *SHORT, "num_epochs", 3, "resume", "auto", "save_dir", evaluated.run.parent]
+    result = failure(capsys, eval_script.main, *arguments)
+    assert (result.code, len(result.lines)) == (2, 1)
+    assert "resume: auto finds no checkpoint of this configuration" in result.said
 
 
 @pytest.mark.parametrize(

