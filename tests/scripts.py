@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,13 +234,12 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def closed_pipe(path: Path) -> Iterator[Path]:
-    """A pipe whose reader has gone: the first write fails."""
+    """A pipe whose reader goes as soon as a script has opened it (``out=`` or ``err=``): what it writes fails."""
     os.mkfifo(path)
-    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        yield path
-    finally:
-        os.close(reader)
+    end = threading.Thread(target=lambda: path.open("rb").close(), daemon=True)  # waits for the other side
+    end.start()
+    yield path
+    end.join(10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

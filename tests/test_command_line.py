@@ -19,6 +19,7 @@ import atexit, os, sys, time
 from utils.command_line import exit_code
 from utils.errors import *
 def main():
+    time.sleep(0.2)  # until the reader has gone
     raise {error}
 {more}
 sys.exit(exit_code(main))
