@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,6 +124,7 @@ class Scripts:
     def _end(self) -> None:
         self._server.stdin.close()
         self._server.wait(timeout=60)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def alive(

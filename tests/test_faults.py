@@ -291,7 +291,7 @@ def test_the_readers_of_a_killed_run_end_by_themselves(scripts, tmp_path):
     command = training(tmp_path, "num_epochs", LONG, "data_on_device", False, "workers", 2)
     with scripts.alive(tmp_path, *command) as run:
         assert until(lambda: MEANWHILE in run.out(), run)
-        assert len(processes_of(tmp_path)) == 3
+        assert len(processes_of(tmp_path)) >= 3
         run.process.kill()
         run.process.wait(10)
         assert_nothing_left(tmp_path, 60)
@@ -370,7 +370,7 @@ def test_signals_to_the_whole_group_end_it_with_its_workers_and_the_printed_comm
     streamed = training(tmp_path, "num_epochs", 2, "data_on_device", False, "workers", 2)
     with scripts.alive(tmp_path, *streamed) as run:
         assert until(lambda: MEANWHILE in run.out(), run)
-        assert len(processes_of(tmp_path)) == 3
+        assert len(processes_of(tmp_path)) >= 3
         began = time.monotonic()
         while run.process.poll() is None and time.monotonic() - began < 20:
             with contextlib.suppress(ProcessLookupError):
@@ -511,10 +511,10 @@ def resuming(run: Path) -> list[str]:
     return ["--cfg", str(run / "config.yaml"), "resume", str(run / "ckps" / "current.pth.tar"), "num_epochs", "2"]
 
 
-def in_a_later_second(arguments: list[str]) -> None:
+def in_a_later_second(arguments: Sequence[object]) -> None:
     """TensorBoard orders files by the second in their names, then by a number that counts as text: 10 before 9."""
     time.sleep(1)
-    train_stage1.main(arguments)
+    train_stage1.main([str(argument) for argument in arguments])
 
 
 def no_space_beside(path: Path) -> Callable[[], None]:
@@ -652,11 +652,12 @@ def test_a_run_whose_reader_has_gone_trains_to_its_end(scripts, tmp_path):
 
 
 def test_a_forked_script_ends_as_one_from_the_shell(scripts):
-    words = ["train_stage1.py", "--cfg", DIGITS, "lr", "0"]
+    words = ["train_stage1.py", "--local-rank=0", "--cfg", DIGITS, "lr", "0"]
     forked = scripts.run(*words)
     shell = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (forked.code, forked.out, forked.err) == (shell.returncode, shell.stdout, shell.stderr)
     assert forked.code == 2
+    assert forked.err.startswith("error: command line: lr: ") and forked.err.count("\n") == 1
 
 
 def test_a_forked_script_shows_a_traceback_and_its_code(scripts, tmp_path):
