@@ -3,20 +3,15 @@
 import json
 import math
 import os
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.scripts import ended, forked_scripts, free_port, script_of  # noqa: F401
 from utils import distributed
 from utils.errors import InputError, LostProcessError
-
-ROOT = Path(__file__).parents[1]
 
 # What each of the two processes does; it leaves its findings in <folder>/<rank>.json. All of it is in a function, as in
 # the scripts: a parallel module that lives until the interpreter ends can abort it ("terminate called without ...").
@@ -200,10 +195,7 @@ def test_cuda_is_refused_where_there_is_none_and_auto_takes_the_cpu():
 @pytest.mark.parametrize("own_fault", [True, False])
 def test_a_launcher_that_is_gone_is_noticed_at_once_and_hides_no_error(monkeypatch, own_fault):
     """Its store lived at a port where nobody listens now."""
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        port = str(door.getsockname()[1])
-    launched = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launched = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for key, value in {**launched, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
         monkeypatch.setenv(key, value)
     began = time.monotonic()
@@ -217,22 +209,44 @@ def test_a_launcher_that_is_gone_is_noticed_at_once_and_hides_no_error(monkeypat
 # Two processes
 
 
+SET_UP = """
+import os, sys
+from utils import distributed
+from utils.command_line import exit_code
+from utils.errors import InputError
+def main():
+    with distributed.together():
+        if os.environ["RANK"] == sys.argv[1]:
+            raise InputError("mine")
+    print("on it goes")
+sys.exit(exit_code(main))
+"""
+
+
+@pytest.mark.parametrize("wrong", [0, 1, None])
+def test_a_rank_whose_set_up_fails_ends_the_others(scripts, tmp_path, wrong):
+    """They meet at a store of the launcher, which is this process here."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with scripts.group(2, tmp_path, script_of(tmp_path, SET_UP), wrong, **place) as ranks:
+        done = [ended(rank, 60) for rank in ranks]
+    if wrong is None:
+        assert [(rank.code, rank.out) for rank in done] == [(0, "on it goes\n")] * 2
+    else:
+        assert (done[wrong].code, done[wrong].err) == (2, f"error (rank {wrong}): mine\n")
+        other = done[1 - wrong]
+        assert (other.code, other.err) == (1, f"error (rank {1 - wrong}): {distributed.LOST}\n")
+
+
 @pytest.fixture(scope="module")
-def group(tmp_path_factory):
+def group(scripts, tmp_path_factory):
     """What the two processes found, and the folder they worked in."""
     folder = tmp_path_factory.mktemp("group")
-    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(folder / "worker.py"), str(folder)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return *(json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)), folder, done.stdout
+    with scripts.group(2, folder, script_of(folder, WORKER, "worker.py"), folder) as ranks:
+        done = [ended(rank) for rank in ranks]
+    assert [rank.code for rank in done] == [0, 0], [rank.err for rank in done]
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return *found, folder, "".join(rank.out for rank in done)
 
 
 def same(group, key):
