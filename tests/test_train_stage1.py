@@ -559,7 +559,8 @@ from tests.conftest import keeper_of
 from utils import distributed
 from utils.config import load_config
 from utils.precision import new_scaler
-from utils.run.log import RunLog, new_folder
+from utils.run.folder import new_folder
+from utils.run.log import RunLog
 from utils.step import Step
 
 def work(folder):

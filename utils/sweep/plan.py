@@ -33,7 +33,7 @@ from utils.config import (
 )
 from utils.errors import InputError
 from utils.run import resume
-from utils.run.log import read_rows
+from utils.run.folder import read_rows
 from utils.run.resume import fork_of
 from utils.sweep.tables import MEASURES, arm_of
 

@@ -36,7 +36,7 @@ from utils.config import dump_config
 from utils.errors import InputError, Interrupted
 from utils.files import write_text
 from utils.report import plots
-from utils.run.log import read_rows
+from utils.run.folder import read_rows
 from utils.signals import WITH_PARENT, Signals
 from utils.sweep.intervals import estimate
 from utils.sweep.plan import (
