@@ -1,4 +1,4 @@
-"""The rules of the house, checked on the source itself; each failure names every file that breaks the rule."""
+"""Rules for the source code; a failure lists every file that breaks the rule."""
 
 import ast
 from pathlib import Path
@@ -23,7 +23,7 @@ TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path
 
 
 def room(name: str) -> str:
-    """The part of the house that a module or one of its names lies in; empty: another package."""
+    """The package or tool that a module (or a name in it) belongs to; empty: third-party."""
     for part in (*TOOLS, *JOINTS, *SCRIPTS, *PACKAGES, "tests"):
         if name == part or name.startswith(f"{part}."):
             return part
@@ -66,7 +66,7 @@ def test_only_joints_scripts_and_tools_know_the_config():
     assert not readers | {name for name, names in arguments.items() if "cfg" in names}
 
 
-def test_one_file_knows_about_processes():
+def test_only_one_file_imports_torch_distributed():
     assert {n for n, t in TREES.items() if any(i.startswith("torch.distributed") for i in imported(t))} == {
         "utils.distributed"
     }
@@ -83,11 +83,11 @@ def test_no_function_is_longer_than_60_lines():
     assert not [f"{path.name}: {f.name}" for path, f in functions if f.end_lineno - f.lineno >= 60]
 
 
-def test_every_module_says_what_it_is():
+def test_every_module_has_a_docstring():
     assert not [name for name, tree in TREES.items() if not ast.get_docstring(tree)]
 
 
-def test_the_top_level_is_the_users():
+def test_top_level_files():
     known = {*PACKAGES, "tests", "train_stage1.py", "eval.py", "requirements.txt", "README.md", "LICENSE"}
     # What runs leave behind: data and results.
     here = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - {"saved", "data", "__pycache__"}

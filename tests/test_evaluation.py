@@ -68,7 +68,7 @@ def test_a_shift_is_subtracted_from_the_logits(samples):
     torch.testing.assert_close(found.nll, expected.nll)
 
 
-def test_the_size_of_the_batches_does_not_matter(samples):
+def test_predictions_do_not_depend_on_the_batch_size(samples):
     model = TinyModel()
     for size in (1, 23, 100):
         parts, whole = predict(model, batches(*samples, size)), predict(model, batches(*samples))
@@ -77,7 +77,7 @@ def test_the_size_of_the_batches_does_not_matter(samples):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_evaluated_in_eval_mode_and_left_as_it_was(samples, training):
+def test_eval_mode_is_used_and_the_mode_restored(samples, training):
     model = TinyModel().train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     first, second = (predict(model, batches(*samples)) for _ in range(2))
@@ -92,7 +92,7 @@ def test_top_5_of_three_classes_is_always_a_hit(samples):
     assert predict(TinyModel(num_classes=3), batches(images, targets % 3)).top5_hits.all()
 
 
-def test_half_precision_logits_are_raised_first():
+def test_half_precision_logits_become_float32():
     logits = torch.tensor([[300.0, 299.0, 0.0]]).half()
     result = predict(nn.Identity(), [(logits, torch.tensor([2]))])
     assert result.nll.dtype == result.confidences.dtype == torch.float32
@@ -100,7 +100,7 @@ def test_half_precision_logits_are_raised_first():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_an_error_and_the_mode_is_restored(samples, bad):
+def test_non_finite_logits_are_an_error_and_the_mode_is_restored(samples, bad):
     model = TinyModel().train()
     with torch.no_grad():
         model.fc.bias[3] = bad
@@ -116,7 +116,7 @@ def test_an_empty_test_set_is_refused():
     assert model.training
 
 
-def test_a_signal_ends_the_evaluation_after_the_batch_and_leaves_the_mode(samples):
+def test_a_signal_stops_the_evaluation_and_the_mode_is_restored(samples):
     seen = []
 
     class Counting(TinyModel):
@@ -158,7 +158,7 @@ def test_features_and_logits_come_batch_by_batch_in_eval_mode(samples, training)
     assert model.drop.training is training
 
 
-def test_the_mode_is_restored_and_gradients_return_where_somebody_stops_early_or_fails(samples):
+def test_mode_and_gradients_are_restored_after_an_early_stop_or_an_error(samples):
     model = TinyFeatures().train()
     stopped = feature_batches(model, batches(*samples))
     next(stopped)
@@ -172,7 +172,7 @@ def test_the_mode_is_restored_and_gradients_return_where_somebody_stops_early_or
 
 
 @pytest.mark.parametrize(("precision", "kept"), [("fp32", torch.float64), ("bf16", torch.float32)])
-def test_half_precision_is_raised_and_float64_stays(samples, precision, kept):
+def test_half_precision_becomes_float32_and_float64_stays(samples, precision, kept):
     class Halved(TinyFeatures):
         def forward(self, images, with_features):
             logits, features = super().forward(images, with_features)
@@ -184,7 +184,7 @@ def test_half_precision_is_raised_and_float64_stays(samples, precision, kept):
     assert features.dtype == logits.dtype == kept
 
 
-def test_outputs_are_whole_and_their_logits_may_be_left_behind(samples):
+def test_gathered_outputs_with_and_without_logits(samples):
     model = TinyFeatures()
     whole = gather_outputs(model, batches(*samples))
     features, logits, _ = next(feature_batches(model, [samples]))
@@ -195,7 +195,7 @@ def test_outputs_are_whole_and_their_logits_may_be_left_behind(samples):
     assert without.logits is None
 
 
-def test_features_that_are_not_finite_are_an_error(samples):
+def test_non_finite_features_are_an_error(samples):
     images = samples[0].clone()
     images[7] = torch.inf
     with pytest.raises(DivergenceError, match="features or logits are not finite"):

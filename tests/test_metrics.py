@@ -43,7 +43,7 @@ def lists(masks):
 # Groups
 
 
-def test_groups_by_count_part_at_20_and_100():
+def test_groups_by_count_split_at_20_and_100():
     assert lists(groups_by_count(COUNTS)) == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}
 
 
@@ -100,7 +100,7 @@ def test_class_accuracy_is_the_share_of_hits_and_nan_where_nothing_was_tested():
     assert accuracy.dtype == torch.float64
 
 
-def test_a_group_is_the_mean_of_its_class_accuracies_whatever_their_sizes():
+def test_group_accuracy_is_the_mean_of_class_accuracies():
     groups = {"many": mask(0, 1, size=4), "few": mask(2, 3, size=4)}
     accuracy = torch.tensor([1.0, 0.5, 0.25, 0.0])
     assert shot_accuracy(accuracy, torch.tensor([1, 999, 7, 7]), groups) == {"many": 0.75, "few": 0.125}
@@ -173,14 +173,14 @@ def test_calibration_worked_by_hand():
 
 
 @pytest.mark.parametrize(("confidence", "hit", "error"), [(1.0, True, 0.0), (0.0, False, 0.0), (1.0, False, 1.0)])
-def test_certainty_that_is_right_costs_nothing_and_certainty_that_is_wrong_everything(confidence, hit, error):
+def test_calibration_of_certain_predictions(confidence, hit, error):
     result = calibration_error(torch.full((9,), confidence), torch.ones(9), torch.full((9,), float(hit)))
     assert (result["ece"], result["mce"]) == (error, error)
 
 
 @PROPERTY
 @given(samples=SAMPLES)
-def test_calibration_of_a_group_is_that_of_the_samples_with_its_labels(samples):
+def test_group_calibration_uses_samples_with_the_groups_labels(samples):
     steps, classes, targets = zip(*samples, strict=True)
     predictions = predictions_of(classes, targets, [step / 1024 for step in steps])
     groups = {"index": groups_by_index([[0, 1], [1, 3], [4, 5]], 5), "count": groups_by_index([[0, 4]] * 3, 5)}
@@ -307,7 +307,7 @@ def test_half_accuracies_worked_by_hand():
     assert half_accuracies(predictions) == [75.0, 25.0]
 
 
-def test_an_empty_half_has_the_accuracy_of_the_whole():
+def test_an_empty_half_has_the_accuracy_of_all_samples():
     assert half_accuracies(predictions_of([0, 0, 2, 0], [0, 1, 2, 3])) == [50.0, 50.0]
 
 

@@ -33,7 +33,7 @@ PREDICTIONS = Predictions(
 )
 
 
-def test_the_two_lines_that_scripts_of_the_field_parse():
+def test_mislas_lines():
     assert mislas_lines(METRICS) == (
         "* Acc@1 85.250% Acc@5 99.500% HAcc 95.000% MAcc 86.000% TAcc 74.000%.",
         "* ECE   3.210%.",
@@ -46,12 +46,12 @@ def test_an_empty_group_is_a_dash():
     assert table({"x": some}).splitlines()[1] == "x    85.25        -    86.00        -     3.21"
 
 
-def test_percent_rounds_and_knows_zero_from_nothing():
+def test_percent_of_zero_and_of_none():
     assert [percent(v) for v in (0.0, 12.345678, None)] == ["0.00", "12.35", "-"]
     assert percent(1.23456, 3) == "1.235"
 
 
-def test_the_table_is_aligned_under_its_head():
+def test_table_columns_are_aligned():
     text = table({"last epoch": METRICS, "best": {"top1": 100.0}})
     assert text.splitlines() == [
         "              top-1     many   medium      few      ECE",
@@ -60,19 +60,19 @@ def test_the_table_is_aligned_under_its_head():
     ]
 
 
-def test_a_table_without_calibration_has_no_column_for_it():
+def test_table_without_calibration_has_no_ece_column():
     text = table({"x": {"top1": 50.0, "few": 25.0}})
     assert text.splitlines() == ["     top-1     many   medium      few", "x    50.00        -        -    25.00"]
 
 
-def test_calibration_per_group_in_words():
+def test_calibration_line():
     errors = {"index": {"many": 4.1, "medium": 7.254}, "count": {"few": 0.0}}
     assert calibration_line(errors) == (
         "ECE by index: many 4.10, medium 7.25, few -; ECE by count: many -, medium -, few 0.00"
     )
 
 
-def test_macro_accuracy_is_shown_where_it_differs():
+def test_macro_accuracy_is_shown_if_it_differs():
     metrics = METRICS | {"macro": 80.0, "worst_class": 4, "worst_class_top1": 31.0, "nll": 1.5, "mce": 20.0}
     metrics["samples"] = 77
     assert details(metrics) == (
@@ -81,7 +81,7 @@ def test_macro_accuracy_is_shown_where_it_differs():
     assert "macro" not in details(metrics | {"macro": 85.25})
 
 
-def test_group_sizes_in_words():
+def test_group_line():
     sizes = {"index": {"many": 3, "medium": 4, "few": 3}, "count": {"many": 0, "medium": 10, "few": 0}}
     assert group_line(sizes) == (
         "classes by index: many 3, medium 4, few 3; classes by count: many 0, medium 10, few 0"
@@ -114,7 +114,7 @@ def test_the_report_on_disk(tmp_path):
         ]
 
 
-def test_predictions_are_kept_per_epoch_and_targets_once(tmp_path):
+def test_predictions_are_saved_per_epoch_and_targets_once(tmp_path):
     folder = tmp_path / "predictions"
     save_predictions(folder, 0, PREDICTIONS)
     written = (folder / "targets.npz").stat()
@@ -130,6 +130,6 @@ def test_predictions_are_kept_per_epoch_and_targets_once(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "kept"), [(NPZ_LIMIT, True), (NPZ_LIMIT + 1, False)])
-def test_predictions_of_very_large_test_sets_are_not_kept(tmp_path, size, kept):
+def test_predictions_of_very_large_test_sets_are_not_saved(tmp_path, size, kept):
     save_predictions(tmp_path / "predictions", 0, PREDICTIONS.select(torch.zeros(size, dtype=torch.long)))
     assert (tmp_path / "predictions").exists() is kept
