@@ -21,7 +21,7 @@ from utils.report import plots
 from utils.report.decompose import decompose, decomposition_text, write_decomposition
 from utils.report.text import calibration_line, class_table, details, group_line, mislas_lines, table, write_report
 from utils.run.describe import post_hoc_in_words
-from utils.run.log import folder_of, new_folder
+from utils.run.folder import folder_of, new_folder
 from utils.run.resume import Origin, changed_options, class_map, find_checkpoint
 
 

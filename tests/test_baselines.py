@@ -37,7 +37,8 @@ from utils.cuda_graph import RecordedStep
 from utils.evaluation import predict
 from utils.precision import new_scaler
 from utils.run import describe
-from utils.run.log import RunLog, new_folder
+from utils.run.folder import new_folder
+from utils.run.log import RunLog
 from utils.step import Step
 
 FILES = sorted((ROOT / "config").glob("*/baselines/*.yaml"))

@@ -23,7 +23,8 @@ from torch import nn
 from utils import distributed
 from utils.errors import DivergenceError, InputError
 from utils.meter import TrainMeter
-from utils.run.log import RunLog, new_folder
+from utils.run.folder import new_folder
+from utils.run.log import RunLog
 
 folder = Path(sys.argv[1])
 found = {}

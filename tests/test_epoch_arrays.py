@@ -1,4 +1,4 @@
-"""Arrays by epoch: real files, gone on with, cut and damaged."""
+"""Arrays by epoch in real files: continued, truncated and damaged."""
 
 import numpy as np
 import pytest
@@ -30,13 +30,13 @@ def test_a_row_per_epoch(path):
     assert stored["table"].tolist() == [[2, 0], [0, 2]]
 
 
-def test_a_life_that_ended_at_this_epoch_leaves_everything(path):
+def test_continuing_after_the_last_epoch_leaves_the_file_unchanged(path):
     before = path.read_bytes()
     EpochArrays(path, FIXED, 3, ["table"])
     assert path.read_bytes() == before
 
 
-def test_going_back_drops_later_epochs_and_what_was_the_last_one_s(path):
+def test_resuming_earlier_drops_later_epochs_and_the_last_table(path):
     arrays = EpochArrays(path, FIXED, 1, ["table"])
     assert read_arrays(path)["epochs"].tolist() == [0]
     assert "table" not in read_arrays(path)
@@ -45,7 +45,7 @@ def test_going_back_drops_later_epochs_and_what_was_the_last_one_s(path):
     assert read_arrays(path)["table"].tolist() == [[1, 0], [0, 1]]
 
 
-def test_going_back_to_the_beginning_starts_anew(path):
+def test_resuming_at_epoch_0_drops_all_rows(path):
     arrays = EpochArrays(path, FIXED, 0, ["table"])
     assert read_arrays(path)["epochs"].tolist() == []
     add(arrays, 0)

@@ -1,4 +1,4 @@
-"""The errors that scripts answer with an exit code."""
+"""Errors that scripts turn into an exit code."""
 
 import signal
 
@@ -7,7 +7,7 @@ import pytest
 from utils.errors import Interrupted
 
 
-def test_a_signal_is_no_exception_that_somebody_catches_by_the_way():
+def test_except_exception_does_not_catch_interrupted():
     with pytest.raises(Interrupted) as stop:
         try:
             raise Interrupted(signal.SIGTERM, "kept")

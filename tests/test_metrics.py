@@ -1,4 +1,4 @@
-"""Accuracy, groups, calibration, the report and the running sums, against plain loops and numbers worked by hand."""
+"""Accuracy, groups, calibration and the report, against plain loops and numbers worked by hand."""
 
 import json
 import math
@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.errors import DivergenceError, InputError
-from utils.meter import SUMS, TrainMeter, check_weights
+from utils.errors import InputError
 from utils.metrics import (
     Predictions,
     calibration_error,
@@ -44,7 +43,7 @@ def lists(masks):
 # Groups
 
 
-def test_groups_by_count_part_at_20_and_100():
+def test_groups_by_count_split_at_20_and_100():
     assert lists(groups_by_count(COUNTS)) == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}
 
 
@@ -101,7 +100,7 @@ def test_class_accuracy_is_the_share_of_hits_and_nan_where_nothing_was_tested():
     assert accuracy.dtype == torch.float64
 
 
-def test_a_group_is_the_mean_of_its_class_accuracies_whatever_their_sizes():
+def test_group_accuracy_is_the_mean_of_class_accuracies():
     groups = {"many": mask(0, 1, size=4), "few": mask(2, 3, size=4)}
     accuracy = torch.tensor([1.0, 0.5, 0.25, 0.0])
     assert shot_accuracy(accuracy, torch.tensor([1, 999, 7, 7]), groups) == {"many": 0.75, "few": 0.125}
@@ -174,14 +173,14 @@ def test_calibration_worked_by_hand():
 
 
 @pytest.mark.parametrize(("confidence", "hit", "error"), [(1.0, True, 0.0), (0.0, False, 0.0), (1.0, False, 1.0)])
-def test_certainty_that_is_right_costs_nothing_and_certainty_that_is_wrong_everything(confidence, hit, error):
+def test_calibration_of_certain_predictions(confidence, hit, error):
     result = calibration_error(torch.full((9,), confidence), torch.ones(9), torch.full((9,), float(hit)))
     assert (result["ece"], result["mce"]) == (error, error)
 
 
 @PROPERTY
 @given(samples=SAMPLES)
-def test_calibration_of_a_group_is_that_of_the_samples_with_its_labels(samples):
+def test_group_calibration_uses_samples_with_the_groups_labels(samples):
     steps, classes, targets = zip(*samples, strict=True)
     predictions = predictions_of(classes, targets, [step / 1024 for step in steps])
     groups = {"index": groups_by_index([[0, 1], [1, 3], [4, 5]], 5), "count": groups_by_index([[0, 4]] * 3, 5)}
@@ -308,7 +307,7 @@ def test_half_accuracies_worked_by_hand():
     assert half_accuracies(predictions) == [75.0, 25.0]
 
 
-def test_an_empty_half_has_the_accuracy_of_the_whole():
+def test_an_empty_half_has_the_accuracy_of_all_samples():
     assert half_accuracies(predictions_of([0, 0, 2, 0], [0, 1, 2, 3])) == [50.0, 50.0]
 
 
@@ -344,137 +343,3 @@ def test_a_selection_keeps_all_fields_together():
         [3.0, 1.0],
         [2, 0],
     ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running sums
-
-
-@pytest.fixture
-def meter():
-    return TrainMeter(torch.device("cpu"))
-
-
-def one_hot(classes, num_classes=6):
-    return torch.nn.functional.one_hot(torch.tensor(classes), num_classes).float()
-
-
-def test_the_meter_weighs_batches_by_their_size(meter):
-    meter.update(torch.tensor(2.0), one_hot([0, 1, 2], 5), torch.tensor([0, 1, 1]))
-    meter.update(torch.tensor(1.0), one_hot([4], 5), torch.tensor([0]))
-    assert meter.averages() == {"loss": pytest.approx(1.75), "top1": 50.0, "top5": 100.0}
-    assert meter.last_step() == {"loss": 1.0, "top1": 0.0, "top5": 100.0}
-    assert meter.averages()["loss"] == pytest.approx(1.75)  # asking changes nothing
-
-
-def test_the_sixth_most_probable_class_is_no_top_5_hit(meter):
-    logits = torch.arange(6.0).repeat(6, 1)
-    meter.update(torch.tensor(0.0), logits, torch.arange(6))
-    assert meter.averages() == pytest.approx({"loss": 0.0, "top1": 100 / 6, "top5": 500 / 6})
-
-
-def test_with_three_classes_every_sample_is_a_top_5_hit(meter):
-    meter.update(torch.tensor(0.0), one_hot([0, 1], 3), torch.tensor([1, 2]))
-    assert meter.averages() == {"loss": 0.0, "top1": 0.0, "top5": 100.0}
-
-
-def test_a_meter_that_saw_nothing_says_zero(meter):
-    assert meter.averages() == {"loss": 0.0, "top1": 0.0, "top5": 0.0}
-    assert meter.first_bad_step() is None
-    assert meter.counts() == {"clamped_logits": 0, "skipped_steps": 0}
-
-
-def test_the_meter_sums_in_double_precision(meter):
-    for _ in range(200):
-        meter.update(torch.tensor(0.1, dtype=torch.float64), one_hot([0] * 999), torch.zeros(999).long())
-    assert meter.averages()["loss"] == pytest.approx(0.1, rel=1e-12)
-    assert not meter.sums.requires_grad
-
-
-def test_the_meter_takes_half_precision_and_losses_that_carry_a_gradient(meter):
-    loss = torch.tensor(3.0, requires_grad=True) * 1
-    meter.update(loss, one_hot([0, 1]).bfloat16(), torch.tensor([0, 0]))
-    assert meter.averages() == {"loss": 3.0, "top1": 50.0, "top5": 100.0}
-    assert not meter.sums.requires_grad
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["loss", "logits"])
-def test_the_first_step_with_a_number_that_is_not_finite_is_kept(meter, bad, where):
-    targets = torch.tensor([0, 1])
-    for step in range(5):
-        loss, logits = torch.tensor(1.0), one_hot([0, 1])
-        if step in (2, 4) and where == "loss":
-            loss = torch.tensor(bad)
-        if step in (2, 4) and where == "logits":
-            logits[1, 3] = bad
-        meter.update(loss, logits, targets)
-        assert meter.first_bad_step() == (None if step < 2 else 2)
-
-
-def test_the_passes_of_a_step_count_as_one(meter):
-    targets = torch.tensor([0, 1])
-    for number in range(6):  # three steps of two passes
-        loss = torch.tensor(math.nan if number == 3 else 1.0)
-        meter.update(loss, one_hot([0, 1]), targets, ends_step=number % 2 == 1)
-    assert meter.first_bad_step() == 1
-
-
-def test_a_meter_starts_anew_in_the_memory_that_it_has(meter):
-    """What a recorded step writes to cannot move."""
-    addresses = [tensor.data_ptr() for tensor in meter.tensors()]
-    meter.update(torch.tensor(math.inf), one_hot([0, 1]), torch.tensor([0, 0]))
-    assert meter.last_step()["top1"] == 50
-    meter.reset()
-    assert meter.first_bad_step() is None
-    assert meter.averages() == meter.last_step() == {"loss": 0.0, "top1": 0.0, "top5": 0.0}
-    meter.update(torch.tensor(2.0), one_hot([0, 1]), torch.tensor([0, 1]))
-    assert meter.averages() == {"loss": 2.0, "top1": 100.0, "top5": 100.0}
-    assert [tensor.data_ptr() for tensor in meter.tensors()] == addresses
-
-
-@pytest.mark.parametrize("clamp", [None, 2.0])
-def test_logits_beyond_the_clamp_are_counted(clamp):
-    meter = TrainMeter(torch.device("cpu"), clamp)
-    logits = torch.tensor([[2.0, -2.0, 0.0], [2.5, -9.0, math.inf]])
-    for weight in (1.0, 0.5, 0.0):  # the last is counted nowhere
-        meter.update(torch.tensor(1.0), logits, torch.tensor([0, 1]), weight)
-    assert meter.counts() == {"clamped_logits": 0 if clamp is None else 6, "skipped_steps": 0}
-
-
-def test_steps_that_were_skipped_are_counted(meter):
-    for overflow in (0.0, 1.0, 1.0):
-        meter.skipped(torch.tensor(overflow))
-    assert meter.counts()["skipped_steps"] == 2
-    meter.reset()
-    assert meter.counts()["skipped_steps"] == 0
-
-
-@pytest.mark.parametrize("processes", [1, 3])
-def test_a_meter_goes_on_from_its_rows(meter, processes):
-    """From another number of processes the sums go on as a whole."""
-    targets = torch.tensor([0, 1])
-    whole, later = TrainMeter(torch.device("cpu"), 0.5), TrainMeter(torch.device("cpu"), 0.5)
-    for loss in (0.1, 0.2, 0.7):
-        whole.update(torch.tensor(loss), one_hot([0, 3]), targets)
-    rows = whole.rows()
-    assert rows.shape == (1, len(SUMS))
-    rows = torch.cat([rows, *[torch.zeros_like(rows)] * (processes - 1)])
-    later.update(torch.tensor(99.0), one_hot([0, 3]), targets)
-    later.reset()
-    later.go_on(rows, 3)
-    for one in (whole, later):
-        one.update(torch.tensor(0.3), one_hot([0, 1]), targets)
-    assert torch.equal(whole.sums, later.sums)
-    assert int(later.steps) == 4
-    assert later.counts() == whole.counts() == {"clamped_logits": 8, "skipped_steps": 0}
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_weight_that_is_not_finite_is_found(bad):
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    check_weights(model, epoch=3)
-    with torch.no_grad():
-        model[1].bias[1] = bad
-    with pytest.raises(DivergenceError, match="epoch 3"):
-        check_weights(model, epoch=3)

@@ -1,4 +1,4 @@
-"""Which numbers a forward pass computes in."""
+"""Precision of a forward pass and of the loss."""
 
 import pytest
 import torch
@@ -8,24 +8,24 @@ from utils.precision import PRECISIONS, autocast, float32_products, new_scaler
 CPU = torch.device("cpu")
 
 
-def rules():
+def tf32_flags():
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_float32_is_strict_unless_tf32_is_asked_for_and_only_inside_the_block(precision):
-    before = rules()
+def test_tf32_is_allowed_for_tf32_only_and_restored_after_an_error(precision):
+    before = tf32_flags()
     with pytest.raises(KeyError), float32_products(precision):
-        assert rules() == ((True, True) if precision == "tf32" else (False, False))
+        assert tf32_flags() == ((True, True) if precision == "tf32" else (False, False))
         raise KeyError
-    assert rules() == before
+    assert tf32_flags() == before
 
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
     [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
-def test_products_have_the_type_that_was_asked_for(precision, dtype):
+def test_autocast_dtype(precision, dtype):
     matrix = torch.eye(3)
     with autocast(precision, CPU):
         assert (matrix @ matrix).dtype == dtype
@@ -41,7 +41,7 @@ def test_only_fp16_scales_the_loss(precision):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(("precision", "strict"), [("fp32", True), ("bf16", True), ("tf32", False)])
-def test_cuda_rounds_factors_only_where_it_may(precision, strict):
+def test_cuda_convolutions_use_tf32_only_if_allowed(precision, strict):
     torch.manual_seed(0)
     image, kernel = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
     exact = torch.nn.functional.conv2d(image.double(), kernel.double())

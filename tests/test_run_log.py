@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.scripts import closed_pipe, forked_scripts, script_of, until  # noqa: F401
 from utils.errors import DivergenceError, InputError
-from utils.run.log import SCALAR_CLASSES, TIME, RunLog, count_lines, new_folder, progress_line
+from utils.run.folder import new_folder
+from utils.run.log import SCALAR_CLASSES, TIME, RunLog, count_lines, progress_line
 
 ROWS = [{"epoch": epoch, "train": {"loss": 1 / (epoch + 1)}} for epoch in range(4)]
 

@@ -15,7 +15,7 @@ def test_warm_up_then_the_steps_of_the_paper(epoch, expected):
     assert lr_at(epoch, 0.1, 200, cos=False) == pytest.approx(expected, rel=1e-12)
 
 
-def test_factors_are_of_the_base_rate_and_not_of_the_rate_before():
+def test_factors_multiply_the_base_rate():
     rates = [lr_at(epoch, 2.0, 10, False, [3, 6], [0.5, 0.5], 0) for epoch in (2, 3, 5, 6, 9)]
     assert rates == [2.0, 1.0, 1.0, 1.0, 1.0]
 
@@ -29,7 +29,7 @@ def test_no_steps_and_no_warm_up_leave_the_rate_constant():
     assert {lr_at(epoch, 0.3, 5, False, [], [], 0) for epoch in range(5)} == {0.3}
 
 
-def test_a_step_inside_the_warm_up_sets_in_after_it():
+def test_a_step_within_the_warm_up_applies_after_it():
     assert [lr_at(epoch, 1.0, 9, False, [1], [0.1], 4) for epoch in range(6)] == [0.25, 0.5, 0.75, 1.0, 0.1, 0.1]
 
 
@@ -45,6 +45,6 @@ def test_cosine_reads_neither_steps_nor_warm_up():
 
 
 @pytest.mark.parametrize(("steps", "factors"), [([3], [0.1, 0.01]), ([3, 6], [0.1]), ([], [0.1])])
-def test_as_many_factors_as_steps(steps, factors):
+def test_unequal_numbers_of_steps_and_factors_are_refused(steps, factors):
     with pytest.raises(ValueError, match="zip"):
         lr_at(8, 0.1, 10, False, steps, factors)

@@ -8,7 +8,7 @@ import torch
 from utils.seed import generator, seeded_weights
 
 
-def test_the_same_arguments_give_the_same_stream_whatever_was_drawn_in_between():
+def test_a_stream_depends_on_its_arguments_alone():
     first = generator(3, 5, "crop").random(100)
     np.random.default_rng(0).random(7)
     torch.rand(7)
@@ -16,7 +16,7 @@ def test_the_same_arguments_give_the_same_stream_whatever_was_drawn_in_between()
     np.testing.assert_array_equal(generator(3, 5, "crop").random(100), first)
 
 
-def test_seeds_epochs_and_purposes_have_streams_of_their_own():
+def test_streams_of_seeds_epochs_and_purposes_are_independent():
     arguments = [*itertools.product(range(4), range(4), ["order", "crop", "flip", "mixup"])]
     streams = {generator(*given).bytes(16) for given in arguments}
     assert len(streams) == len(arguments)
@@ -25,7 +25,7 @@ def test_seeds_epochs_and_purposes_have_streams_of_their_own():
     assert np.abs(correlations).max() < 0.25
 
 
-def test_every_image_has_a_stream_of_its_own():
+def test_streams_of_images_are_independent():
     arguments = [(1, 2, "crop"), (1, 2, "crop", 0, 0), *((1, epoch, "crop", i) for epoch in (2, 3) for i in range(300))]
     streams = {generator(*given).bytes(16) for given in arguments}
     assert len(streams) == len(arguments)
@@ -42,7 +42,7 @@ def test_the_stream_of_an_image_depends_on_its_arguments_alone():
     np.testing.assert_array_equal(generator(1, 2, "crop", np.int64(70_000)).random(5), first)
 
 
-def test_one_draw_more_for_one_purpose_does_not_shift_another():
+def test_draws_for_one_purpose_do_not_shift_another():
     crops, mixing = generator(0, 0, "crop"), generator(0, 0, "mixup")
     crops.random(3)
     np.testing.assert_array_equal(mixing.random(10), generator(0, 0, "mixup").random(10))
@@ -52,7 +52,7 @@ def test_the_stream_is_the_same_in_every_process_and_version():
     assert generator(0, 0, "order").bit_generator.random_raw(2).tolist() == [17650036448499027134, 6721985885100968541]
 
 
-def test_the_global_generators_are_left_alone():
+def test_global_generators_are_unchanged():
     torch.manual_seed(1)
     np.random.seed(1)
     expected = torch.rand(3), np.random.rand(3)

@@ -34,7 +34,8 @@ from utils import build, distributed
 from utils.config import load_config
 from utils.evaluation import evaluate
 from utils.precision import new_scaler
-from utils.run.log import RunLog, new_folder
+from utils.run.folder import new_folder
+from utils.run.log import RunLog
 from utils.seed import generator
 from utils.step import Step
 

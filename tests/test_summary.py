@@ -1,4 +1,4 @@
-"""The three numbers of a run, on rows and predictions small enough to check by hand."""
+"""The summary of a run, on rows and predictions small enough to check by hand."""
 
 import json
 
@@ -46,7 +46,7 @@ def folder(tmp_path):
 ROWS = [row_of(epoch) for epoch in CLASSES]
 
 
-def test_the_rows_are_what_the_comments_say():
+def test_rows_match_the_comments():
     assert [row["halves"] for row in ROWS] == [
         pytest.approx([100, 100 / 6]),
         pytest.approx([100 / 6, 500 / 6]),
@@ -100,7 +100,7 @@ def test_groups_of_the_cross_fitted_choice_follow_the_rule_that_is_given(folder)
     assert "few" not in best
 
 
-def test_one_epoch_is_all_three_rows_at_once(folder):
+def test_with_one_epoch_all_rows_are_equal(folder):
     summary = summarise(ROWS[:1], folder, GROUPS["count"])
     last = summary["last epoch"]
     assert {key: summary["cross-fitted best"][key] for key in last if key != "epochs"} == pytest.approx(
@@ -116,7 +116,7 @@ def test_without_predictions_the_cross_fitted_row_has_its_top_1_only(folder, mis
     assert summary["cross-fitted best"] == {"top1": pytest.approx(100 / 6), "epochs": [2, 5]}
 
 
-def test_held_out_images_choose_an_epoch_of_their_own(folder):
+def test_held_out_images_select_an_epoch(folder):
     rows = [row_of(2, val={"top1": 60.0}), row_of(5, val={"top1": 70.0}), row_of(7, val={"top1": 70.0})]
     summary = summarise(rows, folder, GROUPS["count"])
     assert list(summary)[-1] == "chosen on held-out images"
@@ -124,7 +124,7 @@ def test_held_out_images_choose_an_epoch_of_their_own(folder):
     assert summary["chosen on held-out images"]["top1"] == pytest.approx(50.0)
 
 
-def test_the_table_says_which_epochs_and_who_chose(folder):
+def test_the_table_shows_the_epochs_and_what_selected_them(folder):
     rows = [row_of(epoch, val={"top1": 60.0}) for epoch in CLASSES]
     assert summary_table(summarise(rows, folder, GROUPS["count"])).splitlines() == [
         "                                                top-1     many   medium      few      ECE",

@@ -23,7 +23,7 @@ from utils.config import read_config, with_role
 from utils.errors import InputError
 from utils.metrics import GROUPS, class_accuracy, group_calibration
 from utils.run.epoch_arrays import read_arrays
-from utils.run.log import read_rows
+from utils.run.folder import read_rows
 from utils.run.resume import changed_options
 from utils.run.summary import summarise
 

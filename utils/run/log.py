@@ -1,18 +1,12 @@
-"""A run's folder and its log: text, ``metrics.jsonl`` and TensorBoard.
-
-    <save_dir>/<name>_<time>/  logs/<name>.txt  config.yaml  starts.jsonl  metrics.jsonl  tensorboard/  ckps/
-    predictions/
+"""The log of a run: text, ``metrics.jsonl`` and TensorBoard.
 
 Only rank 0 writes; on all other ranks the methods of :class:`RunLog` do nothing.
 """
 
 import contextlib
-import json
 import logging
-import shutil
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,68 +17,12 @@ from tqdm import tqdm
 from utils import distributed
 from utils.command_line import discard_if_closed
 from utils.errors import DivergenceError, InputError
-from utils.files import atomic_file, lock_file, named, write_text
+from utils.files import atomic_file, lock_file, named
+from utils.run.folder import read_rows, write_rows
 
 REPEATED = ("Epoch: [", "* Acc@1", "* ECE")  # prefixes of lines that a repeated epoch writes again
 TIME = len("2026-01-31 23:59:59,999 ")
 SCALAR_CLASSES = 100  # TensorBoard: one curve per class up to this many, beyond that a histogram
-
-
-def folder_of(checkpoint: str | Path) -> Path | None:
-    """Return the folder of the run that a checkpoint belongs to, as rank 0 sees it; None for any other file."""
-    kept = Path(checkpoint).resolve().parent
-    inside = kept.name == "ckps" and (kept.parent / "config.yaml").is_file()
-    found = distributed.broadcast_text(str(kept.parent) if inside else "")
-    return Path(found) if found else None
-
-
-def new_folder(save_dir: str, name: str) -> Path:
-    """Create ``<save_dir>/<name>_<time>`` on rank 0 and return it on all ranks; never an existing folder."""
-    path = ""
-    if distributed.is_main():
-        stem = Path(save_dir) / f"{name}_{time.strftime('%Y%m%d%H%M%S')}"
-        candidates = (stem if n == 1 else stem.with_name(f"{stem.name}_{n}") for n in range(1, 10_000))
-        path = str(next(folder for folder in candidates if _made(folder)))
-    return Path(distributed.broadcast_text(path))
-
-
-def _made(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise InputError(f"save_dir: {folder.parent} cannot hold runs: a file is in the way") from None
-        return False
-    except OSError as error:
-        raise InputError(f"save_dir: cannot make {folder}: {error.strerror}") from None
-    return True
-
-
-def inherit(folder: Path, parent: Path, epoch: int) -> None:
-    """Copy the parent's metrics and predictions of the epochs before ``epoch`` to a fork's folder."""
-    if not distributed.is_main():
-        return
-    rows = [row for row in read_rows(parent / "metrics.jsonl") if row["epoch"] < epoch]
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    names = ["targets.npz", *(f"{row['epoch']}.npz" for row in rows)]
-    files = [file for file in (parent / "predictions" / name for name in names) if file.is_file()]
-    for file in files:
-        (folder / "predictions").mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / "predictions" / file.name)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Read a ``metrics.jsonl``, one row per epoch; a last line truncated by a crash is ignored."""
-    if not path.is_file():
-        return []
-    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise InputError(f"{path}, line {number}: is no JSON; mend it, or remove it") from None
-    return rows
 
 
 class _Terminal(logging.Handler):
@@ -218,7 +156,7 @@ class RunLog:
     def write_epoch(self, row: Mapping) -> None:
         """Append a row to ``metrics.jsonl``."""
         if self.active:
-            self._write([*self.history(), row])
+            write_rows(self._metrics, [*self.history(), row])
 
     def scalars(self, epoch: int, values: Mapping[str, float]) -> None:
         """Write TensorBoard scalars, tag -> value."""
@@ -245,11 +183,8 @@ class RunLog:
     def _drop_rows_from(self, epoch: int) -> int:
         rows = self.history()
         kept = [row for row in rows if row["epoch"] < epoch]
-        self._write(kept)
+        write_rows(self._metrics, kept)
         return len(rows) - len(kept)
-
-    def _write(self, rows: list[Mapping]) -> None:
-        write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def size(self) -> int:
         """Size of the text log in bytes."""

@@ -25,7 +25,7 @@ from utils.checkpoint import (
 )
 from utils.config import FIXED, INCIDENTAL
 from utils.errors import InputError
-from utils.run.log import folder_of, inherit, new_folder
+from utils.run.folder import folder_of, inherit, new_folder
 from utils.run.provenance import environment
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from utils import build
 from utils.config import FIXED, INCIDENTAL, OLD_SWITCHES, OPTIONS, read_config
 from utils.errors import InputError
-from utils.run.log import read_rows
+from utils.run.folder import read_rows
 from utils.run.resume import fork_of
 from utils.sweep.spec import Arm, Sweep, at, refuse_set_by_sweep, terms_of
 

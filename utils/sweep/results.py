@@ -9,7 +9,7 @@ from typing import Any
 from utils.errors import InputError
 from utils.files import write_text
 from utils.report import plots
-from utils.run.log import read_rows
+from utils.run.folder import read_rows
 from utils.sweep.contrasts import Results, cells, independent, values, waterfall
 from utils.sweep.intervals import estimate
 from utils.sweep.plan import DEFAULTS, SUMMARY, Run, non_defaults, rows_of, short, summary_of
