@@ -156,7 +156,7 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(finished, tmp_path):
     scaler = {"scale": 512.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
     folder = resumed(stopped(finished, tmp_path, scaler={**scaler, "_growth_tracker": 7}), "precision", "fp16")
     assert content(folder)["scaler"] == {**scaler, "_growth_tracker": 15}
-    assert "precision was fp32 so far and is fp16 from here on" in log_of(folder)
+    assert "precision changes from fp32 to fp16" in log_of(folder)
     assert content(folder)["config"]["precision"] == "fp16"
 
 
@@ -192,7 +192,7 @@ def test_two_processes_train_lists_in_bf16_with_two_passes_per_step(lists, tmp_p
     in_ranks(tmp_path, train_in_rank, IMAGENET, *options)
     (folder,) = (tmp_path / "saved").iterdir()
     assert "computing: bfloat16" in log_of(folder)
-    assert "2 processes with 2 passes per step" in log_of(folder)
+    assert "2 processes with 2 micro-batches per step" in log_of(folder)
     assert last_lines(evaluated(capsys, folder, "workers", 0)) == last_lines(log_of(folder))
 
 
@@ -231,7 +231,7 @@ def test_a_compiled_run_is_evaluated_and_goes_on_compiled_or_not(anew, finished,
         for folder, compiled in ((parts, True), (eager, False)):
             train(folder.parent, *options, "compile", compiled, "resume", current(folder))
     assert_same_run(whole, parts)
-    assert "compile was True so far and is False from here on" in log_of(eager)
+    assert "compile changes from True to False" in log_of(eager)
     assert history(eager)[1]["train"]["loss"] == pytest.approx(history(whole)[1]["train"]["loss"], rel=0.1)
 
 

@@ -52,7 +52,7 @@ def test_a_fork_shares_the_epochs_before_and_trains_its_own_way_after(finished, 
     theirs, ours = history(finished), history(late)
     assert theirs[0] == ours[0]
     assert (theirs[1]["lr"], ours[1]["lr"]) == pytest.approx((0.04, 0.1))
-    assert "warmup_epochs was 5 so far and is 1 from here on" in log_of(late)
+    assert "warmup_epochs changes from 5 to 1" in log_of(late)
 
 
 def test_a_fork_leaves_its_parent_alone(finished, tmp_path):
@@ -96,7 +96,7 @@ def test_resume_goes_on_with_the_same_fork_alone(finished, late, tmp_path, capsy
     options = ["--cfg", ARB, *SHORT, *LATE, "save_dir", late.parent]
     arguments = ["resume", current(late), "fork", current(finished)]
     result = failure(capsys, train_stage1.main, *options, *arguments)
-    assert (result.code, len(result.lines)) == (2, 1) and "did not begin with the fork" in result.said
+    assert (result.code, len(result.lines)) == (2, 1) and "was not started from the fork" in result.said
     for without in ([], ["fork", kept(finished).with_name("epoch_2.pth.tar")]):
         result = failure(capsys, eval_main, *options, "resume", "auto", *without)
         assert result.code == 2, result.said

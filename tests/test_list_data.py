@@ -111,7 +111,7 @@ def test_resume_matches_an_uninterrupted_run_with_any_number_of_workers(lists, t
     train(tmp_path / "parts", *options, "workers", 1, "num_epochs", 2, "resume", last, cfg=IMAGENET)
     assert_same_run(whole, parts)
     log = next((whole / "logs").iterdir()).read_text()
-    assert "batch 16 in 2 passes" in log
+    assert "batch 16 in 2 micro-batches" in log
     assert "images: 8 pixels, decoded with PIL by 0 workers" in log
 
 

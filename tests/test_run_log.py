@@ -143,7 +143,7 @@ KILLED = RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
         (DivergenceError("bad"), "bad"),
         (OSError(28, "No space left", "FOLDER/x"), "FOLDER/x: cannot be written: No space left"),
         (OSError(24, "Too many open files", "elsewhere"), r"[Errno 24] Too many open files: 'elsewhere'"),
-        (KILLED, "a process that reads images was killed; where memory ran out, fewer workers need less"),
+        (KILLED, "a process that reads images was killed; if memory ran out, use fewer workers"),
     ],
 )
 @pytest.mark.parametrize("there", [True, False])

@@ -39,8 +39,8 @@ from tests.conftest import (
     failure,
     history,
     in_ranks,
-    keeper_of,
     log_of,
+    manager_of,
     stop_before,
     stopped,
     train,
@@ -233,7 +233,7 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_epoch_twice(finished, tmp
     folder = stopped(finished, tmp_path)
     train(tmp_path, "num_epochs", 2, "resume", current(folder))
     assert history(folder) == history(finished)
-    assert "epochs from 1 on were trained before; their 1 rows are dropped" in log_of(folder)
+    assert "epochs from 1 on will be trained again; their 1 rows are dropped" in log_of(folder)
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [p.step for p in board.Scalars("top1/test")] == [0, 1]
 
@@ -300,8 +300,8 @@ def test_an_epoch_begins_anew_where_its_steps_have_changed(interrupted, tmp_path
     train(tmp_path, "num_epochs", 1, "resume", current(folder), *changed)
     said = capsys.readouterr().out
     assert f"{changed[0]} was " in said
-    assert "going on after 0 epochs and 6 steps" in said
-    assert ("epoch 0 begins anew" in said) == (step == 0)
+    assert "resuming after 0 epochs and 6 steps" in said
+    assert ("epoch 0 starts over" in said) == (step == 0)
 
 
 def test_a_resume_elsewhere_says_that_bits_will_differ(finished, tmp_path, capsys):
@@ -311,8 +311,8 @@ def test_a_resume_elsewhere_says_that_bits_will_differ(finished, tmp_path, capsy
     torch.save(moved, path)
     train(tmp_path / "saved", "num_epochs", 2, "resume", path)
     said = capsys.readouterr().out
-    assert f"CPU threads: 99 so far, {torch.get_num_threads()} from here on" in said
-    assert f"torch: 2.0 so far, {torch.__version__} from here on" in said
+    assert f"CPU threads: 99 before, {torch.get_num_threads()} now" in said
+    assert f"torch: 2.0 before, {torch.__version__} now" in said
     assert "processes" not in said
 
 
@@ -322,7 +322,7 @@ def test_a_resume_elsewhere_says_that_bits_will_differ(finished, tmp_path, capsy
         ({"fingerprint": "0" * 64}, "was trained on other data"),
         ({"fingerprint": torch.zeros(3)}, "was trained on other data"),
         ({"class_counts": [1, 2]}, "was trained on other images"),
-        ({"step": 9, "sums": torch.zeros(1, 6, dtype=torch.float64)}, "lies at step 9 of an epoch that has 8 steps"),
+        ({"step": 9, "sums": torch.zeros(1, 6, dtype=torch.float64)}, "is at step 9 of an epoch that has 8 steps"),
     ],
     ids=["other lists or labels", "a hash that is none", "counts that are none", "more steps than an epoch has"],
 )
@@ -339,7 +339,7 @@ def test_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(tmp_
     assert "no checkpoint of this configuration" in capsys.readouterr().out
     assert load_config(folder / "config.yaml").resume == ""  # the file alone repeats the run
     train(tmp_path, "num_epochs", 1, "resume", "auto")
-    assert f"{current(folder)}: going on after 1 epochs" in capsys.readouterr().out
+    assert f"{current(folder)}: resuming after 1 epochs" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_its_own_data_and_names_what_else_changed(finished, tmp_path, capsys):
@@ -349,12 +349,12 @@ def test_a_run_goes_on_with_its_own_data_and_names_what_else_changed(finished, t
         result = failure(capsys, train_stage1.main, "--cfg", ARB, *SHORT, "resume", current(folder), key, value)
         assert (result.code, len(result.lines)) == (2, 1)
         assert f"was trained with {key} " in result.said
-        assert f"{key} {value} is asked for" in result.said
+        assert f"but {key} is {value}" in result.said
     assert (folder / "config.yaml").read_text() == before
     train(tmp_path, "num_epochs", 3, "lr", 0.05, "resume", current(folder))
     said = capsys.readouterr().out
-    assert "lr was 0.1 so far and is 0.05 from here on" in said
-    assert "num_epochs was 2 so far and is 3 from here on" in said
+    assert "lr changes from 0.1 to 0.05" in said
+    assert "num_epochs changes from 2 to 3" in said
     assert [row["epoch"] for row in history(folder)] == [0, 1, 2]
 
 
@@ -430,7 +430,7 @@ def one_epoch(cfg, batch_size, run, lr=0.1):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     step = Step(model, method, optimizer, new_scaler("fp32", CPU), CPU)
     with ScalarReads() as counter:
-        train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), epoch=0, seed=0, print_freq=1000)
+        train_stage1.train_epoch(step, loader, run, manager_of(run, loader, step), epoch=0, seed=0, print_freq=1000)
     return counter.reads, len(loader)
 
 
@@ -556,7 +556,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
     path = finished / "ckps" / "current.pth.tar"
     own = torch.load(path, weights_only=True)
     torch.save({key: own[key] for key in own if key != "config"}, tmp_path / "weights.pth.tar")
-    named = "was trained with backbone resnet8, and backbone resnet32 is asked for"
+    named = "was trained with backbone resnet8, but backbone is resnet32"
     for file, said in ((path, named), (tmp_path / "weights.pth.tar", "is of another architecture")):
         arguments = [
             "--cfg",

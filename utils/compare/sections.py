@@ -15,7 +15,7 @@ from utils.metrics import GROUPS, group_sizes
 from utils.report import plots
 from utils.report.figure_data import BINS, MAX_CELLS, MIN_DENOMINATOR, smoothing_window
 from utils.report.text import NPZ_LIMIT, group_line
-from utils.run.describe import method_in_words, schedule_in_words
+from utils.run.describe import describe_method, describe_schedule
 
 BALANCE = {
     "b_a": "B_A\n(angles)",
@@ -63,7 +63,7 @@ def descriptions(runs: Runs) -> list[tuple[str, str, str]]:
     for label, run in runs.items():
         done, cfg = run.rows[-1]["epoch"] + 1, run.cfg
         progress = "" if done == cfg.num_epochs else f"; {done} of {cfg.num_epochs} epochs so far"
-        words = f"{method_in_words(cfg)}; {cfg.backbone}; {schedule_in_words(cfg)}"
+        words = f"{describe_method(cfg)}; {cfg.backbone}; {describe_schedule(cfg)}"
         words += f"; seed {cfg.seed}, subset seed {cfg.subset_seed}{progress}"
         found.append((label, words, str(run.folder)))
     return found
