@@ -121,9 +121,7 @@ def test_a_fit_that_does_not_converge_says_so_without_a_warning(noisy, monkeypat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = decompose(*noisy, COUNTS, GROUPS)
-    assert result.notes == [
-        f"{label}: not converged after 2 iterations, scored as it is" for label in (REFIT, PROBE)
-    ]
+    assert result.notes == [f"{label}: not converged after 2 iterations, scored as it is" for label in (REFIT, PROBE)]
     assert set(result.rows) == {MODEL, ADJUSTED, NEAREST_MEAN, REFIT, PROBE}
 
 
