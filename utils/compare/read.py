@@ -38,7 +38,7 @@ ROW = {
     "epoch": int,
     "lr": int | float,
     "train": {"loss": int | float, "top1": int | float},
-    "test?": {"top1": int | float, "shots?": TABLE, "ece_groups?": TABLE, "ece?": NUMBER},
+    "test?": {"top1": int | float, "shots": TABLE, "ece_groups?": TABLE, "ece?": NUMBER},
     "val?": {"top1": int | float},
     "halves?": [int | float],
     "nc?": {str: NUMBER},
@@ -149,7 +149,8 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder}: no epoch of this run was evaluated yet; there is nothing to show")
     checkpoint, weight = _checkpoint(folder / "ckps" / "current.pth.tar", cfg)
     groups = groups_of(cfg, checkpoint["class_counts"])
-    with reading(folder / "predictions"):
+    predictions = _predictions(folder / "predictions", evaluated[-1]["epoch"], len(weight))
+    with reading(folder):
         summaries = {rule: _summary(folder, evaluated, rule, masks) for rule, masks in groups.items()}
     return Run(
         folder,
@@ -159,7 +160,7 @@ def read_run(folder: Path) -> Run:
         rows,
         groups,
         summaries,
-        _predictions(folder / "predictions", evaluated[-1]["epoch"], len(weight)),
+        predictions,
         _diagnostics(folder / "diagnostics.npz", len(weight)),
         {path.parent.name: _decomposition(path) for path in sorted(folder.glob("eval/*/decomposition.json"))},
     )
