@@ -16,11 +16,11 @@ from utils.command_line import exit_code, parse
 from utils.config import FIXED, option_help, read_config
 from utils.evaluation import gather_outputs, predict
 from utils.metrics import Predictions, class_accuracy, report
-from utils.precision import float32_products
+from utils.precision import matmul_precision
 from utils.report import plots
 from utils.report.decompose import decompose, decomposition_text, write_decomposition
 from utils.report.text import calibration_line, class_table, details, group_line, mislas_lines, table, write_report
-from utils.run.describe import post_hoc_in_words
+from utils.run.describe import describe_post_hoc
 from utils.run.folder import folder_of, new_folder
 from utils.run.resume import Origin, changed_options, class_map, find_checkpoint
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(cfg)
         origin = find_evaluated(cfg)
         class_order = class_map(cfg, origin)
-    with distributed.processes(cfg.device, cfg.deterministic) as device, float32_products(cfg.precision):
+    with distributed.processes(cfg.device, cfg.deterministic) as device, matmul_precision(cfg.precision):
         data = load_data(cfg, class_order.choice, device)
         groups = class_groups(cfg, data)
         model = new_model(cfg, data, origin.content)
@@ -110,10 +110,10 @@ def differences(content: Mapping, cfg: CfgNode) -> list[str]:
     """Warn about data, network or precision that differ from the checkpoint's, and about adjusted logits."""
     changed = {key: pair for key, pair in changed_options(content, cfg).items() if key in (*FIXED, "precision")}
     warnings = [
-        f"trained with {key} {old}, but this configuration says {new}, and what is below follows it"
+        f"trained with {key} {old}, but this configuration says {new}, which is used here"
         for key, (old, new) in changed.items()
     ]
-    return warnings + [post_hoc_in_words(cfg)] * (cfg.post_hoc_tau > 0)
+    return warnings + [describe_post_hoc(cfg)] * (cfg.post_hoc_tau > 0)
 
 
 def report_folder(checkpoint: str, save_dir: str, name: str) -> Path:

@@ -26,9 +26,9 @@ from utils.build import (
 from utils.command_line import exit_code, parse
 from utils.config import option_help, read_config
 from utils.meter import check_weights
-from utils.precision import float32_products
-from utils.run.describe import describe
-from utils.run.keeper import Keeper
+from utils.precision import matmul_precision
+from utils.run.checkpoint_manager import CheckpointManager
+from utils.run.describe import describe_run
 from utils.run.log import RunLog, progress_line
 from utils.run.provenance import provenance
 from utils.run.record import Recorder
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check(cfg)
             origin = find_checkpoint(cfg)
             class_order = class_map(cfg, origin)
-        with distributed.processes(cfg.device, cfg.deterministic) as device, float32_products(cfg.precision):
+        with distributed.processes(cfg.device, cfg.deterministic) as device, matmul_precision(cfg.precision):
             data = load_data(cfg, class_order.choice, device)
             loaders = new_loaders(cfg, data, device)
             training = new_training(cfg, data, loaders.train, device, origin.content)
@@ -56,26 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             step = new_step(cfg, training, components)
 
             with RunLog(folder, cfg.name, state.epoch, state.log_size) as log:
-                describe(log, cfg, data, evaluator.groups, step, [*notes, *start_notes, *class_order.notes])
+                describe_run(log, cfg, data, evaluator.groups, step, [*notes, *start_notes, *class_order.notes])
                 recorder = Recorder(log, state, data, evaluator.groups, components)
                 if state.epoch >= cfg.num_epochs:  # a finished run was resumed
                     return recorder.finish_again(evaluator.evaluate())
                 recorder.start(settings, device)
                 content = training.parts() | provenance(data, settings, device)
                 options = {"every": cfg.checkpoint_every_steps, "keep": cfg.keep_epochs, "components": components}
-                keeper = Keeper(log, signals, state, loaders.train, step.meter, content=content, **options)
-                with keeper.until_signal():
+                manager = CheckpointManager(log, signals, state, loaders.train, step.meter, content=content, **options)
+                with manager.stop_on_signal():
                     for epoch in range(state.epoch, cfg.num_epochs):
                         row = {"epoch": epoch, "lr": set_lr(training.optimizer, cfg, epoch)}
-                        row |= train_epoch(step, loaders.train, log, keeper, epoch, cfg.seed, cfg.print_freq)
+                        row |= train_epoch(step, loaders.train, log, manager, epoch, cfg.seed, cfg.print_freq)
                         if due(epoch, cfg.eval_every, cfg.num_epochs, cfg.eval_last):
-                            evaluation = evaluator.evaluate(keeper.signal)
+                            evaluation = evaluator.evaluate(manager.signal)
                             row |= evaluation.entries
                             recorder.end_evaluation(epoch, evaluation)
                         if due(epoch, cfg.nc_every, cfg.num_epochs):
-                            row["nc"] = evaluator.neural_collapse(keeper.signal)
+                            row["nc"] = evaluator.neural_collapse(manager.signal)
                         recorder.end_epoch(row, step.meter.clamp)
-                        keeper.end_epoch(row)
+                        manager.end_epoch(row)
                     recorder.finish(evaluation)
 
 
@@ -92,7 +92,7 @@ def train_epoch(
     step: Step | StepWrapper,
     loader: TrainLoader,
     log: RunLog,
-    keeper: Keeper,
+    manager: CheckpointManager,
     epoch: int,
     seed: int,
     print_freq: int,
@@ -103,10 +103,10 @@ def train_epoch(
         Entries of the row of ``metrics.jsonl``: "train" (mean loss, accuracies in percent, see also
         :meth:`TrainMeter.counts`) and "timing".
     """
-    began = time.perf_counter() - keeper.state.seconds  # as if the epoch had not been interrupted
+    began = time.perf_counter() - manager.state.seconds  # as if the epoch had not been interrupted
     step.start_epoch(epoch)
-    first = keeper.start_epoch()
-    keeper.between_steps(first, time.perf_counter() - began)
+    first = manager.start_epoch()
+    manager.between_steps(first, time.perf_counter() - began)
     draws = step.method.draws(loader.batch_sizes, seed, epoch, loader.accumulate, loader.device)
     draws = draws[first * loader.accumulate :]
     batches = tqdm(loader.epoch(epoch, first), f"epoch {epoch}", len(draws), leave=False, disable=not show_progress())
@@ -115,11 +115,11 @@ def train_epoch(
         if batch.ends_step:
             done = batch.number + 1
             if batch.number % print_freq == 0:
-                keeper.check()
+                manager.check()
                 per_step, last = (time.perf_counter() - began) / done, step.meter.last_step()
                 log.info(progress_line(epoch, batch.number, len(loader), per_step, last, step.meter.averages()))
-            keeper.between_steps(done, time.perf_counter() - began)
-    keeper.check()
+            manager.between_steps(done, time.perf_counter() - began)
+    manager.check()
     check_weights(step.model, epoch)
     seconds = time.perf_counter() - began
     timing = {"train_seconds": seconds, "images_per_second": len(loader.targets) / seconds}

@@ -77,10 +77,10 @@ class ComponentMeter:
             sums["table"].index_add_(0, labels, norms)
 
     def rows(self) -> Tensor:
-        """The sums of every process, float64 [W, ...] on the CPU, after the chosen rows: what :meth:`go_on` needs."""
+        """The sums of every process, float64 [W, ...] on the CPU, after the chosen rows, for :meth:`load_rows`."""
         return distributed.gather_rows(torch.cat([self._rows, self.flat])[None]).cpu()
 
-    def go_on(self, rows: Tensor | None) -> bool:
+    def load_rows(self, rows: Tensor | None) -> bool:
         """From the :meth:`rows` of an interrupted epoch; False: they are of other rows, and nothing is changed.
 
         The table, which comes last, is summed on where both have one: the last epoch may have become another.

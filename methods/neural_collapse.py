@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from utils import distributed
 from utils.distributed import all_reduce_sum
 from utils.errors import DivergenceError, InputError
-from utils.evaluation import feature_batches, until_signal
+from utils.evaluation import feature_batches, stop_on_signal
 from utils.metrics import shot_accuracy
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -330,7 +330,7 @@ def collapse(
     distributed.broadcast_buffers(model)
     batches = [(h.cpu(), y.cpu()) for h, _, y in feature_batches(model, plain, precision, signal)]
     rows, bias = model.classifier.rows(), model.classifier.fc.bias
-    measured = measure(lambda: until_signal(batches, signal), rows.detach(), bias)
+    measured = measure(lambda: stop_on_signal(batches, signal), rows.detach(), bias)
     per_class = measured.pop("nc1_per_class")
     headline = next(iter(groups.values()))
     by_group = shot_accuracy(per_class, ~per_class.isnan(), headline)  # means, of whatever it is given

@@ -20,7 +20,7 @@ from datasets.loaders import TrainLoader
 from tests.trees import PATTERNS, make_tree
 from utils.checkpoint import TrainState
 from utils.command_line import exit_code
-from utils.run.keeper import Keeper
+from utils.run.checkpoint_manager import CheckpointManager
 from utils.run.log import RunLog
 from utils.signals import NAMES, Signals
 from utils.step import Step
@@ -90,9 +90,9 @@ def train(save_dir: Path, *overrides: object, cfg: str = ARB) -> Path:
     return new.pop() if new else save_dir
 
 
-def keeper_of(run: RunLog, loader: TrainLoader, step: Step) -> Keeper:
+def manager_of(run: RunLog, loader: TrainLoader, step: Step) -> CheckpointManager:
     """For ``train_epoch`` alone: nothing is saved and no signal heard."""
-    return Keeper(run, Signals(), TrainState(), loader, step.meter, 0, {"model": step.model})
+    return CheckpointManager(run, Signals(), TrainState(), loader, step.meter, 0, {"model": step.model})
 
 
 def failure(capsys, main, *arguments: object) -> SimpleNamespace:

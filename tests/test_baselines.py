@@ -17,11 +17,11 @@ import torch
 import eval as eval_script
 import train_stage1
 from methods.losses import drw_weights, ldam_margins, post_hoc_shift
-from tests.conftest import ROOT, assert_same_run, content, history, keeper_of, train
+from tests.conftest import ROOT, assert_same_run, content, history, manager_of, train
 from utils import build
 from utils.compare import page as compare
 from utils.config import load_config
-from utils.cuda_graph import RecordedStep
+from utils.cuda_graph import GraphedStep
 from utils.evaluation import predict
 from utils.precision import new_scaler
 from utils.run import describe
@@ -58,7 +58,7 @@ def test_a_baseline_s_file_builds_and_its_first_line_says_what_it_is(path):
     model = build.new_model(cfg, data)
     method = build.new_method(cfg, data, model)
     build.new_optimizer(cfg, model, method)
-    words = describe.method_in_words(cfg)
+    words = describe.describe_method(cfg)
     says = {
         "balanced_softmax": ["Balanced Softmax (logit adjustment, tau 1)"],
         "logit_adjustment_post_hoc": ["evaluated after post-hoc logit adjustment (logits less 1 log(n / N))"],
@@ -86,9 +86,9 @@ def test_the_settings_of_the_papers():
 
 def test_what_is_never_reached_or_corrects_twice_is_said_so():
     short = load_config(CE, [*map(str, NC), "num_epochs", "2", "nc_start_epoch", "2"])
-    assert describe.method_in_words(short).count("never reached") == 2
+    assert describe.describe_method(short).count("never reached") == 2
     arb = load_config("config/digits/digits_imb005_arbloss_mixup.yaml", ["post_hoc_tau", "1", "tau", "0.5"])
-    words = describe.method_in_words(arb)
+    words = describe.describe_method(arb)
     assert "batch class counts to the power 0.5" in words
     assert "the loss has corrected the prior already" in words
 
@@ -161,12 +161,12 @@ def test_a_step_is_recorded_anew_where_something_sets_in(tmp_path, recorded):
         method = build.new_method(cfg, data, model)
         optimizer = build.new_optimizer(cfg, model, method)
         step = Step(model, method, optimizer, new_scaler("fp32", device), device)
-        step = RecordedStep(step, record) if recording else step
+        step = GraphedStep(step, record) if recording else step
         loader = data.train_loader(cfg.batch_size, 0, device)
         with RunLog(new_folder(str(tmp_path), "run"), "run") as run:
             for epoch in range(3):
                 build.set_lr(optimizer, cfg, epoch)
-                train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), epoch, 0, 1000)
+                train_stage1.train_epoch(step, loader, run, manager_of(run, loader, step), epoch, 0, 1000)
         results.append([*(p.detach().clone() for p in model.parameters()), method.regularizer.means.detach()])
     assert len(records) == (3 if recorded else 0)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

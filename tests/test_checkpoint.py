@@ -334,7 +334,7 @@ def test_a_run_of_another_configuration_is_passed_over_and_named(tmp_path):
     found = newest_checkpoint(str(tmp_path), {"name": "a", "lr": 0.1, "seed": 2})
     assert found.content is None
     assert found.notes[0] == f"resume auto: passed over {other}, which has another lr, seed"
-    assert "training starts anew" in found.notes[1]
+    assert "starting a new run" in found.notes[1]
     wanted = run_of(tmp_path, "a_20260101000000_2", {"name": "a", "lr": 0.1, "seed": 2}, age=9)
     assert newest_checkpoint(str(tmp_path), {"name": "a", "lr": 0.1, "seed": 2}).path == str(wanted)
 

@@ -90,7 +90,7 @@ def test_an_interrupted_epoch_goes_on_to_the_last_bit(meter):
     first, second = (ComponentMeter(CLASSES, [4, 1], 0, CPU) for _ in range(2))
     for batch in batches[:2]:
         first.update(parts_of(*batch))
-    assert second.go_on(first.rows())
+    assert second.load_rows(first.rows())
     second.update(parts_of(*batches[2]))
     for name, array in meter.averages().items():
         assert np.array_equal(array, second.averages()[name]), name
@@ -99,8 +99,8 @@ def test_an_interrupted_epoch_goes_on_to_the_last_bit(meter):
 @pytest.mark.parametrize("rows", [[4], [4, 2], []])
 def test_sums_of_other_rows_are_of_no_use(meter, rows):
     other = ComponentMeter(CLASSES, rows, 0, CPU)
-    assert not other.go_on(meter.rows())
-    assert not other.go_on(None)
+    assert not other.load_rows(meter.rows())
+    assert not other.load_rows(None)
     assert other.averages()["batches"] == 0
 
 
@@ -112,7 +112,7 @@ def test_an_epoch_that_is_or_is_not_the_last_one_any_more_goes_on_without_the_ta
         part.start_epoch(0)
     for batch in batches[:2]:
         first.update(parts_of(*batch))
-    assert second.go_on(first.rows())
+    assert second.load_rows(first.rows())
     second.update(parts_of(*batches[2]))
     found, expected = second.averages(), meter.averages()
     assert found.keys() == expected.keys() - {"table"}
@@ -121,7 +121,7 @@ def test_an_epoch_that_is_or_is_not_the_last_one_any_more_goes_on_without_the_ta
 
 def test_the_sums_of_two_processes_go_on_in_one(meter):
     alone = ComponentMeter(CLASSES, [4, 1], 0, CPU)
-    alone.go_on(torch.cat([meter.rows(), meter.rows()]))
+    alone.load_rows(torch.cat([meter.rows(), meter.rows()]))
     assert alone.averages()["batches"] == 6
     np.testing.assert_allclose(alone.averages()["table"], meter.averages()["table"])
 

@@ -92,11 +92,11 @@ def work():
         found["counts"] = meter.counts()
         rows = meter.rows()
         meter.reset()
-        meter.go_on(rows, 2)
+        meter.load_rows(rows, 2)
         found["gone on"] = [len(rows), meter.averages(), int(meter.steps), float(meter.sums[3])]
-        meter.go_on(rows.repeat(2, 1), 2)
+        meter.load_rows(rows.repeat(2, 1), 2)
         found["from four"] = [meter.averages(), float(meter.sums[3]), meter.counts()]
-        meter.go_on(rows, 2)
+        meter.load_rows(rows, 2)
         found["greatest"] = distributed.greatest(10 * rank)
         found["equal"] = [distributed.all_equal(3, 4), distributed.all_equal(3, rank)]
         if rank == 1:

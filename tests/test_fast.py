@@ -169,7 +169,7 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(plain, tmp_path):
     scaler = {"scale": 512.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
     folder = resumed(changed(plain, tmp_path, scaler={**scaler, "_growth_tracker": 7}), "precision", "fp16")
     assert content(folder)["scaler"] == {**scaler, "_growth_tracker": 10}
-    assert "precision was fp32 so far and is fp16 from here on" in log(folder)
+    assert "precision changes from fp32 to fp16" in log(folder)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -193,7 +193,7 @@ def test_a_scaler_that_is_none_is_refused_in_one_line(plain, tmp_path, capsys, s
 
 def test_going_on_in_another_precision_is_noted(plain, tmp_path):
     folder = resumed(changed(plain, tmp_path), "precision", "bf16")
-    assert "note: precision was fp32 so far and is bf16 from here on" in log(folder)
+    assert "note: precision changes from fp32 to bf16" in log(folder)
     assert content(folder)["config"]["precision"] == "bf16"
 
 
@@ -210,7 +210,7 @@ def test_two_processes_train_lists_in_bf16_with_two_passes_per_step(tmp_path, ca
     assert done.code == 0, done.err
     run = several.only_run(tmp_path / "saved")
     assert "computing: bfloat16" in run.log
-    assert "2 processes with 2 passes per step" in run.log
+    assert "2 processes with 2 micro-batches per step" in run.log
     assert last_lines(evaluated(capsys, run.folder, "workers", 0)) == run.lines
 
 
@@ -250,7 +250,7 @@ def test_a_compiled_run_is_evaluated_and_goes_on_compiled_or_not(anew, plain, tm
             resume = ["resume", folder / "ckps" / "current.pth.tar"]
             train(folder.parent, *options, "num_epochs", 2, "compile", compiled, *resume)
     assert_same_run(whole, parts)
-    assert "compile was True so far and is False from here on" in log(copy)
+    assert "compile changes from True to False" in log(copy)
     assert history(copy)[1]["train"]["loss"] == pytest.approx(history(whole)[1]["train"]["loss"], rel=0.05)
 
 

@@ -66,7 +66,7 @@ STEPS = 15  # of an epoch
 LONG = 30  # epochs of the runs that are stopped many times: more than all those lives get through on a fast machine
 KILLS = 20
 FULL = Path("/dev/full")  # every write fails with ENOSPC
-STOPPED = re.compile(r"^stopped by (\w+): epoch (\d+), (\d+) of 15 steps, is kept; go on with: (.*)$", re.M)
+STOPPED = re.compile(r"^stopped by (\w+): epoch (\d+), (\d+) of 15 steps, is saved; resume with: (.*)$", re.M)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -282,7 +282,7 @@ def killed_life(
             assert run.process.returncode == -signal.SIGKILL  # it had not ended by itself
         return SimpleNamespace(
             began="Epoch: [" in run.out(),
-            went_on=re.search(r"going on after \d+ epochs and \d+ steps", run.out()) is not None,
+            went_on=re.search(r"resuming after \d+ epochs and \d+ steps", run.out()) is not None,
             writing=any((folder / "saved").glob("*/ckps/.*.part")),
         )
 
@@ -437,7 +437,7 @@ def test_a_run_that_sigusr1_stopped_goes_on_with_more_threads_and_says_what_that
         train_stage1.main(printed_command(run.err())[1:])
     finally:
         torch.set_num_threads(1)
-    assert re.search(r"CPU threads: 1 so far, 2 from here on; .* not, bit for bit", log_of(only_run(tmp_path)))
+    assert re.search(r"CPU threads: 1 before, 2 now; .* no longer bit-identical", log_of(only_run(tmp_path)))
 
 
 @pytest.mark.parametrize(("number", "wait"), [(signal.SIGHUP, 0), (signal.SIGTERM, 0.3)])
@@ -464,7 +464,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
         assert stopped[-1].startswith("torchrun --standalone --nproc_per_node 2 train_stage1.py ")
     assert content(only_run(tmp_path))["step"] == int(stopped[2]) in range(3, STEPS)
     train_stage1.main(printed_command(run.err())[4 + 2 :])
-    assert re.search(r"processes: 2 so far, 1 from here on; .* not, bit for bit", log_of(only_run(tmp_path)))
+    assert re.search(r"processes: 2 before, 1 now; .* no longer bit-identical", log_of(only_run(tmp_path)))
     assert (only_run(tmp_path) / "summary.json").is_file()
 
 
@@ -493,7 +493,7 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
         stop(tmp_path, run, run.process.pid, signal.SIGTERM)
     done = completed(tmp_path, *TWO, *printed_command(run.err()))
     assert done.code == 0, done.err
-    assert re.search(r"processes: 1 so far, 2 from here on; .* not, bit for bit", log_of(only_run(tmp_path)))
+    assert re.search(r"processes: 1 before, 2 now; .* no longer bit-identical", log_of(only_run(tmp_path)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

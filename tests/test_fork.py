@@ -42,7 +42,7 @@ def test_a_fork_shares_the_epochs_before_and_trains_its_own_way_after(parent, tm
     assert (theirs[3]["lr"], ours[3]["lr"]) == pytest.approx((0.001, 0.01))
     assert theirs[3]["train"] != ours[3]["train"]
     log = (fork / "logs" / "late.txt").read_text()
-    assert "lr_steps was [2, 3] so far and is [2, 9] from here on" in log
+    assert "lr_steps changes from [2, 3] to [2, 9]" in log
     assert sorted((path, path.stat().st_mtime_ns) for path in parent.rglob("*")) == before
 
 
@@ -81,7 +81,7 @@ def test_resume_goes_on_with_the_same_fork_alone(parent, tmp_path, capsys):
     options = ["--cfg", ARB, *map(str, EPOCHS), "batch_size", 64, "save_dir", tmp_path]
     path = fork / "ckps" / "current.pth.tar"
     result = failure(capsys, train_stage1.main, *options, "resume", path, "fork", other)
-    assert (result.code, len(result.lines)) == (2, 1) and "did not begin with the fork" in result.said
+    assert (result.code, len(result.lines)) == (2, 1) and "was not started from the fork" in result.said
     for without in ([], ["fork", kept(parent).with_name("epoch_1.pth.tar")]):
         result = failure(capsys, eval_main, *options, "resume", "auto", *without)
         assert result.code == 2, result.said

@@ -112,7 +112,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(lists, tmp_pa
     train(tmp_path / "parts", *options, "workers", 1, "num_epochs", 2, "resume", last, cfg=cfg)
     assert_same_run(whole, parts)
     log = next((whole / "logs").iterdir()).read_text()
-    assert "batch 16 in 2 passes" in log
+    assert "batch 16 in 2 micro-batches" in log
     assert "images: 32 pixels, decoded with PIL by 0 workers" in log
 
 

@@ -206,7 +206,7 @@ def test_a_signal_within_the_measurement_loses_nothing(tmp_path, monkeypatch, ca
             os.kill(os.getpid(), 15)
             return own(*arguments)
 
-        patch.setattr(train_stage1, "collapse", stopped)
+        patch.setattr("utils.build.collapse", stopped)
         words = ["--cfg", ARB, *SHORT, *map(str, options), "save_dir", tmp_path / "parts"]
         assert failure(capsys, train_stage1.main, *words).code == 143
     (folder,) = (tmp_path / "parts").iterdir()
@@ -217,5 +217,8 @@ def test_a_signal_within_the_measurement_loses_nothing(tmp_path, monkeypatch, ca
     assert_same_run(whole, folder)
     (other / "diagnostics.npz").unlink(missing_ok=True)
     train(other.parent, *options, "diagnostics_rows", "[1, 2, 3]", "resume", "auto")
-    assert "the diagnostics of epoch 0 begin at step 8, with other rows" in next((other / "logs").iterdir()).read_text()
+    assert (
+        "the diagnostics of epoch 0 start at step 8: their rows have changed"
+        in next((other / "logs").iterdir()).read_text()
+    )
     assert np.load(other / "diagnostics.npz")["batches"].tolist() == [0]

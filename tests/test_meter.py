@@ -121,7 +121,7 @@ def test_restored_sums_continue(meter, processes):
     rows = torch.cat([rows, *[torch.zeros_like(rows)] * (processes - 1)])
     later.update(torch.tensor(99.0), one_hot([0, 3]), targets)
     later.reset()
-    later.go_on(rows, 3)
+    later.load_rows(rows, 3)
     for one in (whole, later):
         one.update(torch.tensor(0.3), one_hot([0, 1]), targets)
     assert torch.equal(whole.sums, later.sums)

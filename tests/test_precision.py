@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.precision import PRECISIONS, autocast, float32_products, new_scaler
+from utils.precision import PRECISIONS, autocast, matmul_precision, new_scaler
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ def tf32_flags():
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_tf32_is_allowed_for_tf32_only_and_restored_after_an_error(precision):
     before = tf32_flags()
-    with pytest.raises(KeyError), float32_products(precision):
+    with pytest.raises(KeyError), matmul_precision(precision):
         assert tf32_flags() == ((True, True) if precision == "tf32" else (False, False))
         raise KeyError
     assert tf32_flags() == before
@@ -45,6 +45,6 @@ def test_cuda_convolutions_use_tf32_only_if_allowed(precision, strict):
     torch.manual_seed(0)
     image, kernel = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
     exact = torch.nn.functional.conv2d(image.double(), kernel.double())
-    with float32_products(precision):
+    with matmul_precision(precision):
         error = (torch.nn.functional.conv2d(image.cuda(), kernel.cuda()).cpu() - exact).abs().max() / exact.abs().max()
     assert (error < 2e-5) == strict

@@ -146,7 +146,7 @@ KILLED = RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
         (DivergenceError("bad"), "bad"),
         (OSError(28, "No space left", "FOLDER/x"), "FOLDER/x: cannot be written: No space left"),
         (OSError(24, "Too many open files", "elsewhere"), r"[Errno 24] Too many open files: 'elsewhere'"),
-        (KILLED, "a process that reads images was killed; where memory ran out, fewer workers need less"),
+        (KILLED, "a process that reads images was killed; if memory ran out, use fewer workers"),
     ],
 )
 @pytest.mark.parametrize("there", [True, False])
@@ -166,7 +166,7 @@ def test_errors_name_the_last_good_checkpoint(tmp_path, error, said, there):
 
 def test_a_damaged_row_that_is_not_the_last_one_is_refused_and_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epo\n{"epoch": 2}\n')
-    with pytest.raises(InputError, match=r"metrics.jsonl, line 2: is no JSON; mend it, or remove it"):
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2: is not valid JSON; fix or delete the line"):
         RunLog(tmp_path, "x", 3)
     assert '{"epoch": 2}' in (tmp_path / "metrics.jsonl").read_text()
     assert logging.getLogger(f"run.{tmp_path.name}").handlers == []

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import train_stage1
 from datasets.loaders import EvalLoader
-from tests.conftest import ROOT, keeper_of
+from tests.conftest import ROOT, manager_of
 from tests.trees import make_tree
 from utils import build, distributed
 from utils.config import load_config
@@ -192,7 +192,7 @@ def gradients(cfg, data, device: torch.device, folder: Path) -> tuple[dict, Tens
     with RunLog(new_folder(str(folder / "saved"), "run"), "run") as run:
         parallel, method = distributed.parallel(model, device), build.new_method(cfg, data)
         step = Step(parallel, method, optimizer, new_scaler(cfg.precision, device), device)
-        row = train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), 0, cfg.seed, print_freq=1000)
+        row = train_stage1.train_epoch(step, loader, run, manager_of(run, loader, step), 0, cfg.seed, print_freq=1000)
     kept = torch.stack(optimizer.kept)
     everyones = distributed.gather_rows(kept[None])
     assert torch.equal(everyones, kept.expand_as(everyones)), "the processes step in different directions"

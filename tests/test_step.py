@@ -14,11 +14,11 @@ from models import build_model
 from utils.build import set_lr
 from utils.checkpoint import TrainState, read_checkpoint, restore, save_checkpoint
 from utils.config import load_config
-from utils.cuda_graph import RecordedStep
+from utils.cuda_graph import GraphedStep
 from utils.errors import InputError
-from utils.precision import autocast, float32_products, new_scaler
+from utils.precision import autocast, matmul_precision, new_scaler
 from utils.seed import seeded_weights
-from utils.step import Step, WatchedStep, compile_model
+from utils.step import ProfiledStep, Step, compile_model
 
 CPU = torch.device("cpu")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -160,7 +160,7 @@ def deterministic():
 
 
 def first_loss(data, precision, device=CPU, compiled=False, steps=1):
-    with float32_products(precision):
+    with matmul_precision(precision):
         step = run(data, new_step(data, precision, device, compiled), steps=steps, device=device)
     return step, step.meter.last_step()["loss"]
 
@@ -302,7 +302,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch, digits):
 
 
 class Recorder:
-    """Counts; ``record_cuda_graph`` with a CPU's means."""
+    """Counts; ``capture_cuda_graph`` with a CPU's means."""
 
     def __init__(self):
         self.recordings = self.replays = 0
@@ -321,7 +321,7 @@ class Recorder:
 
 def recorded(data, device, precision="fp32", recorder=None, **options):
     step = new_step(data, precision, device, **options)
-    return RecordedStep(step, (recorder or Recorder()) if torch.device(device) == CPU else None)
+    return GraphedStep(step, (recorder or Recorder()) if torch.device(device) == CPU else None)
 
 
 RECORDED = [(CPU, "fp32"), (CPU, "bf16"), *(pytest.param("cuda", p, marks=CUDA) for p in ("fp32", "bf16", "fp16"))]
@@ -370,7 +370,7 @@ def test_recording_changes_nothing(digits):
         Recorder()(function)
         return lambda: None
 
-    recording = RecordedStep(step, no_replay)
+    recording = GraphedStep(step, no_replay)
     recording(*next(iter(batches_and_draws(digits, step, 0))))
     assert recording.replay is not None
     for (key, value), old in zip(state(step).items(), before.values(), strict=True):
@@ -394,12 +394,12 @@ def test_steps_recorded_after_a_resume_are_eager_ones(digits, tmp_path, device, 
     content = checkpoint(run(digits, new_step(digits, precision, device), steps=4, device=device), tmp_path / "a")
     content["optimizer"]["param_groups"][0] |= {"fused": None, "lr": 7.0, "weight_decay": 7.0}
     steps = []
-    for kind in (Step, RecordedStep):
+    for kind in (Step, GraphedStep):
         parts = new_parts(digits, precision, device, seed=1)
         restore(copy.deepcopy(content), "a", *parts)  # it hands its tensors over
         step = Step(*parts, torch.device(device), precision)
-        if kind is RecordedStep:
-            step = RecordedStep(step, Recorder() if device == CPU else None)
+        if kind is GraphedStep:
+            step = GraphedStep(step, Recorder() if device == CPU else None)
         group = parts[2].param_groups[0]
         assert (group["fused"], float(group["lr"]), group["weight_decay"]) == (True, pytest.approx(LR), 1e-3)
         steps.append(run(digits, step, epochs=2, steps=10, device=device))
@@ -430,7 +430,7 @@ def test_a_step_of_another_optimizer_cannot_be_recorded(digits):
     model, method, _, scaler = new_parts(digits)
     plain = torch.optim.SGD(model.parameters(), lr=LR)
     with pytest.raises(ValueError, match="needs a fused optimizer"):
-        RecordedStep(Step(model, method, plain, scaler, CPU))
+        GraphedStep(Step(model, method, plain, scaler, CPU))
 
 
 def test_a_method_that_changes_is_recorded_anew(digits):
@@ -464,7 +464,7 @@ def test_a_watched_step_shows_each_pass_s_own_output(digits, device, recording):
         seen.append((batch.number, logits.clone(), features.clone()))
 
     make = recorded if recording else new_step
-    watched = WatchedStep(make(digits, device=device, keep_outputs=True), watch, every=1)
+    watched = ProfiledStep(make(digits, device=device, keep_outputs=True), watch, every=1)
     twin = new_step(digits, device=device)
     for step in (watched, twin):
         step.start_epoch(0)
@@ -486,12 +486,12 @@ def test_a_watched_step_shows_each_pass_s_own_output(digits, device, recording):
 
 def test_every_so_many_steps_are_watched_with_all_their_passes(digits):
     numbers = []
-    step = WatchedStep(new_step(digits, keep_outputs=True), lambda *seen: numbers.append(seen[2].number), every=4)
+    step = ProfiledStep(new_step(digits, keep_outputs=True), lambda *seen: numbers.append(seen[2].number), every=4)
     run(digits, step, accumulate=2, epochs=2)
     assert numbers == [0, 0, 4, 4, 8, 8, 12, 12] * 2
 
 
 def test_watching_changes_nothing(digits):
-    steps = [new_step(digits), WatchedStep(new_step(digits, keep_outputs=True), lambda *seen: None, every=1)]
+    steps = [new_step(digits), ProfiledStep(new_step(digits, keep_outputs=True), lambda *seen: None, every=1)]
     one, other = (state(run(digits, step, steps=3)) for step in steps)
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -190,7 +190,7 @@ def test_metrics_that_cannot_be_read_fail_their_run_alone(copied, capsys):
     path = folder_of(copied / "saved/tiny", "arb_seed0") / "metrics.jsonl"
     path.write_text("{\n" + path.read_text())
     assert again(copied) == 1
-    assert f"failed: arb_seed0: {path}, line 1: is no JSON" in capsys.readouterr().err
+    assert f"failed: arb_seed0: {path}, line 1: is not valid JSON" in capsys.readouterr().err
     results = json.loads((copied / "saved/tiny/results.json").read_text())
     assert [row["run"] for row in results["runs"]] == ["plain_seed0", "late_seed0", "plain_seed1", "arb_seed1"]
     assert list(results["failed"]) == ["arb_seed0"]

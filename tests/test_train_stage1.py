@@ -37,7 +37,7 @@ from tests.conftest import (
     content,
     failure,
     history,
-    keeper_of,
+    manager_of,
     train,
 )
 from utils import build
@@ -232,7 +232,7 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_epoch_twice(tmp_path):
     assert [row["epoch"] for row in history(folder)] == [0, 1]
     assert history(folder)[0] == rows[0]
     assert (
-        "epochs from 1 on were trained before; their 2 rows are dropped"
+        "epochs from 1 on will be trained again; their 2 rows are dropped"
         in next((folder / "logs").iterdir()).read_text()
     )
 
@@ -269,7 +269,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_inside_it(tmp_path, options, monk
             stop_after(patch, calls * (2 if "accumulate" in options else 1))
             result = failure(capsys, train_stage1.main, *start, "resume", "auto")
         assert result.code == 143
-        assert result.lines[0].startswith(f"stopped by SIGTERM: {reached} steps, is kept; go on with: python train_")
+        assert result.lines[0].startswith(f"stopped by SIGTERM: {reached} steps, is saved; resume with: python train_")
     (folder,) = (tmp_path / "parts").iterdir()
     assert not (folder / "summary.json").exists()
     train(tmp_path / "parts", *options, "resume", "auto")
@@ -283,7 +283,7 @@ def test_a_step_s_checkpoint_goes_on_inside_the_epoch(tmp_path, monkeypatch):
     options = ["num_epochs", 1, "checkpoint_every_steps", 3, "print_freq", 1]
     whole = train(tmp_path / "whole", *options)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train_stage1, "evaluate", lambda *_: 1 / 0)
+        patch.setattr("utils.build.evaluate", lambda *_: 1 / 0)
         train(tmp_path / "parts", *options)
     (folder,) = (tmp_path / "parts").iterdir()
     assert content(folder)["step"] == 6
@@ -301,9 +301,9 @@ def test_an_epoch_begins_anew_where_its_steps_have_changed(tmp_path, changed, st
     (folder,) = tmp_path.iterdir()
     train(tmp_path, "num_epochs", 1, "resume", folder / "ckps" / "current.pth.tar", *changed)
     said = capsys.readouterr().out
-    assert f"{changed[0]} was " in said
-    assert "going on after 0 epochs and 6 steps" in said
-    assert ("epoch 0 begins anew" in said) == (step == 0)
+    assert f"{changed[0]} changes from " in said
+    assert "resuming after 0 epochs and 6 steps" in said
+    assert ("epoch 0 starts over" in said) == (step == 0)
 
 
 def test_a_resume_elsewhere_says_that_bits_will_differ(finished, tmp_path, capsys):
@@ -313,13 +313,11 @@ def test_a_resume_elsewhere_says_that_bits_will_differ(finished, tmp_path, capsy
     torch.save(moved, path)
     train(tmp_path / "saved", "num_epochs", 2, "resume", path)
     said = capsys.readouterr().out
-    assert (
-        f"CPU threads: 99 so far, {torch.get_num_threads()} from here on; from here on the run is not, bit for" in said
-    )
-    assert f"torch: 2.0 so far, {torch.__version__} from here on" in said
+    assert f"CPU threads: 99 before, {torch.get_num_threads()} now; results are no longer bit-identical" in said
+    assert f"torch: 2.0 before, {torch.__version__} now" in said
     assert "processes" not in said
     train(tmp_path / "saved", "num_epochs", 2, "resume", finished / "ckps" / "current.pth.tar")
-    assert "bit for bit" not in capsys.readouterr().out
+    assert "bit-identical" not in capsys.readouterr().out
 
 
 def test_other_labels_or_lists_are_refused(finished, tmp_path, capsys):
@@ -338,7 +336,7 @@ def test_other_labels_or_lists_are_refused(finished, tmp_path, capsys):
     [
         ({"fingerprint": torch.zeros(3)}, "was trained on other data"),
         ({"class_counts": [1, 2]}, "was trained on other images"),
-        ({"step": 9, "sums": torch.zeros(1, 6, dtype=torch.float64)}, "lies at step 9 of an epoch that has 8 steps"),
+        ({"step": 9, "sums": torch.zeros(1, 6, dtype=torch.float64)}, "is at step 9 of an epoch that has 8 steps"),
     ],
 )
 def test_a_checkpoint_that_contradicts_itself_is_refused(finished, tmp_path, capsys, change, said):
@@ -361,7 +359,7 @@ def test_auto_starts_anew_where_there_is_nothing_and_eval_finds_the_run(tmp_path
     assert "no checkpoint of this configuration" in capsys.readouterr().out
     assert load_config(folder / "config.yaml").resume == ""  # the file alone repeats the run
     train(tmp_path, "num_epochs", 1, "resume", "auto")
-    assert f"{folder}/ckps/current.pth.tar: going on after 1 epochs" in capsys.readouterr().out
+    assert f"{folder}/ckps/current.pth.tar: resuming after 1 epochs" in capsys.readouterr().out
     arguments = ["--cfg", ARB, *SHORT, "save_dir", tmp_path, "resume", "auto"]
     assert failure(capsys, eval_script.main, *arguments, "num_epochs", 1).code == 0
     assert (folder / "eval" / "current" / "metrics.json").exists()
@@ -379,12 +377,12 @@ def test_a_run_goes_on_with_its_own_data_and_names_what_else_changed(finished, t
         assert result.code == 2
         assert len(result.lines) == 1
         assert f"was trained with {key} " in result.said
-        assert f"{key} {value} is asked for" in result.said
+        assert f"but {key} is {value}" in result.said
     assert (folder / "config.yaml").read_text() == before
     train(tmp_path, "num_epochs", 3, "lr", 0.05, "resume", path)
     said = capsys.readouterr().out
-    assert "lr was 0.1 so far and is 0.05 from here on" in said
-    assert "num_epochs was 2 so far and is 3 from here on" in said
+    assert "lr changes from 0.1 to 0.05" in said
+    assert "num_epochs changes from 2 to 3" in said
 
 
 def test_resuming_a_finished_run_prints_the_table_and_changes_nothing(finished, tmp_path, capsys):
@@ -462,7 +460,7 @@ def one_epoch(cfg, batch_size, run, lr=0.1):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     step = Step(model, method, optimizer, new_scaler("fp32", CPU), CPU)
     with ScalarReads() as counter:
-        train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), epoch=0, seed=0, print_freq=1000)
+        train_stage1.train_epoch(step, loader, run, manager_of(run, loader, step), epoch=0, seed=0, print_freq=1000)
     return counter.reads, len(loader)
 
 
@@ -555,7 +553,7 @@ import train_stage1
 from torch import nn
 from models.classifier import LinearClassifier
 from models.model import Model
-from tests.conftest import keeper_of
+from tests.conftest import manager_of
 from utils import distributed
 from utils.config import load_config
 from utils.precision import new_scaler
@@ -576,7 +574,7 @@ def work(folder):
         with RunLog(new_folder(str(folder), "run"), "run") as run:
             parallel = distributed.parallel(model, device)
             step = Step(parallel, method, optimizer, new_scaler("fp32", device), device)
-            row = train_stage1.train_epoch(step, loader, run, keeper_of(run, loader, step), 0, 0, 1000)
+            row = train_stage1.train_epoch(step, loader, run, manager_of(run, loader, step), 0, 0, 1000)
         normed = build.new_model(cfg, data)
         normed.backbone.bn1.running_mean += distributed.rank()
         groups = build.class_groups(cfg, data)
@@ -680,7 +678,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
     path = finished / "ckps" / "current.pth.tar"
     own = torch.load(path, weights_only=True)
     torch.save({key: own[key] for key in own if key != "config"}, tmp_path / "weights.pth.tar")
-    named = "was trained with backbone resnet20, and backbone resnet32 is asked for"
+    named = "was trained with backbone resnet20, but backbone is resnet32"
     for file, said in ((path, named), (tmp_path / "weights.pth.tar", "is of another architecture")):
         arguments = ["--cfg", ARB, "backbone", "resnet32", "resume", file, "save_dir", tmp_path / "saved"]
         result = failure(capsys, train_stage1.main, *arguments)
@@ -730,7 +728,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
         capsys, train_stage1.main, "--cfg", ARB, "num_epochs", 3, "lr", 1e30, "resume", path, "save_dir", tmp_path
     )
     assert result.code == 2
-    found = re.search(r"error: epoch 1, step (\d+): the loss or a logit is not finite .* set: ([\d, ]+);", result.said)
+    found = re.search(
+        r"error: epoch 1, step (\d+): the loss or a logit is not finite .* images: ([\d, ]+);", result.said
+    )
     data = build_data("digits", "", imb_factor=0.05)
     batches = list(data.train_loader(load_config(ARB).batch_size, 0, CPU).epoch(1))
     assert list(map(int, found[2].split(", "))) == batches[int(found[1])].indices.tolist()

@@ -18,14 +18,14 @@ from methods.mixup import StepDraws
 from methods.neural_collapse import collapse
 from models import build_model, find_backbone
 from utils import distributed
-from utils.cuda_graph import RecordedStep
+from utils.cuda_graph import GraphedStep
 from utils.errors import InputError
 from utils.evaluation import Evaluation, evaluate
 from utils.metrics import shot_groups
 from utils.precision import new_scaler
 from utils.schedule import lr_at
 from utils.seed import seeded_weights
-from utils.step import Step, StepWrapper, WatchedStep, compile_model
+from utils.step import ProfiledStep, Step, StepWrapper, compile_model
 
 
 class Loaders(NamedTuple):
@@ -225,11 +225,11 @@ def new_step(cfg: CfgNode, training: Training, components: ComponentMeter | None
     t, options = training, (cfg.precision, cfg.compile, cfg.max_grad_norm, components is not None)
     step = Step(t.parallel, t.method, t.optimizer, t.scaler, t.device, *options)
     if cfg.cuda_graph and t.device.type == "cuda" and distributed.world_size() * cfg.accumulate == 1:
-        step = RecordedStep(step)
+        step = GraphedStep(step)
     if components is None:
         return step
 
     def watch(logits: Tensor, features: Tensor, batch: Batch, draws: StepDraws) -> None:
         components.update(t.method.components(logits, features, batch.targets, draws, batch.step_targets))
 
-    return WatchedStep(step, watch, cfg.diagnostics)
+    return ProfiledStep(step, watch, cfg.diagnostics)

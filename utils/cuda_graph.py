@@ -11,7 +11,7 @@ from utils.step import Step, StepWrapper
 WARM_UP = 3  # steps before the capture, in which libraries choose kernels and allocate their workspaces
 
 
-class RecordedStep(StepWrapper):
+class GraphedStep(StepWrapper):
     """Captures a :class:`Step` at the first full batch and replays it from then on.
 
     Capturing runs the step a few times; all that it changes is restored afterwards. Each batch's inputs are copied to
@@ -25,7 +25,7 @@ class RecordedStep(StepWrapper):
             raise ValueError("a recorded step needs a fused optimizer: the others read the learning rate on the CPU")
         super().__init__(step)
         self.captured = True
-        self.record = record or record_cuda_graph
+        self.record = record or capture_cuda_graph
         self.replay: Callable[[], None] | None = None
         self.static_inputs: list[Tensor] = []  # tensors of a batch that the graph reads
         for group in step.optimizer.param_groups:  # a float would be a constant of the graph
@@ -65,7 +65,7 @@ class RecordedStep(StepWrapper):
         return replay
 
 
-def record_cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
+def capture_cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
     """Capture ``run`` as a CUDA graph with a memory pool of its own, and return its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

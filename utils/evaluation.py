@@ -50,7 +50,7 @@ def predict(
     """
     with eval_mode(model) as device:
         parts, shift = [_no_predictions(device)], None if shift is None else shift.to(device)
-        for images, targets in until_signal(batches, signal):
+        for images, targets in stop_on_signal(batches, signal):
             with autocast(precision, device):
                 logits = model.forward(images)
             if shift is not None:
@@ -78,7 +78,7 @@ def feature_batches(
     restored when the batches end or the generator is closed. Other arguments as in :func:`predict`.
     """
     with eval_mode(model) as device:
-        for images, targets in until_signal(batches, signal):
+        for images, targets in stop_on_signal(batches, signal):
             with autocast(precision, device):
                 logits, features = model.forward(images, with_features=True)
             yield _at_least_float32(features), _at_least_float32(logits), targets
@@ -127,7 +127,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF.values() else tensor
 
 
-def until_signal(
+def stop_on_signal(
     batches: Collection[tuple[Tensor, Tensor]], signal: Callable[[], int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches until a process has received a signal, see :func:`predict`.

@@ -35,10 +35,10 @@ class TrainMeter:
         self.first_bad.fill_(NEVER)
 
     def rows(self) -> Tensor:
-        """Gather the sums of all W processes, float64 [W, len(SUMS)] on the CPU, for :meth:`go_on`."""
+        """Gather the sums of all W processes, float64 [W, len(SUMS)] on the CPU, for :meth:`load_rows`."""
         return distributed.gather_rows(self.sums[None]).cpu()
 
-    def go_on(self, rows: Tensor, steps: int) -> None:
+    def load_rows(self, rows: Tensor, steps: int) -> None:
         """Restore the sums after ``steps`` steps of an epoch; exact if the number of processes is unchanged."""
         rank = distributed.rank()
         same_size = distributed.world_size() == len(rows)

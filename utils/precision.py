@@ -17,7 +17,7 @@ PRECISIONS = ("fp32", "tf32", *HALF)
 
 
 @contextlib.contextmanager
-def float32_products(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
     """Allow TF32 in the block for "tf32", and forbid it for every other precision."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

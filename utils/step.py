@@ -46,7 +46,7 @@ class Step:
             model: May be a parallel wrapper.
             compiled: Whether :func:`compile_model` was applied to the model.
             max_grad_norm: Clip the gradients of all trained parameters to this 2-norm.
-            keep_outputs: Keep logits and features for :class:`WatchedStep`.
+            keep_outputs: Keep logits and features for :class:`ProfiledStep`.
         """
         self.model, self.method, self.optimizer, self.scaler = model, method, optimizer, scaler
         self.device, self.precision, self.compiled = device, precision, compiled
@@ -121,7 +121,7 @@ class StepWrapper:
         return self.step.start_epoch(epoch)
 
 
-class WatchedStep(StepWrapper):
+class ProfiledStep(StepWrapper):
     """Calls a function with the outputs of some steps, outside of the CUDA graph."""
 
     def __init__(self, step: Step | StepWrapper, watch: Callable[..., None], every: int):

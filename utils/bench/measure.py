@@ -44,10 +44,10 @@ from models import build_model
 from utils import build, distributed
 from utils.command_line import Parser
 from utils.config import read_config
-from utils.cuda_graph import record_cuda_graph
+from utils.cuda_graph import capture_cuda_graph
 from utils.errors import InputError
 from utils.files import write_text
-from utils.precision import PRECISIONS, autocast, float32_products, new_scaler
+from utils.precision import PRECISIONS, autocast, matmul_precision, new_scaler
 from utils.run.provenance import machine
 from utils.step import compile_model
 
@@ -334,7 +334,7 @@ class Trainer:
     def train(self, steps: int | None = None) -> None:
         """An epoch, or its first steps."""
         self.epoch += 1
-        with float32_products(self.precision):
+        with matmul_precision(self.precision):
             self.step.start_epoch(self.epoch)
             draws = self.step.method.draws(self.loader.batch_sizes, self.seed, self.epoch, device=self.loader.device)
             pairs = zip(self.batches(self.epoch), draws, strict=True)
@@ -359,8 +359,8 @@ class Bound:
             compile_model(self.model, device)
         self.step: Run = self._step
         if device.type == "cuda":
-            with float32_products(self.precision):
-                self.step = record_cuda_graph(self._step)
+            with matmul_precision(self.precision):
+                self.step = capture_cuda_graph(self._step)
 
     def _step(self) -> None:
         with autocast(self.precision, self.device):
@@ -370,7 +370,7 @@ class Bound:
         self.optimizer.zero_grad()
 
     def train(self, steps: int) -> None:
-        with float32_products(self.precision):
+        with matmul_precision(self.precision):
             for _ in range(steps):
                 self.step()
 

@@ -36,7 +36,7 @@ from utils.files import write_text
 from utils.metrics import GROUPS, class_accuracy, group_calibration, group_sizes, shot_groups
 from utils.report import plots
 from utils.report.text import NPZ_LIMIT, group_line
-from utils.run.describe import method_in_words, schedule_in_words
+from utils.run.describe import describe_method, describe_schedule
 from utils.run.epoch_arrays import read_arrays
 from utils.run.resume import changed_options
 from utils.run.summary import summarise
@@ -355,7 +355,7 @@ def described(runs: Runs) -> str:
     for label, run in runs.items():
         done, cfg = run.rows[-1]["epoch"] + 1, run.cfg
         short = "" if done == cfg.num_epochs else f"; so far {done} of {cfg.num_epochs} epochs"
-        words = f"{method_in_words(cfg)}; {cfg.backbone}; {schedule_in_words(cfg)}"
+        words = f"{describe_method(cfg)}; {cfg.backbone}; {describe_schedule(cfg)}"
         rows.append((label, f"{words}; seed {cfg.seed}, subset seed {cfg.subset_seed}{short}", run.folder))
     lines = (
         f"<dt>{text(label)}</dt><dd>{text(words)}<br><code>{text(folder)}</code></dd>" for label, words, folder in rows

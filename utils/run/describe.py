@@ -17,12 +17,12 @@ from utils.run.log import RunLog
 from utils.step import Step, StepWrapper
 
 
-def describe(
+def describe_run(
     run: RunLog, cfg: CfgNode, data: Data, groups: dict, step: Step | StepWrapper, notes: Sequence[str]
 ) -> None:
     """Log the first lines of a run."""
     run.info(
-        f"{cfg.name}: training {method_in_words(cfg)}; {schedule_in_words(cfg)}; "
+        f"{cfg.name}: training {describe_method(cfg)}; {describe_schedule(cfg)}; "
         f"seed {cfg.seed}, subset seed {cfg.subset_seed}"
     )
     counts, filled = data.class_counts, data.class_counts[data.class_counts > 0]
@@ -33,25 +33,25 @@ def describe(
         + (f"{len(data.val.targets)} held out, " if data.val else "")
         + f"{len(data.test.targets)} test images; model: {cfg.backbone}"
     )
-    run.info(images_in_words(cfg, data, step.device))
+    run.info(describe_images(cfg, data, step.device))
     run.info(group_line(group_sizes(groups)))
     run.info(
         f"device {step.device} ({torch.get_num_threads()} CPU threads), torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Python {platform.python_version()}"
     )
-    run.info(computing_in_words(cfg, step))
+    run.info(describe_precision(cfg, step))
     if cfg.diagnostics:
         run.info(
             f"diagnostics: every {cfg.diagnostics} steps, rows {chosen_rows(counts, cfg.diagnostics_rows)} in full"
         )
     if distributed.world_size() * cfg.accumulate > 1:
-        run.info(parts_in_words(cfg))
+        run.info(describe_parallelism(cfg))
     for note in notes:
         run.info(f"note: {note}")
     run.info(f"folder: {run.folder}")
 
 
-def computing_in_words(cfg: CfgNode, step: Step | StepWrapper) -> str:
+def describe_precision(cfg: CfgNode, step: Step | StepWrapper) -> str:
     """Precision and acceleration."""
     numbers = {
         "fp32": "strict float32",
@@ -59,11 +59,11 @@ def computing_in_words(cfg: CfgNode, step: Step | StepWrapper) -> str:
         "bf16": "bfloat16, weights and loss in float32",
         "fp16": "float16, weights and loss in float32, the loss scaled",
     }[cfg.precision]
-    ways = ["compiled"] * cfg.compile + ["the step recorded as a CUDA graph"] * step.captured
+    ways = ["compiled"] * cfg.compile + ["the step captured as a CUDA graph"] * step.captured
     return f"computing: {'; '.join([numbers, *ways])}"
 
 
-def images_in_words(cfg: CfgNode, data: Data, device: torch.device) -> str:
+def describe_images(cfg: CfgNode, data: Data, device: torch.device) -> str:
     """Image size, and where a step's images come from."""
     way = "read"
     if data.spec.lists:
@@ -72,21 +72,21 @@ def images_in_words(cfg: CfgNode, data: Data, device: torch.device) -> str:
     return f"images: {data.image_size} pixels, {where}"
 
 
-def parts_in_words(cfg: CfgNode) -> str:
+def describe_parallelism(cfg: CfgNode) -> str:
     """Processes and micro-batches, and what each of them computes from its own images alone."""
     several, count = distributed.world_size(), cfg.accumulate
-    passes = f" with {count} passes per step" if count > 1 else ""
+    passes = f" with {count} micro-batches per step" if count > 1 else ""
     batch_counts = cfg.loss.endswith("arb") and cfg.class_counts not in ("global", "batch_synced")
     own = ["mixup pairs"] * cfg.mixup + ["batch counts"] * batch_counts
     own += ["mean weight"] * (cfg.drw_epoch is not None) + ["counts in L_W"] * (cfg.nc_within > 0)
     own += [] if cfg.sync_bn and count == 1 else ["batch-norm statistics"]
-    who = f"{several} processes{passes}" if several > 1 else f"{count} passes per step"
+    who = f"{several} processes{passes}" if several > 1 else f"{count} micro-batches per step"
     return f"{who}: each has its own {', '.join(own)}, so their number matters" if own else f"{who}"
 
 
-def method_in_words(cfg: CfgNode) -> str:
+def describe_method(cfg: CfgNode) -> str:
     """Loss, regularizers, classifier, mixup and data, in one sentence."""
-    words = [loss_in_words(cfg)]
+    words = [describe_loss(cfg)]
     if cfg.drw_epoch is not None:
         never = ", never reached" * (cfg.drw_epoch >= cfg.num_epochs)
         words.append(f"deferred re-weighting from epoch {cfg.drw_epoch} (beta {cfg.drw_beta:g}{never})")
@@ -98,18 +98,18 @@ def method_in_words(cfg: CfgNode) -> str:
         kinds = {"cosine": f"cosine classifier times {cfg.cosine_scale:g}", "simplex": "fixed simplex classifier"}
         words.append(kinds[cfg.classifier])
     words.append(f"mixup alpha {cfg.alpha:g}" if cfg.mixup else "no mixup")
-    words += [post_hoc_in_words(cfg)] * (cfg.post_hoc_tau > 0)
-    cut = "as it is" if cfg.imb_factor is None else f"{cfg.imb_type}, imbalance factor {cfg.imb_factor:g}"
+    words += [describe_post_hoc(cfg)] * (cfg.post_hoc_tau > 0)
+    cut = "not subsampled" if cfg.imb_factor is None else f"{cfg.imb_type}, imbalance factor {cfg.imb_factor:g}"
     return ", ".join(words) + f", on {cfg.dataset} ({cut})"
 
 
-def post_hoc_in_words(cfg: CfgNode) -> str:
+def describe_post_hoc(cfg: CfgNode) -> str:
     """Post-hoc adjustment, with a remark if the loss has adjusted for the prior already."""
     twice = "; the loss has corrected the prior already" * (cfg.loss.endswith("arb") or cfg.loss == "logit_adjustment")
     return f"evaluated after post-hoc logit adjustment (logits less {cfg.post_hoc_tau:g} log(n / N){twice})"
 
 
-def loss_in_words(cfg: CfgNode) -> str:
+def describe_loss(cfg: CfgNode) -> str:
     """The loss and its hyperparameters."""
     adjusted = "Balanced Softmax (logit adjustment, tau 1)" if cfg.tau == 1 else f"logit adjustment, tau {cfg.tau:g}"
     name = {
@@ -129,7 +129,7 @@ def loss_in_words(cfg: CfgNode) -> str:
     return f"{name} with {cfg.class_counts} class counts{power}, logits {clamp}"
 
 
-def schedule_in_words(cfg: CfgNode) -> str:
+def describe_schedule(cfg: CfgNode) -> str:
     """Optimizer and learning rate."""
     if cfg.cos:
         steps = "cosine"
@@ -137,7 +137,7 @@ def schedule_in_words(cfg: CfgNode) -> str:
         late = [step for step in cfg.lr_steps if step >= cfg.num_epochs]
         steps = ", ".join(f"x{f:g} from epoch {s}" for s, f in zip(cfg.lr_steps, cfg.lr_step_factors, strict=True))
         steps = f"{cfg.warmup_epochs} warm-up epochs, {steps}" + (f" ({late} never reached)" if late else "")
-    passes = f" in {cfg.accumulate} passes" if cfg.accumulate > 1 else ""
+    passes = f" in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
     return (
         f"SGD for {cfg.num_epochs} epochs, batch {cfg.batch_size}{passes}, lr {cfg.lr:g}, {steps}, "
         f"momentum {cfg.momentum:g}, weight decay {cfg.weight_decay:g}"

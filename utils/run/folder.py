@@ -67,7 +67,7 @@ def read_rows(path: Path) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
-                raise InputError(f"{path}, line {number}: is no JSON; mend it, or remove it") from None
+                raise InputError(f"{path}, line {number}: is not valid JSON; fix or delete the line") from None
     return rows
 
 

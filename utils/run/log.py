@@ -90,7 +90,7 @@ class RunLog:
             self.logger.addHandler(handler)
         dropped = self._drop_rows_from(start_epoch)
         if dropped:
-            self.info(f"note: epochs from {start_epoch} on were trained before; their {dropped} rows are dropped")
+            self.info(f"note: epochs from {start_epoch} on will be trained again; their {dropped} rows are dropped")
         threading.excepthook = self._in_thread
         purge = start_epoch if (self.folder / "tensorboard").exists() else None
         with named(self.folder / "tensorboard"):
@@ -151,7 +151,7 @@ class RunLog:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            said = "a process that reads images was killed; where memory ran out, fewer workers need less"
+            said = "a process that reads images was killed; if memory ran out, use fewer workers"
             raise InputError(f"{said}; {self.last()}") from None
 
     def last(self) -> str:

@@ -88,7 +88,7 @@ def newest_checkpoint(save_dir: str, config: Mapping) -> Origin:
             why = f"has another {', '.join(changed)}" if changed else "is not this trainer's"
             notes.append(f"resume auto: passed over {path}, which {why}")
             break
-    notes.append(f"resume auto: no checkpoint of this configuration in {save_dir}, training starts anew")
+    notes.append(f"resume auto: no checkpoint of this configuration in {save_dir}, starting a new run")
     return Origin("", None, notes)
 
 
@@ -158,7 +158,7 @@ def start(cfg: CfgNode, origin: Origin, data: Data, training: Training, steps: i
     if content is None:
         return Start(TrainState(), new_folder(cfg.save_dir, cfg.name), settings, origin.notes)
     if cfg.fork and not forked and fork_of(content["config"] if is_ours(content) else {}) != fork_of(cfg):
-        raise CheckpointError(f"resume: {path} did not begin with the fork {cfg.fork}; give one of the two")
+        raise CheckpointError(f"resume: {path} was not started from the fork {cfg.fork}; give one of the two")
     if not is_ours(content):
         source = load_content(training.model, content, path)["source"]
         note = f"{path}: {source}; weights only, training starts at epoch 0"
@@ -170,13 +170,13 @@ def start(cfg: CfgNode, origin: Origin, data: Data, training: Training, steps: i
     settings |= {key: str(content["config"].get(key, "")) for key in kept}
     folder = fork(cfg, path, state) if forked else folder_of(path) or new_folder(cfg.save_dir, cfg.name)
     reached = f"{state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
-    notes = [*origin.notes, f"{path}: going on after {reached}, in {folder}"]
-    notes += [f"{key} was {old} so far and is {new} from here on" for key, (old, new) in changed.items()]
+    notes = [*origin.notes, f"{path}: resuming after {reached}, in {folder}"]
+    notes += [f"{key} changes from {old} to {new}" for key, (old, new) in changed.items()]
     if state.step and not {"seed", "batch_size"}.isdisjoint(changed):
         state.step, state.sums, state.seconds = 0, None, 0.0  # of other steps
-        notes.append(f"epoch {state.epoch} begins anew: its steps are others now")
+        notes.append(f"epoch {state.epoch} starts over: its steps have changed")
     if state.step > steps:
-        raise CheckpointError(f"{path}: lies at step {state.step} of an epoch that has {steps} steps")
+        raise CheckpointError(f"{path}: is at step {state.step} of an epoch that has {steps} steps")
     return Start(state, folder, settings, notes + environment_changes(content, training.device))
 
 
@@ -198,19 +198,19 @@ def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], d
         if key in changed:
             old, new = changed[key]
             raise CheckpointError(
-                f"{path}: was trained with {key} {old}, and {key} {new} is asked for; a run goes on with its own data "
-                "and network (its config.yaml has them), or starts anew without resume"
+                f"{path}: was trained with {key} {old}, but {key} is {new}; resume with the run's own "
+                "data and network (see its config.yaml), or start a new run without resume"
             )
     counts, fingerprint = content.get("class_counts"), content.get("fingerprint")
     if counts is not None and not (isinstance(counts, Tensor) and torch.equal(counts, data.class_counts)):
         raise CheckpointError(
-            f"{path}: was trained on other images: their number per class differs from what data_path (and "
-            "train_txt) hold now; a run goes on with its own data"
+            f"{path}: was trained on other images: the class counts differ from those of data_path (and "
+            "train_txt); resume with the run's own data"
         )
     if fingerprint is not None and not (isinstance(fingerprint, str) and fingerprint in ("", data.fingerprint)):
         raise CheckpointError(
             f"{path}: was trained on other data: the lists (or the images' labels) are not what they were (their hash "
-            "differs); a run goes on with its own data"
+            "differs); resume with the run's own data"
         )
 
 
@@ -218,8 +218,7 @@ def environment_changes(content: Mapping, device: torch.device) -> list[str]:
     """Notes on what has changed so that the run is no longer bit-exact."""
     before, now = content.get("environment") or {}, environment(device)
     return [
-        f"{what}: {before[what]} so far, {now[what]} from here on; from here on the run is not, bit for bit, the one "
-        "that it would have been"
+        f"{what}: {before[what]} before, {now[what]} now; results are no longer bit-identical to an uninterrupted run"
         for what in now
         if what in before and before[what] != now[what]
     ]

@@ -15,7 +15,7 @@ from utils.run.log import RunLog
 from utils.signals import Signals
 
 
-class Keeper:
+class CheckpointManager:
     """Saves checkpoints whose values are finite. All processes call every method; rank 0 writes."""
 
     def __init__(
@@ -51,10 +51,10 @@ class Keeper:
         if self.components:
             self.components.start_epoch(state.epoch)
         if state.step:
-            self.meter.go_on(state.sums, state.step)
-            if self.components and not self.components.go_on(state.components):
+            self.meter.load_rows(state.sums, state.step)
+            if self.components and not self.components.load_rows(state.components):
                 self.run.info(
-                    f"note: the diagnostics of epoch {state.epoch} begin at step {state.step}, with other rows"
+                    f"note: the diagnostics of epoch {state.epoch} start at step {state.step}: their rows have changed"
                 )
         return state.step
 
@@ -64,8 +64,8 @@ class Keeper:
         if step is not None:
             images = ", ".join(map(str, self.loader.step_indices(epoch, step)))
             raise DivergenceError(
-                f"epoch {epoch}, step {step}: the loss or a logit is not finite ({ADVICE}); the step's images, by "
-                f"their position in the training set: {images}"
+                f"epoch {epoch}, step {step}: the loss or a logit is not finite ({ADVICE}); indices of the step's "
+                f"training images: {images}"
             )
 
     def between_steps(self, done: int, seconds: float) -> None:
@@ -102,7 +102,7 @@ class Keeper:
         return True
 
     @contextlib.contextmanager
-    def until_signal(self) -> Iterator[None]:
+    def stop_on_signal(self) -> Iterator[None]:
         """Stop the block after the current step or evaluation batch when a signal arrives, and save ``current``.
 
         The :class:`Interrupted` that is raised has the command that resumes.
@@ -118,7 +118,7 @@ class Keeper:
         state, path = self.state, self._path("current")
         arguments = ["--cfg", str(self.run.folder / "config.yaml"), "resume", str(path)]
         command = f"{distributed.launcher()} train_stage1.py {shlex.join(arguments)}"
-        return f"epoch {state.epoch}, {state.step} of {len(self.loader)} steps, is kept; go on with: {command}"
+        return f"epoch {state.epoch}, {state.step} of {len(self.loader)} steps, is saved; resume with: {command}"
 
     def _save_within_epoch(self) -> None:
         self.check()
