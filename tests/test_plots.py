@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 
 from utils.metrics import calibration_error, groups_by_count
-from utils.report import plots
+from utils.report import plots, style
 
 LONG = "digits_imb005_arbloss_mixup_20261121163420"  # as long as folders' names are
 
@@ -133,7 +133,7 @@ def check_layout(figure):
             along = min(box.y1, other.y1) - max(box.y0, other.y0)
             assert min(across, along) < 3, (box, other)
     smallest = min(text.get_fontsize() for axis in figure.axes for text in axis.get_xticklabels())
-    assert smallest >= plots.SMALL
+    assert smallest >= style.SMALL
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -210,7 +210,7 @@ def test_the_style_neither_depends_on_the_processs_own_nor_changes_it():
         assert dict(matplotlib.rcParams) == before
         for axis in (drawn[0].axes[0], drawn[1].axes[0]):
             assert axis.xaxis.label.get_fontsize() == 9
-            assert {text.get_fontsize() for text in axis.get_xticklabels()} == {plots.SMALL}
+            assert {text.get_fontsize() for text in axis.get_xticklabels()} == {style.SMALL}
         grids = [each.axes[0].get_xgridlines()[0].get_visible() for each in drawn]
         assert grids == [False, True]
 
@@ -229,7 +229,7 @@ def test_a_png_file_has_the_figures_size_and_appears_at_once(tmp_path):
     figure = plots.tau_figure({"run": tau_curve()})
     plots.save_png(figure, tmp_path / "tau.png")
     with Image.open(tmp_path / "tau.png") as image:
-        assert image.size == tuple(int(plots.DPI * inches) for inches in figure.get_size_inches())
+        assert image.size == tuple(int(style.DPI * inches) for inches in figure.get_size_inches())
         assert len(image.convert("RGB").getcolors(10**6)) > 5
     assert [path.name for path in tmp_path.iterdir()] == ["tau.png"]
 
@@ -318,7 +318,7 @@ def test_undefined_similarities_are_grey_and_counted():
     axis = plots.similarity_figure({"run": (weight, np.arange(6, 0, -1))}).axes[0]
     assert "undefined rows (grey): 1" in axis.get_title()
     image = axis.images[0]
-    assert image.to_rgba(image.get_array())[0, 1] == pytest.approx(to_rgba(plots.UNDEFINED), abs=0.01)
+    assert image.to_rgba(image.get_array())[0, 1] == pytest.approx(to_rgba(style.UNDEFINED), abs=0.01)
 
 
 def test_components_have_a_curve_for_every_class():

@@ -6,26 +6,21 @@ in :mod:`utils.report.figure_data`.
 Legend: N test images, C classes, D features, E epochs. Arrays are NumPy's, CPU tensors or lists.
 """
 
-import functools
 import io
-import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize, PowerNorm
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from utils.files import atomic_file
@@ -40,32 +35,36 @@ from utils.report.figure_data import (
     smoothed,
     smoothing_window,
 )
+from utils.report.style import (
+    COLOURS,
+    DPI,
+    GROUP_COLOURS,
+    MARKERS,
+    MATRIX,
+    SINGLE,
+    SMALL,
+    WIDE,
+    borders,
+    cell_values,
+    colour_map,
+    count_axis,
+    grey_lines,
+    legend,
+    markers,
+    panels,
+    plain,
+    plain_log_ticks,
+    rank_ticks,
+    run_colour,
+    shortened,
+    styled,
+    title_width,
+    wrapped,
+)
 
-DPI = 150
-WIDE, SINGLE = 11.0, 5.4  # inches: the width of a page, and a little less than half of it
-SMALL = 8  # points
-STYLE = {
-    "figure.dpi": DPI,
-    "font.size": SMALL,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
-MATRIX = {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
-TICKS = {"labelsize": SMALL, "grid_color": "#e5e5e5", "grid_linewidth": 0.6}
-# Okabe and Ito's palette, safe for colour-blind readers, without its yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GROUP_COLOURS = {"many": "#0072B2", "medium": "#E69F00", "few": "#D55E00"}
-UNDEFINED = "#d9d9d9"  # colour of a cell without a value
 NAMED_CLASSES = 20  # up to this many classes a confusion matrix shows names and numbers
-ATTRACTION = {"color": "black", "linestyle": "--", "linewidth": 2.6, "zorder": 3}
 CURVES = 12  # up to this many classes each has a curve of its own
+ATTRACTION = {"color": "black", "linestyle": "--", "linewidth": 2.6, "zorder": 3}
 
 
 class Components(NamedTuple):
@@ -79,27 +78,6 @@ class Components(NamedTuple):
     groups: Mapping[str, ArrayLike]  # masks [C] of many, medium, few
 
 
-def styled(**rc: object) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
-    """Draw a figure in :data:`STYLE`, changed by ``rc``, whatever the process's own rcParams are."""
-
-    def decorate(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-        @functools.wraps(draw)
-        def in_style(*args, **kwargs) -> Figure:
-            with matplotlib.rc_context(STYLE | rc):
-                figure = draw(*args, **kwargs)
-            for axis in figure.axes:  # ticks are created when the figure is rendered, outside this context
-                axis.tick_params(**TICKS)
-            return figure
-
-        return in_style
-
-    return decorate
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-
-
 @styled()
 def class_accuracy_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
     """Plot top-1 per class against the number of training images.
@@ -108,28 +86,28 @@ def class_accuracy_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Fi
     points joined by lines, up to 1,000 faint points; above 30, means over classes of similar counts are drawn, above
     1,000 with a band of 1.96 standard errors over the classes.
     """
-    figure, (axis,) = _panels(1, 4.4, WIDE)
+    figure, (axis,) = panels(1, 4.4, WIDE)
     for number, (label, (counts, accuracy)) in enumerate(runs.items()):
         counts, accuracy = np.asarray(counts, float), np.asarray(accuracy, float)
         order = by_frequency(counts)[::-1]
         order = order[~np.isnan(accuracy[order])]
         x, y = np.maximum(counts[order], 0.5), accuracy[order]
-        style = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)]}
+        style = {"color": run_colour(number), "marker": MARKERS[number % len(MARKERS)]}
         if len(counts) <= 30:
-            axis.plot(x, y, **style, linewidth=1, alpha=0.85, label=_plain(label))
+            axis.plot(x, y, **style, linewidth=1, alpha=0.85, label=plain(label))
             continue
         if len(counts) <= 1000:
             axis.plot(x, y, **style, markersize=3, linestyle="", alpha=0.25)
         parts = [part for part in count_bins(x) if part.any()]
         middle = [np.exp(np.log(x[part]).mean()) for part in parts]
         means = np.array([y[part].mean() for part in parts])
-        axis.plot(middle, means, **style, linewidth=2, label=f"{_plain(label)}, mean over classes of similar counts")
+        axis.plot(middle, means, **style, linewidth=2, label=f"{plain(label)}, mean over classes of similar counts")
         if len(counts) > 1000:
             error = np.array([1.96 * y[part].std() / part.sum() ** 0.5 for part in parts])
             axis.fill_between(middle, means - error, means + error, color=style["color"], alpha=0.2, linewidth=0)
-    _count_axis(axis, np.concatenate([np.asarray(counts, float) for counts, _ in runs.values()]))
+    count_axis(axis, np.concatenate([np.asarray(counts, float) for counts, _ in runs.values()]))
     axis.set(title="Accuracy per class", xlabel="training images per class", ylabel="test top-1 (%)", ylim=(-4, 104))
-    _legend(figure, axis.get_legend_handles_labels()[0])
+    legend(figure, axis.get_legend_handles_labels()[0])
     return figure
 
 
@@ -153,24 +131,24 @@ def confusion_figure(
     cells = confusion_cells(classes, targets, class_counts)
     named = len(order) <= NAMED_CLASSES
     size = SINGLE if len(order) <= 10 or not named else 8.5
-    figure, (axis,) = _panels(1, size * 0.88, size, layout="compressed")
+    figure, (axis,) = panels(1, size * 0.88, size, layout="compressed")
     shades = PowerNorm(0.5, 0, 100)  # the square root keeps small shares visible
-    image = axis.imshow(cells, cmap=_colour_map("cividis"), norm=shades, extent=(0, len(order), len(order), 0))
+    image = axis.imshow(cells, cmap=colour_map("cividis"), norm=shades, extent=(0, len(order), len(order), 0))
     ticks = [0, 1, 5, 10, 25, 50, 75, 100]
     figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks, pad=0.02, label="share of the true class's images (%)")
     groupings = "" if len(order) <= MAX_CELLS else f", {BINS} groups of {len(order):,} classes"
-    axis.set_title(_wrapped(title or f"Confusion matrix{groupings}", 36))
+    axis.set_title(wrapped(title or f"Confusion matrix{groupings}", 36))
     if named:
-        _cell_values(axis, cells)
-        labels = [_shortened(names[i], 16) for i in order]
+        cell_values(axis, cells)
+        labels = [shortened(names[i], 16) for i in order]
         middles = np.arange(len(order)) + 0.5
         axis.set_xticks(middles, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
         axis.set_yticks(middles, [f"{a} ({class_counts[i]:,})" for a, i in zip(labels, order, strict=True)])
         axis.set(xlabel="predicted class", ylabel="true class (training images)")
     else:
-        _rank_ticks(axis, len(order))
+        rank_ticks(axis, len(order))
         axis.set(xlabel="predicted class (rank by training images, most frequent first)", ylabel="true class (rank)")
-    _borders(axis, order, groups or {})
+    borders(axis, order, groups or {})
     return figure
 
 
@@ -191,11 +169,11 @@ def reliability_figure(confidences: ArrayLike, classes: ArrayLike, targets: Arra
     top.bar(left, gap, bottom=low, label="gap to confidence", **hatched, **bars)
     top.hlines(accuracy[filled], left, left + width, color="#003b66", linewidth=2.2)
     top.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfect calibration")
-    head = _wrapped(f"{title or 'Reliability'}: ECE {100 * measured['ece']:.2f} %", 48)
+    head = wrapped(f"{title or 'Reliability'}: ECE {100 * measured['ece']:.2f} %", 48)
     top.set(xlim=(0, 1), ylim=(0, 1), title=head, ylabel="accuracy")
     bottom.bar(edges, 100 * count / max(count.sum(), 1), color="#888888", edgecolor="white", **bars)
     bottom.set(xlabel="confidence", ylabel="images (%)")
-    _legend(figure, top.get_legend_handles_labels()[0])
+    legend(figure, top.get_legend_handles_labels()[0])
     return figure
 
 
@@ -212,16 +190,16 @@ def similarity_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure
     offsets = offsets[~np.isnan(offsets)]
     limit = max(float(np.percentile(offsets, 95)), 0.1) if len(offsets) else 1.0
     shades = Normalize(1 - limit, 1 + limit)
-    figure, axes = _panels(len(runs), 5.2, layout="compressed")
+    figure, axes = panels(len(runs), 5.2, layout="compressed")
     for axis, (label, similarity) in zip(axes, similarities.items(), strict=True):
         classes = len(runs[label][1])
-        axis.imshow(similarity.cells, cmap=_colour_map("PuOr_r"), norm=shades, extent=(0, classes, classes, 0))
-        _rank_ticks(axis, classes)
-        head = f"{_wrapped(label, _title_width(len(runs)))}\nideal M: 1/(C-1) = {1 / max(classes - 1, 1):.3g}"
+        axis.imshow(similarity.cells, cmap=colour_map("PuOr_r"), norm=shades, extent=(0, classes, classes, 0))
+        rank_ticks(axis, classes)
+        head = f"{wrapped(label, title_width(len(runs)))}\nideal M: 1/(C-1) = {1 / max(classes - 1, 1):.3g}"
         if similarity.undefined:
             head += f"; undefined rows (grey): {similarity.undefined:,}"
         axis.set(title=head, xlabel="class j (rank by training images)", ylabel="class i (rank)")
-    mappable = ScalarMappable(shades, _colour_map("PuOr_r"))
+    mappable = ScalarMappable(shades, colour_map("PuOr_r"))
     figure.colorbar(mappable, ax=axes, shrink=0.75, extend="both", pad=0.02, label="M_ij × (C - 1); ideal: 1")
     return figure
 
@@ -233,21 +211,21 @@ def components_figure(runs: Mapping[str, Components], height: float = 4.6) -> Fi
     Up to 12 classes have a curve each, coloured by frequency; above, the repulsion is drawn by group, as median and
     interquartile range on a logarithmic axis. Curves are smoothed, the raw values faint.
     """
-    figure, axes = _panels(len(runs), height, sharey=True)
+    figure, axes = panels(len(runs), height, sharey=True)
     handles: dict[str, Line2D] = {}
     for axis, (label, data) in zip(axes, runs.items(), strict=True):
         draw = _class_curves if len(data.class_counts) <= CURVES else _group_curves
         curves = draw(axis, data._replace(epochs=np.asarray(data.epochs), norms=np.asarray(data.norms, float)))
         handles |= {line.get_label(): line for line in curves}
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        name = f"row of class {_shortened(data.names[data.row])} ({data.class_counts[data.row]:,} images)"
-        head = "\n".join(_wrapped(line, _title_width(len(runs))) for line in (label, name))
+        name = f"row of class {shortened(data.names[data.row])} ({data.class_counts[data.row]:,} images)"
+        head = "\n".join(wrapped(line, title_width(len(runs))) for line in (label, name))
         axis.set(title=head, xlabel="epoch", ylabel="component norm,\nsummed over the batch")
     if all(len(data.class_counts) <= CURVES for data in runs.values()):
         axes[0].set_ylim(bottom=0)  # of all panels, which share the axis
     else:
         axes[0].set_yscale("log")
-    _legend(figure, list(handles.values()))
+    legend(figure, list(handles.values()))
     return figure
 
 
@@ -257,7 +235,7 @@ def _class_curves(axis: Axes, data: Components) -> list[Line2D]:
     for k, colour in zip(order, colours, strict=True):
         own = k == data.row
         style = ATTRACTION if own else {"color": colour}
-        label = f"{'attraction' if own else 'repulsion'} by {_shortened(data.names[k], 16)} ({data.class_counts[k]:,})"
+        label = f"{'attraction' if own else 'repulsion'} by {shortened(data.names[k], 16)} ({data.class_counts[k]:,})"
         lines.append(_smooth_curve(axis, data.epochs, data.norms[:, k], label, style))
     return lines
 
@@ -289,7 +267,7 @@ def _smooth_curve(
     if window > 1:
         axis.plot(epochs, raw, **{**style, "linewidth": 0.6}, alpha=0.35)
     soft = smoothed(raw, window) if soft is None else soft
-    return axis.plot(epochs, soft, label=label, **_markers(epochs), **style)[0]
+    return axis.plot(epochs, soft, label=label, **markers(epochs), **style)[0]
 
 
 # Title, y label, curves ((key, line style), ...) of the panels of collapse_figure.
@@ -318,17 +296,17 @@ def collapse_figure(runs: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
             for key, line in curves:
                 if key in values:
                     y = np.asarray(values[key], float) * (100 if key == "nc4" else 1)
-                    axis.plot(values["epochs"], y, color=_colour(number), linestyle=line, **_markers(y))
+                    axis.plot(values["epochs"], y, color=run_colour(number), linestyle=line, **markers(y))
         if title.startswith("NC1"):
             axis.set_yscale("log")
-            _plain_log_ticks(axis.yaxis, (1, 2, 5), lambda value: f"{value:g}")
+            plain_log_ticks(axis.yaxis, (1, 2, 5), lambda value: f"{value:g}")
         else:
             axis.set_ylim(bottom=0)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.set(title=title, xlabel="epoch", ylabel=unit)
     corner.set_axis_off()
-    lines = [Line2D([], [], color=_colour(number), label=_wrapped(label, 30)) for number, label in enumerate(runs)]
-    corner.legend(handles=[*lines, *_grey_lines({"-": "class means", "--": "classifier rows"})], loc="center")
+    lines = [Line2D([], [], color=run_colour(number), label=wrapped(label, 30)) for number, label in enumerate(runs)]
+    corner.legend(handles=[*lines, *grey_lines({"-": "class means", "--": "classifier rows"})], loc="center")
     return figure
 
 
@@ -338,13 +316,13 @@ def learning_figure(runs: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
 
     ``runs``: "epochs", "loss", "train_top1", "lr" [E] and "test_epochs", "test_top1" [E'], in percent.
     """
-    figure, (left, right) = _panels(2, 4.2)
+    figure, (left, right) = panels(2, 4.2)
     drops = set()
     for number, (label, values) in enumerate(runs.items()):
-        style, epochs = {"color": _colour(number), **_markers(values["epochs"])}, np.asarray(values["epochs"])
+        style, epochs = {"color": run_colour(number), **markers(values["epochs"])}, np.asarray(values["epochs"])
         rate = np.asarray(values["lr"], float)
         drops |= set(epochs[1:][rate[1:] < 0.5 * rate[:-1]].tolist())
-        left.plot(epochs, values["loss"], label=_plain(label), **style)
+        left.plot(epochs, values["loss"], label=plain(label), **style)
         right.plot(epochs, values["train_top1"], linewidth=1.2, linestyle="--", **style)
         right.plot(values["test_epochs"], values["test_top1"], **style)
     for axis in (left, right):
@@ -354,7 +332,7 @@ def learning_figure(runs: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     left.set(title="Training loss", xlabel="epoch", ylabel="mean loss (nats)")
     right.set(title="Top-1", xlabel="epoch", ylabel="top-1 (%)", ylim=(-2, 102))
     kinds = {"-": "test", "--": "training"} | ({":": "learning-rate drop"} if drops else {})
-    _legend(figure, [*left.get_lines()[: len(runs)], *_grey_lines(kinds)])
+    legend(figure, [*left.get_lines()[: len(runs)], *grey_lines(kinds)])
     return figure
 
 
@@ -365,7 +343,7 @@ def tau_figure(curves: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     ``curves``: "values" [T] of tau; "top1" and those of "many", "medium", "few" that exist, [T] in percent; "best", the
     two cross-fitted choices.
     """
-    figure, axes = _panels(len(curves), 4.2, sharey=True)
+    figure, axes = panels(len(curves), 4.2, sharey=True)
     styles = {"top1": ("black", 2.4), **{group: (GROUP_COLOURS[group], 1.5) for group in GROUPS}}
     for axis, (label, values) in zip(axes, curves.items(), strict=True):
         for key, (colour, width) in styles.items():
@@ -374,10 +352,10 @@ def tau_figure(curves: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
                 axis.plot(values["values"], np.asarray(values[key], float), color=colour, linewidth=width, label=name)
         for best in set(values["best"]):
             axis.axvline(best, color="grey", linestyle=":", linewidth=1.2, label="cross-fitted tau")
-        title = _wrapped(label, _title_width(len(curves)))
+        title = wrapped(label, title_width(len(curves)))
         axis.set(title=title, xlabel="tau (0: no adjustment)", ylabel="top-1 (%)", ylim=(-2, 102))
     handles = {line.get_label(): line for axis in axes for line in axis.get_lines()}
-    _legend(figure, list(handles.values()))
+    legend(figure, list(handles.values()))
     return figure
 
 
@@ -387,23 +365,23 @@ def imbalance_figure(arms: Mapping[str, Mapping[str, Sequence[float | None]]]) -
 
     ``arms``: "ratios", "means", "lows" and "highs" [K], the latter three in percent; None omits an interval.
     """
-    figure, (axis,) = _panels(1, 4.4, 8.0)
+    figure, (axis,) = panels(1, 4.4, 8.0)
     ratios = sorted({ratio for data in arms.values() for ratio in data["ratios"]})
     for number, (label, data) in enumerate(arms.items()):
         shift = 1 + 0.016 * (number - (len(arms) - 1) / 2)  # keeps intervals from covering one another
         x, means = np.asarray(data["ratios"], float) * shift, np.asarray(data["means"], float)
         cycle = number // len(COLOURS)  # beyond the colours, markers and lines change
         style = {"marker": MARKERS[(number + cycle) % len(MARKERS)], "linestyle": ("-", "--", ":")[cycle % 3]}
-        axis.plot(x, means, color=_colour(number), markersize=5, linewidth=1.2, label=_plain(label), **style)
+        axis.plot(x, means, color=run_colour(number), markersize=5, linewidth=1.2, label=plain(label), **style)
         for at, low, high in zip(x, data["lows"], data["highs"], strict=True):
             if low is not None:
-                axis.plot([at, at], [low, high], color=_colour(number), alpha=0.8)
+                axis.plot([at, at], [low, high], color=run_colour(number), alpha=0.8)
     axis.set(xscale="log", xlim=(ratios[0] / 1.3, ratios[-1] * 1.3), title="Accuracy vs. imbalance")
     axis.set(xlabel="imbalance ratio (largest class / smallest class)", ylabel="last-epoch top-1 (%)")
     axis.xaxis.set_minor_formatter(NullFormatter())
     ticks = [ratio for before, ratio in zip([0, *ratios], ratios, strict=False) if ratio > 1.1 * before]
     axis.set_xticks(ticks, [f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}" for ratio in ticks])
-    _legend(figure, axis.get_legend_handles_labels()[0])
+    legend(figure, axis.get_legend_handles_labels()[0])
     return figure
 
 
@@ -416,7 +394,7 @@ def waterfall_figure(
     ``bars``: (name, value, low, high); the first and the last are accuracies in percent, the others changes in points.
     ``low`` and ``high`` bound the value; None: unknown. ``published``: an accuracy drawn as a line.
     """
-    figure, (axis,) = _panels(1, 4.8, WIDE)
+    figure, (axis,) = panels(1, 4.8, WIDE)
     level, extent = 0.0, [] if published is None else [published]
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     for number, (_, value, low, high) in enumerate(bars):
@@ -437,10 +415,10 @@ def waterfall_figure(
     axis.set(title="Contributions to accuracy", ylabel="top-1 (%)")
     axis.set_ylim(max(0.0, min(extent) - margin), max(extent) + margin)
     width = max(int(140 / len(bars)), 8)  # characters that fit below a bar
-    axis.set_xticks(range(len(bars)), [_wrapped(name, width) for name, *_ in bars])
+    axis.set_xticks(range(len(bars)), [wrapped(name, width) for name, *_ in bars])
     if published is not None:
         style = {"color": "black", "linestyle": ":", "linewidth": 1.2}
-        _legend(figure, [axis.axhline(published, **style, label=f"published: {published:g}")])
+        legend(figure, [axis.axhline(published, **style, label=f"published: {published:g}")])
     return figure
 
 
@@ -458,117 +436,3 @@ def save_png(figure: Figure, path: Path) -> None:
     content = png(figure)
     with atomic_file(path) as file:
         file.write(content)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts of figures
-
-
-def _panels(
-    number: int, height: float, width: float | None = None, sharey: bool = False, layout: str = "constrained"
-) -> tuple[Figure, list[Axes]]:
-    """Create ``number`` panels, two or three in a row of ``height`` inches (less if there are three).
-
-    ``layout``: "compressed" for square panels.
-    """
-    columns = number if number <= 3 else 2 if number == 4 else 3
-    rows = -(-number // columns)
-    tall = height * (0.8 if columns == 3 else 1)
-    figure = Figure(figsize=(width or (WIDE if number > 1 else 7.0), rows * tall), layout=layout)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
-    for axis in axes[number:]:
-        axis.remove()
-    return figure, list(axes[:number])
-
-
-def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """Place the legend below the axes, in as many columns as the longest entry allows."""
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = int(figure.get_figwidth() / (0.55 + 0.062 * longest))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(max(columns, 1), len(handles)))
-
-
-def _grey_lines(kinds: Mapping[str, str]) -> list[Line2D]:
-    """Legend entries by line style."""
-    return [Line2D([], [], color="grey", linestyle=style, label=label) for style, label in kinds.items()]
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _colour_map(name: str) -> Colormap:
-    return colormaps[name].with_extremes(bad=UNDEFINED)
-
-
-def _markers(values: ArrayLike) -> dict:
-    """Mark the points of curves too short to be seen as lines."""
-    return {"marker": "o", "markersize": 3} if len(values) <= 15 else {}
-
-
-def _plain_log_ticks(axis: Axis, steps: Sequence[int], text: Callable[[float], str]) -> None:
-    """Label a logarithmic axis with plain numbers instead of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _count_axis(axis: Axes, counts: NDArray) -> None:
-    """Make x logarithmic; classes without training images are at 0.5, which is labelled 0."""
-    low, high = max(counts.min(), 0.5), max(counts.max(), 0.5)
-    axis.set(xscale="log", xlim=(low / 1.3, high * 1.3))
-    steps = (1, 2, 5) if high / low < 2000 else (1,)
-    _plain_log_ticks(axis.xaxis, steps, lambda value: "0" if value < 1 else f"{value:,.0f}")
-
-
-def _rank_ticks(axis: Axes, classes: int) -> None:
-    """Label both axes with ranks from 1, in the middle of their cells."""
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10**9) if classes / s <= 10)
-    ranks = np.array([1, *range(step, classes + 1, step)]) if step > 1 else np.arange(1, classes + 1)
-    for one in (axis.xaxis, axis.yaxis):
-        one.set_ticks(ranks - 0.5, [f"{rank:,}" for rank in ranks])
-
-
-def _cell_values(axis: Axes, cells: NDArray) -> None:
-    """Write every non-zero value into its cell."""
-    for (row, column), value in np.ndenumerate(cells):
-        if value > 0:
-            style = {"color": "black" if value > 35 else "white", "fontsize": 9 if len(cells) <= 10 else 7.5}
-            text = f"{value:.0f}" if value >= 1 else "<1"
-            axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", **style)
-
-
-def _borders(axis: Axes, order: NDArray, groups: Mapping[str, ArrayLike]) -> None:
-    """Draw and name the borders between many, medium and few on a matrix, unless a group is not contiguous."""
-    ranks = {name: np.flatnonzero(np.asarray(mask)[order]) for name, mask in groups.items()}
-    ranks = {name: members for name, members in ranks.items() if len(members)}
-    if any(np.ptp(members) + 1 != len(members) for members in ranks.values()):
-        return  # index ranges that do not follow the counts
-    axis.set_title(axis.get_title(), pad=16)
-    for name, members in ranks.items():
-        if members[0] > 0:
-            for line in (axis.axhline, axis.axvline):
-                line(members[0], color="white", linewidth=2.2)
-                line(members[0], color="#D55E00", linewidth=1.1)
-        middle = (members[0] + members[-1] + 1) / 2
-        axis.text(middle, 1.005, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom")
-
-
-def _plain(text: str) -> str:
-    """Escape what matplotlib would interpret: dollar signs (mathtext) and a leading underscore (no legend entry)."""
-    text = " ".join(str(text).split()).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
-def _shortened(text: str, width: int = 24) -> str:
-    text = " ".join(str(text).split())
-    return _plain(text if len(text) <= width else f"{text[: width - 1]}…")
-
-
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(_plain(line) for line in textwrap.wrap(str(text), width))
-
-
-def _title_width(panels: int) -> int:
-    """Characters that fit above one of so many panels, see :func:`_panels`."""
-    return 28 if panels == 3 or panels > 4 else 44
