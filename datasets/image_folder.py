@@ -75,15 +75,15 @@ def _classes(folder: Path, skipped: list[str]) -> list[str]:
         entries = list(folder.iterdir())
     except OSError as error:
         raise DataError(f"data_path: {folder}: cannot be read: {error.strerror}") from None
-    names = sorted(entry.name for entry in entries if os.path.isdir(entry) and not is_skipped(entry.name))
-    if not names:
+    folders = {entry.name for entry in entries if os.path.isdir(entry) and not is_skipped(entry.name)}
+    if not folders:
         raise DataError(f"data_path: {folder} has no class folders; expected are {LAYOUT}")
-    others = [entry for entry in entries if entry.name not in names]
+    others = [entry for entry in entries if entry.name not in folders]
     loose = [e for e in others if not is_skipped(e.name) and e.suffix.lower() in EXTENSIONS | OTHERS]
     if loose:
         raise DataError(f"{min(loose)}: lies in no class folder; expected are {LAYOUT}")
     skipped += map(str, others)
-    return names
+    return sorted(folders)
 
 
 def _images(folder: Path, skipped: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Batches: every image once per epoch, shares of processes that add up to one process's batches, and evaluation."""
+"""Batches: every image once per epoch, shards that add up to one process's batches, and evaluation."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -47,10 +47,10 @@ def joined(parts: Sequence[Batch]) -> Batch:
 
 
 @given(size=st.integers(0, 500), world_size=st.integers(1, 20))
-def test_shares_are_disjoint_complete_and_differ_by_at_most_one(size, world_size):
-    shares = [list(range(size))[shard(size, rank, world_size)] for rank in range(world_size)]
-    assert list(chain.from_iterable(shares)) == list(range(size))
-    lengths = [len(s) for s in shares]
+def test_shards_are_disjoint_complete_and_differ_by_at_most_one(size, world_size):
+    shards = [list(range(size))[shard(size, rank, world_size)] for rank in range(world_size)]
+    assert list(chain.from_iterable(shards)) == list(range(size))
+    lengths = [len(s) for s in shards]
     assert max(lengths) - min(lengths) <= 1
 
 
@@ -96,7 +96,7 @@ def test_processes_together_see_the_batches_of_one(size, world_size):
 
 @settings(deadline=None, max_examples=40)
 @given(size=st.integers(1, 40), batch_size=st.integers(5, 20), world_size=st.integers(1, 5))
-def test_weighted_means_of_the_shares_average_to_the_mean_of_the_global_batch(size, batch_size, world_size):
+def test_weighted_means_of_the_shards_average_to_the_mean_of_the_global_batch(size, batch_size, world_size):
     ranks = [train_loader(size, batch_size, rank=r, world_size=world_size) for r in range(world_size)]
     loss = torch.linspace(-1, 1, size, dtype=torch.float64) ** 3
     for parts in zip(*(loader.epoch(0) for loader in ranks), strict=True):
@@ -105,7 +105,7 @@ def test_weighted_means_of_the_shares_average_to_the_mean_of_the_global_batch(si
         assert sum(means) / world_size == pytest.approx(loss[joined(parts).indices].mean().item())
 
 
-def test_a_process_without_a_share_looks_at_one_image_with_weight_zero():
+def test_a_process_with_an_empty_shard_gets_one_image_with_weight_zero():
     """Every process takes part in every step; a mean over no image would be no number."""
     parts = [list(train_loader(53, rank=r, world_size=7).epoch(0))[-1] for r in range(7)]
     assert sum(part.weight > 0 for part in parts) == 53 % 16
@@ -122,26 +122,26 @@ epochs = {
 
 
 @given(**epochs)
-def test_the_passes_of_a_process_are_what_as_many_processes_see(size, batch_size, world_size, accumulate):
+def test_micro_batches_of_a_process_are_what_as_many_processes_see(size, batch_size, world_size, accumulate):
     parts = world_size * accumulate
     alone = [plan_micro_batches(size, batch_size, part, parts, 1) for part in range(parts)]
     for rank in range(world_size):
-        passes = plan_micro_batches(size, batch_size, rank, world_size, accumulate)
+        micro_batches = plan_micro_batches(size, batch_size, rank, world_size, accumulate)
         steps = zip(*alone[rank * accumulate : (rank + 1) * accumulate], strict=True)
-        for ours, theirs in zip(passes, chain.from_iterable(steps), strict=True):
+        for ours, theirs in zip(micro_batches, chain.from_iterable(steps), strict=True):
             assert ours.positions == theirs.positions
             assert ours.weight * accumulate == pytest.approx(theirs.weight)
 
 
 @given(**epochs)
-def test_the_passes_of_a_step_share_its_batch_and_its_weight(size, batch_size, world_size, accumulate):
+def test_micro_batches_of_a_step_share_its_batch_and_its_weight(size, batch_size, world_size, accumulate):
     plans = [plan_micro_batches(size, batch_size, rank, world_size, accumulate) for rank in range(world_size)]
     steps = -(-size // batch_size)
     for step in range(steps):
         parts = [p for plan in plans for p in plan[step * accumulate : (step + 1) * accumulate]]
         assert sum(p.weight for p in parts) == pytest.approx(world_size)
         seen = [list(range(p.positions.start, p.positions.stop)) for p in parts]
-        assert all(seen)  # every process takes part in every pass, and no mean is over nothing
+        assert all(seen)  # every process takes part in every micro-batch, and no mean is over nothing
         whole = range(step * batch_size, min((step + 1) * batch_size, size))
         assert [i for part, p in zip(seen, parts, strict=True) if p.weight for i in part] == list(whole)
         assert all(part == [whole[0]] for part, p in zip(seen, parts, strict=True) if not p.weight)
@@ -174,7 +174,7 @@ def test_every_part_knows_the_labels_of_the_whole_global_batch(world_size, accum
 
 
 def test_the_last_parts_of_a_small_batch_are_the_empty_ones():
-    """Rank 0's batch-norm statistics are kept: it does without images last."""
+    """Rank 0's batch-norm statistics are kept, so it is the last to go without images."""
     assert [p.weight > 0 for r in range(4) for p in plan_micro_batches(3, 8, r, 4, 2)] == [True] * 3 + [False] * 5
 
 
@@ -188,9 +188,9 @@ def test_fewer_images_than_parts_in_every_step_are_refused():
 
 def test_accumulated_means_sum_to_the_mean_of_the_batch():
     loss = torch.linspace(-1, 1, 53, dtype=torch.float64) ** 3
-    passes = list(train_loader(accumulate=3).epoch(0))
+    micro_batches = list(train_loader(accumulate=3).epoch(0))
     for step, batch in enumerate(train_loader().epoch(0)):
-        means = [p.weight * loss[p.indices].mean() for p in passes[3 * step : 3 * step + 3]]
+        means = [p.weight * loss[p.indices].mean() for p in micro_batches[3 * step : 3 * step + 3]]
         torch.testing.assert_close(sum(means), loss[batch.indices].mean())
 
 
@@ -200,7 +200,7 @@ def test_one_process_has_weight_one():
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (3, 1), (2, 2)])
 @pytest.mark.parametrize("first", [0, 1, 3, 4])
-def test_an_epoch_goes_on_from_any_step(world_size, accumulate, first):
+def test_an_epoch_resumes_at_any_step(world_size, accumulate, first):
     for rank in range(world_size):
         loader = train_loader(53, 16, rank=rank, world_size=world_size, accumulate=accumulate)
         whole, rest = list(loader.epoch(3)), list(loader.epoch(3, first))

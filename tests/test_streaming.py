@@ -393,8 +393,8 @@ def small(request, class_folders, archive, tmp_path) -> Callable[..., Data]:
 
 def evaluated(data: Data, part: str, rank: int, world_size: int) -> list[torch.Tensor]:
     """In batches that are smaller than the data set's own, so that there are several."""
-    pixels = getattr(data, f"{part}_loader")(CPU).pixels
-    batches = EvalLoader(pixels, getattr(data, part).targets, 3, CPU, rank, world_size)
+    pixels, targets = getattr(data, f"{part}_loader")(CPU).pixels, getattr(data, part).targets
+    batches = EvalLoader(pixels, targets, 1 + len(targets) // 4, CPU, rank, world_size)
     return [tensor for batch in batches for tensor in batch]
 
 

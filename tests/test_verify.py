@@ -449,14 +449,14 @@ def test_the_command_as_a_process(tree):
     """It knows the published figures, prints names that are not UTF-8, and is called from any folder."""
     (tree / "val_256/v3.jpg").unlink()
     train = (tree / "Places_LT_train.txt").read_bytes()
-    (tree / "Places_LT_train.txt").write_bytes(train + b"data_256/caf\xe9/1.jpg 0\n")
+    (tree / "Places_LT_train.txt").write_bytes(train + b"data_256/caf\xe9/1.jpg 2\n")
     words = [sys.executable, "-m", "datasets.verify", "--cfg", "x.yaml", "--images", "2", "workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert problems(done.stdout) == [
         "- train: images: published 62500, here 12",
-        "- train: largest class: published 4980, here 7",
+        "- train: largest class: published 4980, here 6",
         "- train: smallest class: published 5, here 1",
         "- test: images: published 36500, here 7",
         "- train: missing or empty files: 1",
@@ -464,7 +464,7 @@ def test_the_command_as_a_process(tree):
         "- test: missing or empty files: 1",
         f"    line 4: {tree}/val_256/v3.jpg",
     ]
-    assert "classes with images: 3 of 365" in done.stdout
+    assert "classes with images: 4 of 365" in done.stdout
     assert "train: looking up: 100%" in done.stderr
 
 
