@@ -10,12 +10,12 @@ from tests.conftest import ROOT
 
 FUNCTION = '''
 
-def hinge_terms(logits: Tensor, class_counts: Tensor) -> Terms:
+def hinge(logits: Tensor, targets: Tensor) -> Tensor:
     """The multi-class hinge loss."""
-    return lambda targets: torch.stack([F.multi_margin_loss(logits, y, reduction="none") for y in targets])
+    return torch.stack([F.multi_margin_loss(logits, y, reduction="none") for y in targets])
 '''
-REGISTERED = '    "ce": lambda s: Criterion(losses.ce_terms),\n'
-LINE = '    "hinge": lambda s: Criterion(losses.hinge_terms),\n'
+REGISTERED = '    "ce": (losses.cross_entropy, {}),\n'
+LINE = '    "hinge": (losses.hinge, {}),\n'
 YAML = "_BASE_: digits_imb005.yaml\nloss: hinge\nmixup: True\nnum_epochs: 1\n"
 
 

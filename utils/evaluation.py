@@ -16,7 +16,7 @@ from utils import distributed
 from utils.errors import DivergenceError, InputError, Interrupted
 from utils.files import atomic_file, write_text
 from utils.metrics import GROUPS, Predictions, class_accuracy, half_accuracies, report
-from utils.precision import HALF, autocast
+from utils.precision import at_least_float32, autocast
 
 NPZ_LIMIT = 50_000  # per-sample predictions are kept for test sets of at most this many images
 
@@ -80,7 +80,7 @@ def feature_batches(
         for images, targets in until_signal(batches, signal):
             with autocast(precision, device):
                 logits, features = model.forward(images, with_features=True)
-            yield _at_least_float32(features), _at_least_float32(logits), targets
+            yield at_least_float32(features), at_least_float32(logits), targets
     finally:
         model.train(training)
 
@@ -123,10 +123,6 @@ def _everyones_rows(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all processes' ``parts`` ([B, K] each, on the CPU), of which some process may have none."""
     width = distributed.greatest(parts[0].shape[1] if parts else 0)
     return distributed.gather_rows(torch.cat([torch.empty(0, width), *parts]))
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in HALF.values() else tensor
 
 
 def until_signal(
