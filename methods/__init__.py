@@ -1,4 +1,4 @@
-"""Methods: losses, mixup, what one step computes, and what the loss does to the classifier's rows."""
+"""Losses, mixup, the mathematics of a training step, and measures of its effect on classifier and features."""
 
 from methods.method import Method, MethodOutput, build_method, check_names
 

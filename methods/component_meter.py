@@ -1,4 +1,4 @@
-"""Attraction and repulsion over the batches of an epoch: sums on the device, means at its end.
+"""Average attraction and repulsion over the batches of an epoch.
 
 Legend: C classes, K chosen rows of the classifier, W processes.
 """
@@ -13,14 +13,14 @@ from methods.gradients import Components
 from utils import distributed
 from utils.errors import InputError
 
-TABLE_CLASSES = 1000  # up to so many, the last epoch's whole table is kept
+TABLE_CLASSES = 1000  # at most, for the table [C, C] of the last epoch
 
 
 def chosen_rows(class_counts: Tensor, wanted: Sequence[int] | None = None) -> list[int]:
-    """The rows that are kept in full: ``wanted``, else the rarest, the median and the most frequent class.
+    """Classifier rows to record in full: ``wanted``, else the rarest, the median and the most frequent class.
 
-    ``class_counts`` int64 [C]; of equally frequent classes the last counts as the rarest, and classes without images
-    not at all. Raises :class:`InputError` for rows that do not exist.
+    ``class_counts`` int64 [C]; of equally frequent classes the last one counts as the rarest, and classes without
+    images do not count. Raises :class:`InputError` for rows that do not exist.
     """
     if wanted is None:
         order = torch.argsort(class_counts, descending=True, stable=True)[: int((class_counts > 0).sum())].tolist()
@@ -32,20 +32,20 @@ def chosen_rows(class_counts: Tensor, wanted: Sequence[int] | None = None) -> li
 
 
 class ComponentMeter:
-    """Means over batches of :class:`Components`; a batch is one pass of one process.
+    """Means of :class:`Components` over batches, where a batch is one pass of one process.
 
-    One flat tensor holds all sums, so that a checkpoint within an epoch can keep them.
+    The sums stay on the device, in one flat tensor, which checkpoints within an epoch save.
     """
 
     def __init__(self, num_classes: int, rows: Sequence[int], last_epoch: int, device: torch.device):
-        """``rows``: see :func:`chosen_rows`; the table [C, C] is summed in ``last_epoch`` alone."""
+        """``rows``: see :func:`chosen_rows`; the table [C, C] is summed only in ``last_epoch``."""
         self.num_classes, self.chosen, self.last_epoch = num_classes, list(rows), last_epoch
         self._rows = torch.tensor(self.chosen, dtype=torch.int64, device=device)
         self.device = device
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
-        """Before an epoch."""
+        """Set all sums to zero; to be called before every epoch."""
         self._reset(epoch == self.last_epoch and self.num_classes <= TABLE_CLASSES)
 
     def _reset(self, with_table: bool) -> None:
@@ -61,7 +61,7 @@ class ComponentMeter:
 
     @torch.no_grad()
     def update(self, parts: Components) -> None:
-        """One batch."""
+        """Add one batch."""
         sums, labels, first = self.sums, parts.labels, parts.first[:, None]
         norms = parts.norms * first  # every class once
         sums["batches"] += 1
@@ -77,13 +77,13 @@ class ComponentMeter:
             sums["table"].index_add_(0, labels, norms)
 
     def rows(self) -> Tensor:
-        """The sums of every process, float64 [W, ...] on the CPU, after the chosen rows, for :meth:`load_rows`."""
+        """The chosen rows and the sums of every process, float64 [W, ...] on the CPU, for :meth:`load_rows`."""
         return distributed.gather_rows(torch.cat([self._rows, self.flat])[None]).cpu()
 
     def load_rows(self, rows: Tensor | None) -> bool:
-        """From the :meth:`rows` of an interrupted epoch; False: they are of other rows, and nothing is changed.
+        """Restore the :meth:`rows` of an interrupted epoch; return False, changing nothing, if other rows were chosen.
 
-        The table, which comes last, is summed on where both have one: the last epoch may have become another.
+        The table is summed further only if both have one, since the number of epochs may have changed.
         """
         count = len(self.chosen)
         table = self.num_classes**2 * ("table" in self.sums)
@@ -100,9 +100,10 @@ class ComponentMeter:
         return True
 
     def averages(self) -> dict[str, np.ndarray]:
-        """Means over the batches of all processes: float32, each [C] but ``row_norms`` [K, C] and ``table`` [C, C].
+        """Means over the batches of all processes, float32: ``row_norms`` [K, C], ``table`` [C, C], all others [C].
 
-        ``batches``: their number. ``repulsion_cosine`` is NaN for a row on which no batch had two classes' repulsion.
+        ``batches`` is their number. ``repulsion_cosine`` is NaN for rows that fewer than two
+        classes repelled in every batch.
         """
         total = distributed.all_reduce_sum(self.flat.clone())
         sums = dict(zip(self.sums, total.split([t.numel() for t in self.sums.values()]), strict=True))

@@ -1,4 +1,4 @@
-"""Attraction and repulsion: what each class's samples put on the gradient of each classifier row.
+"""Attraction and repulsion: each class's part in the gradient of each classifier row.
 
 Legend: B samples, C classes, D features; R = T B pairs of a sample and one of its T labels (under mixup a sample has
 two). With logits z = W h, the gradient of the summed loss with respect to row i is sum_s q_si h_s, where the residual
@@ -6,8 +6,8 @@ q_s is the derivative of sample s's loss in its logits: p - onehot(y) for cross-
 ARB-Loss (Xie et al. 2023, eq. 9-16). The share of class j is the sum over its samples: attraction where j = i,
 repulsion where j != i.
 
-Everything comes from the Gram matrix of the batch's features, so that no [C, D] gradient per class is ever formed, and
-without a question to the device.
+Everything comes from the Gram matrix of the batch's features: no [C, D] gradient per class is formed, and nothing
+synchronises with the device.
 """
 
 from typing import NamedTuple
@@ -15,15 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from methods.losses import arb_log_probabilities, log_probabilities
+from methods.losses import log_probabilities
 
 
 class Components(NamedTuple):
-    """Attraction and repulsion in one batch, float64; a class has as many rows ``r`` as it has pairs, all alike."""
+    """Attraction and repulsion in one batch, float64.
+
+    Rows ``r`` of one class are equal; ``first`` marks one per class.
+    """
 
     labels: Tensor  # int64 [R]
-    first: Tensor  # bool [R], the class's first row: a sum over these counts every class once
-    norms: Tensor  # [R, C], entry (r, i): norm of what the samples of class labels[r] put on row i
+    first: Tensor  # bool [R]
+    norms: Tensor  # [R, C], entry (r, i): norm of class labels[r]'s part in the gradient of row i
     attraction_mass: Tensor  # [C], sum of -q over the class's own samples: of 1 - p for cross-entropy
     repulsion_mass: Tensor  # [C], sum of q over all other samples: of p
     repulsion_cosine: Tensor  # [C], mean cosine between the repulsion of two classes on row i; NaN below two
@@ -31,13 +34,13 @@ class Components(NamedTuple):
 
 @torch.no_grad()
 def components(residuals: Tensor, features: Tensor, labels: Tensor, shares: Tensor) -> Components:
-    """See :class:`Components`.
+    """Compute :class:`Components`.
 
     Args:
-        residuals: [T, B, C], the derivative of every sample's loss in its logits, once for each of its T labels.
+        residuals: [T, B, C], derivatives of every sample's loss in its logits, for each of its T labels.
         features: [B, D], the classifier's input.
         labels: int64 [T, B].
-        shares: [T], what each label counts in the loss: lam and 1 - lam under mixup.
+        shares: [T], weights of the labels in the loss: lam and 1 - lam under mixup.
     """
     labels, columns = labels.flatten(), labels.reshape(-1, 1)
     q = (residuals.double() * shares.double()[:, None, None]).flatten(0, 1)  # [R, C]
@@ -67,33 +70,30 @@ def component_norms(
     absent_rows: str = "zero",
     mixed: tuple[Tensor, Tensor | float] | None = None,
 ) -> Tensor:
-    """Norms of the gradient components, [C, C]: entry (i, j) is what the batch's class-j samples put on row i.
+    """Norms of the gradient components, [C, C]: entry (i, j) is class j's part in the gradient of row i.
 
     Args:
         logits: [B, C], raw; they are not clamped.
         features: [B, D], the classifier's input.
         targets: int64 [B].
         class_counts: [C] for ARB-Loss with these counts; None for cross-entropy.
-        absent_rows: "zero" leaves the rows of classes absent from the batch at 0, as the released code's table does;
-            "true" gives the gradient itself, which repels those rows too.
-        mixed: (targets_b [B], lam) for the loss that mixup trains, lam * loss(targets) + (1 - lam) * loss(targets_b):
-            class j's share is then lam times its sum over targets = j plus (1 - lam) times its sum over targets_b = j.
+        absent_rows: "zero" sets the rows of classes absent from the batch to 0, as the released code does; "true"
+            gives the gradient, which repels those rows too.
+        mixed: (targets_b [B], lam) for the loss under mixup, lam * loss(targets) + (1 - lam) * loss(targets_b).
+            Class j's part is then lam times its sum over targets = j plus (1 - lam) times its sum over targets_b = j.
 
-    Components sum over the batch.
+    Components sum over the batch. For analysis; training measures them by :meth:`methods.Method.components`.
     """
     if absent_rows not in ("zero", "true"):
         raise ValueError(f"absent_rows: {absent_rows!r} is unknown; known are zero, true")
-    if class_counts is None:
-        probs = log_probabilities(logits).exp()
-    else:
-        probs = arb_log_probabilities(logits, class_counts, clamp=None).exp()
+    probs = log_probabilities(logits, class_counts).exp()
     partners, lam = mixed if mixed is not None else (targets, 1.0)
     labels = targets[None] if mixed is None else torch.stack([targets, partners])
     lam = torch.as_tensor(lam, dtype=torch.float64, device=logits.device)
     ones = torch.ones((), dtype=probs.dtype, device=probs.device)
     residuals = torch.stack([probs.scatter_add(1, y[:, None], -ones.expand(len(y), 1)) for y in labels])
     parts = components(residuals, features, labels, torch.stack([lam, 1 - lam])[: len(labels)])
-    table = probs.new_zeros(logits.shape[1], logits.shape[1])  # [j, i]: a class's entries lie side by side
+    table = probs.new_zeros(logits.shape[1], logits.shape[1])  # [j, i]
     table[parts.labels] = parts.norms.to(probs.dtype)
     if absent_rows == "zero":
         present = torch.zeros(len(table), dtype=torch.bool, device=table.device).index_fill_(0, parts.labels, True)

@@ -1,7 +1,9 @@
-"""What one step computes: mixing, the forward pass, the class counts and the loss."""
+"""The mathematics of one training step: mixup, forward pass, class counts, loss and regularizers."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,73 +21,73 @@ class MethodOutput(NamedTuple):
     features: Tensor  # [B, D]
 
 
-class Settings(NamedTuple):
-    """Every number that some loss reads; each loss takes the ones it knows."""
-
-    class_counts: Tensor  # int64 [C], of the training set
-    clamp: float | None = 30.0
-    tau: float = 1.0
-    focal_alpha: float = 1.0
-    focal_gamma: float = 2.0
-    smooth_head: float | None = None
-    smooth_tail: float | None = None
-    smooth_shape: str = "concave"
-    smooth_power: float | None = None
-    max_margin: float = 0.5
-    cosine_scale: float = 30.0
+def _smoothing(
+    class_counts: Tensor,
+    smooth_head: float,
+    smooth_tail: float,
+    smooth_shape: str = "concave",
+    smooth_power: float | None = None,
+) -> Tensor:
+    return losses.smoothing_by_count(class_counts, smooth_head, smooth_tail, smooth_shape, smooth_power)
 
 
-class Criterion(nn.Module):
-    """A ``*_terms`` function of :mod:`methods.losses` with its options; tensors among them are buffers.
-
-    The buffers follow from data and configuration, so no checkpoint keeps them.
-    """
-
-    def __init__(self, terms: Callable[..., losses.Terms], **options):
-        super().__init__()
-        self.terms = terms
-        self.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
-        self.tensors = [name for name, value in options.items() if isinstance(value, Tensor)]
-        for name in self.tensors:
-            self.register_buffer(name, options[name], persistent=False)
-
-    def forward(self, logits: Tensor, class_counts: Tensor) -> losses.Terms:
-        return self.terms(logits, class_counts, **self.options, **{name: getattr(self, name) for name in self.tensors})
-
-
-def _smoothing(s: Settings) -> Tensor:
-    if s.smooth_head is None or s.smooth_tail is None:
-        raise InputError("loss: las needs smooth_head and smooth_tail, such as 0.3 and 0.0")
-    return losses.smoothing_by_count(s.class_counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
-
-
-def _prior(s: Settings) -> Tensor:
-    return s.class_counts / s.class_counts.sum()
-
-
-def _margins(s: Settings) -> Tensor:
-    return losses.ldam_margins(s.class_counts, s.max_margin)
-
-
-LOSSES: dict[str, Callable[[Settings], Criterion]] = {
-    "ce": lambda s: Criterion(losses.ce_terms),
-    "arb": lambda s: Criterion(losses.arb_terms, clamp=s.clamp, tau=s.tau),
-    "focal_arb": lambda s: Criterion(losses.focal_arb_terms, clamp=s.clamp, alpha=s.focal_alpha, gamma=s.focal_gamma),
-    "weighted_arb": lambda s: Criterion(losses.weighted_arb_terms, clamp=s.clamp),
-    "las": lambda s: Criterion(losses.smoothing_terms, smoothing=_smoothing(s)),
-    "logit_adjustment": lambda s: Criterion(losses.logit_adjustment_terms, prior=_prior(s), tau=s.tau),
-    "ldam": lambda s: Criterion(losses.ldam_terms, margins=_margins(s), scale=s.cosine_scale),
-    "dot_regression": lambda s: Criterion(losses.dot_regression_terms),
+# Name -> (loss, {its parameter: function from the training set's counts to that parameter, a tensor [C]}).
+# All other parameters are options of :func:`build_method`, by name.
+LOSSES: dict[str, tuple[Callable[..., Tensor], dict[str, Callable[..., Tensor]]]] = {
+    "ce": (losses.cross_entropy, {}),
+    "arb": (losses.arb, {}),
+    "focal_arb": (losses.focal_arb, {}),
+    "weighted_arb": (losses.weighted_arb, {}),
+    "las": (losses.smoothed_cross_entropy, {"smoothing": _smoothing}),
+    "logit_adjustment": (losses.logit_adjustment, {"prior": losses.class_prior}),
+    "ldam": (losses.ldam, {"margins": losses.ldam_margins}),
+    "dot_regression": (losses.dot_regression, {}),
 }
 
 
-def step_counts(kind: str, targets: Tensor, class_counts: Tensor, step_targets: Tensor | None = None) -> Tensor:
-    """The n of one pass, [C]: which counts ARB-Loss reads.
+class Criterion(nn.Module):
+    """A per-sample loss of :mod:`methods.losses` with its options; its tensors [C] are buffers.
 
-    ``targets [B]``, unmixed; ``class_counts [C]`` of the training set; ``step_targets [G]`` of the whole global batch,
-    None where that is ``targets``. ``global``: the training set's; ``batch``: this process's batch; ``batch_synced``:
-    the global batch's; ``global_masked``: the training set's, 0 for classes absent from the batch; ``batch_unmasked``:
-    the batch's, B n_k / N for classes absent from it.
+    The buffers follow from data and configuration, so checkpoints do not hold them.
+    """
+
+    def __init__(self, loss: str, class_counts: Tensor, options: Mapping[str, Any]):
+        """``options`` may hold those of other losses too."""
+        super().__init__()
+        self.loss, per_class = LOSSES[loss]
+        self.options = _options_of(self.loss, options)
+        self.reads_counts = "class_counts" in inspect.signature(self.loss).parameters
+        self.per_class = tuple(per_class)
+        for name, function in per_class.items():
+            self.register_buffer(name, function(class_counts, **_options_of(function, options)), persistent=False)
+
+    def forward(self, logits: Tensor, class_counts: Tensor) -> Callable[[Tensor], Tensor]:
+        """The loss of ``logits [B, C]`` as a function of the targets, [T, B] -> [T, B]."""
+        tensors = {name: getattr(self, name) for name in self.per_class}
+        if self.reads_counts:
+            tensors["class_counts"] = class_counts
+        return partial(self.loss, logits, **self.options, **tensors)
+
+
+def _options_of(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the parameters that ``options`` names or that have a default."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: options.get(p.name, p.default) for p in parameters if p.name in options or p.default is not p.empty}
+
+
+COUNTS = ("global", "batch", "batch_synced", "global_masked", "batch_unmasked")
+
+
+def step_counts(kind: str, targets: Tensor, class_counts: Tensor, step_targets: Tensor | None = None) -> Tensor:
+    """The counts n [C] that ARB-Loss reads in one pass.
+
+    Args:
+        kind: "global": the training set's; "batch": this process's batch; "batch_synced": the global batch;
+            "global_masked": the training set's, 0 for classes absent from the batch; "batch_unmasked": the batch's,
+            B n_k / N for classes absent from it.
+        targets: [B], before mixup.
+        class_counts: [C], of the training set.
+        step_targets: [G], of the whole global batch; None: the same as ``targets``.
     """
     if kind == "global":
         return class_counts
@@ -99,11 +101,8 @@ def step_counts(kind: str, targets: Tensor, class_counts: Tensor, step_targets: 
     return torch.where(batch > 0, batch, len(targets) * class_counts / class_counts.sum())
 
 
-COUNTS = ("global", "batch", "batch_synced", "global_masked", "batch_unmasked")
-
-
 class Method(nn.Module):
-    """One training step's mathematics; the loop knows nothing of losses, counts, mixup or what sets in later."""
+    """Compute a step's loss; the training loop does not know which loss, counts, mixup or schedule of parts that is."""
 
     def __init__(
         self,
@@ -115,10 +114,16 @@ class Method(nn.Module):
         regularizer: tuple[int, CollapseRegularizer] | None = None,
         means_lr: float = 0.5,
     ):
-        """``drw``: from which epoch on losses are weighted, and the weights [C] (deferred re-weighting).
-
-        ``regularizer``: from which epoch on it is added, and itself. Before, it is off and its means stay as they are,
-        as the paper has it; the released code keeps both terms, with the means frozen. ``means_lr``: theirs.
+        """
+        Args:
+            criterion: see :class:`Criterion`.
+            counts: a name of ``COUNTS``.
+            class_counts: [C], of the training set.
+            mixup_alpha: 0 for no mixup.
+            drw: deferred re-weighting: the first epoch in which losses are weighted, and the weights [C].
+            regularizer: the first epoch in which it is added, and the regularizer. Until then it is off and its class
+                means do not move, as in the paper; the released code keeps both terms on and the means frozen.
+            means_lr: learning rate of the class means.
         """
         super().__init__()
         self.criterion = criterion
@@ -134,13 +139,13 @@ class Method(nn.Module):
 
     @property
     def clamp(self) -> float | None:
-        """What the loss clamps logits to (+-), None where it does not."""
+        """Bound to which the loss clamps logits; None if it does not."""
         return self.criterion.options.get("clamp")
 
     def parameter_groups(self) -> list[dict]:
-        """The optimizer's groups of what the method itself learns; with ``constant_lr`` no schedule applies.
+        """Optimizer groups of the method's own parameters; no schedule applies to those with ``constant_lr``.
 
-        Class means train by plain SGD with their gradient divided by lambda1, which a rate divided by it amounts to.
+        Class means train by plain SGD on their gradient divided by lambda1, so the learning rate is divided by it.
         """
         if self.regularizer is None:
             return []
@@ -148,9 +153,9 @@ class Method(nn.Module):
         return [{"params": list(self.regularizer.parameters()), "constant_lr": True, **plain}]
 
     def start_epoch(self, epoch: int) -> bool:
-        """Called before every epoch: what sets in later is switched on here, by the epoch's number alone.
+        """Switch deferred parts on or off, by the epoch's number alone; to be called before every epoch.
 
-        True where ``forward`` computes something else from here on: a recorded step is then recorded anew.
+        Returns True if ``forward`` computes something else than before, so that a captured CUDA graph is out of date.
         """
         before = self.weighted, self.regularized
         self.weighted = self.drw_epoch is not None and epoch >= self.drw_epoch
@@ -165,7 +170,7 @@ class Method(nn.Module):
         accumulate: int = 1,
         device: torch.device | None = None,
     ) -> list[StepDraws]:
-        """What the passes of ``epoch`` draw at random; the same for every method with the same seed and alpha.
+        """Draw the mixup of all passes of ``epoch``; the same for every method with the same seed and alpha.
 
         ``batch_sizes``: one per pass, ``accumulate`` passes per step. The passes of a step draw as that many processes
         would: one lambda, and partners from the same stream.
@@ -183,7 +188,7 @@ class Method(nn.Module):
     ) -> MethodOutput:
         """``images [B, 3, H, W]``, ``targets [B]`` -> loss, logits, features.
 
-        ``step_targets [G]``: labels of the whole global batch, of which this is a part; None: of which this is all.
+        ``step_targets [G]``: labels of the whole global batch, of which this is a part; None: the same as ``targets``.
         """
         mixed, labels = images, targets[None]  # labels [T, B]
         if self.mixup_alpha > 0:
@@ -205,10 +210,10 @@ class Method(nn.Module):
         draws: StepDraws,
         step_targets: Tensor | None = None,
     ) -> Components:
-        """Attraction and repulsion in a pass of which ``logits [B, C]`` and ``features [B, D]`` came out.
+        """Attraction and repulsion in a pass with these ``logits [B, C]`` and ``features [B, D]``.
 
-        Of the very loss that is trained, whichever it is, clamp, weights and mixup included: the residuals are its
-        derivatives. (The regularizers have none in the logits.)
+        The residuals are the derivatives of the very loss that is trained, with clamp, weights and mixup. (The
+        regularizers do not depend on the logits.)
         """
         labels = torch.stack([targets, targets[draws.partner]]) if self.mixup_alpha > 0 else targets[None]
         shares = self._shares(draws).to(logits.device)
@@ -219,10 +224,10 @@ class Method(nn.Module):
         return components(torch.stack(residuals), features, labels, shares)
 
     def _losses(self, logits: Tensor, targets: Tensor, labels: Tensor, step_targets: Tensor | None) -> Tensor:
-        """The loss of every sample for each of its labels, [T, B]; batch counts are those of ``targets``.
+        """Loss of every sample for each of its labels [T, B]; batch counts are those of ``targets``.
 
-        Weights are divided by their mean over the pass, for each of the T rows of labels, so that a row's plain mean
-        is the weighted mean, the one that divides by the weights of the batch.
+        DRW weights are divided by their mean over the pass, separately for each row of labels, so that a row's plain
+        mean is the weighted mean of PyTorch, which divides by the sum of the batch's weights.
         """
         counts = step_counts(self.counts, targets, self.class_counts, step_targets)
         each = self.criterion(logits, counts)(labels)
@@ -232,12 +237,12 @@ class Method(nn.Module):
         return each * (weights / weights.mean(dim=1, keepdim=True))
 
     def _shares(self, draws: StepDraws) -> Tensor:
-        """What each label counts in the loss, [T]."""
+        """Weights of a sample's labels in the loss, [T]."""
         return torch.stack([draws.lam, 1 - draws.lam]) if self.mixup_alpha > 0 else torch.ones_like(draws.lam)[None]
 
 
 def check_names(loss: str, counts: str) -> None:
-    """Raises :class:`InputError`, which lists what there is, for a loss or a kind of counts that does not exist."""
+    """Raise :class:`InputError`, listing the known names, if ``loss`` or ``counts`` is not one of them."""
     if loss not in LOSSES:
         raise InputError(f"loss: {loss!r} is unknown; known are {', '.join(LOSSES)}")
     if counts not in COUNTS:
@@ -259,14 +264,31 @@ def build_method(
     seed: int = 0,
     **options,
 ) -> Method:
-    """A :class:`Method`. ``counts``: a name of ``COUNTS``; ``mixup_alpha`` 0: no mixup; ``options``: see Settings.
+    """Build a :class:`Method`.
 
-    ``drw_epoch``: deferred re-weighting sets in (None: never), with ``drw_beta``. ``nc_within``, ``nc_between``: of
-    :mod:`methods.regularizers` (0: off), from ``nc_start_epoch`` on; their class means have ``feature_width`` numbers
-    each, start from ``seed`` and train with the rate ``nc_means_lr``.
+    Args:
+        loss: a name of ``LOSSES``.
+        counts: a name of ``COUNTS``.
+        class_counts: int64 [C], of the training set.
+        mixup_alpha: 0 for no mixup.
+        drw_epoch: first epoch with deferred re-weighting; None for never.
+        drw_beta: see :func:`methods.losses.drw_weights`.
+        nc_within: lambda1 of :mod:`methods.regularizers`; 0 switches both regularizers off.
+        nc_between: lambda2.
+        nc_start_epoch: first epoch with the regularizers.
+        nc_means_lr: learning rate of the regularizers' class means.
+        feature_width: D, of the class means.
+        seed: of the initial class means.
+        options: parameters of the losses, by name; those of other losses than ``loss`` are ignored.
+
+    Raises :class:`InputError` for unknown names.
     """
     check_names(loss, counts)
-    criterion = LOSSES[loss](Settings(class_counts=class_counts, **options))
+    functions = [f for function, per_class in LOSSES.values() for f in (function, *per_class.values())]
+    unknown = options.keys() - {name for f in functions for name in inspect.signature(f).parameters}
+    if unknown:
+        raise TypeError(f"no loss has the option {', '.join(sorted(unknown))}")
+    criterion = Criterion(loss, class_counts, options)
     drw = None if drw_epoch is None else (drw_epoch, losses.drw_weights(class_counts, drw_beta))
     regularizer = None
     if nc_within > 0:

@@ -1,4 +1,4 @@
-"""Mixup (Zhang et al., ICLR 2018): the draws of an epoch as a table, and the mixing itself as a pure function."""
+"""Mixup (Zhang et al., ICLR 2018): a table of an epoch's random draws, and mixing as a pure function."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from utils.seed import generator
 
 
 class StepDraws(NamedTuple):
-    """What one step draws at random."""
+    """The random numbers of one step's mixup."""
 
     lam: Tensor  # float32 scalar in [0, 1], the weight of an image's own label
-    partner: Tensor  # int64 [B], a permutation: whom each image is mixed with
+    partner: Tensor  # int64 [B], a permutation: the index of the image that each one is mixed with
 
 
 def to_device(draws: Sequence[StepDraws], device: torch.device | None) -> list[StepDraws]:
-    """The draws of an epoch on the device (None: the CPU), in two copies instead of two per step."""
+    """Move an epoch's draws to the device (None: the CPU), in two copies instead of two per step."""
     lams = torch.stack([draw.lam for draw in draws]).to(device)
     partners = torch.cat([draw.partner for draw in draws]).to(device)
     parts = partners.split([len(draw.partner) for draw in draws])
@@ -25,10 +25,10 @@ def to_device(draws: Sequence[StepDraws], device: torch.device | None) -> list[S
 
 
 def draw(alpha: float, batch_sizes: Sequence[int], seed: int, epoch: int) -> list[StepDraws]:
-    """The draws of every step of ``epoch``, on the CPU: a function of the arguments alone.
+    """Draw every step of ``epoch``, on the CPU; a pure function of its arguments.
 
     lambda ~ Beta(alpha, alpha), one per step; ``alpha`` 0 gives lambda 1. The lambdas do not depend on the batch sizes,
-    so processes with unequal shares draw the same ones.
+    so processes with shares of different sizes draw the same ones.
     """
     lams = torch.ones(len(batch_sizes))
     if alpha > 0:
@@ -41,9 +41,9 @@ def draw(alpha: float, batch_sizes: Sequence[int], seed: int, epoch: int) -> lis
 
 
 def mix(images: Tensor, targets: Tensor, lam: Tensor | float, partner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``lam * images + (1 - lam) * images[partner]``, the images' own targets and their partners'.
+    """Return ``lam * images + (1 - lam) * images[partner]``, the images' own targets and their partners'.
 
     ``images [B, ...]``, ``targets [B]``, ``partner [B]``. The batch's loss is
-    ``lam * loss(targets_a) + (1 - lam) * loss(targets_b)``; batch counts come from the unmixed ``targets``.
+    ``lam * loss(targets_a) + (1 - lam) * loss(targets_b)``; ARB's batch counts are those of ``targets``.
     """
     return lam * images + (1 - lam) * images[partner], targets, targets[partner]

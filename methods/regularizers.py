@@ -7,7 +7,7 @@ Legend: B samples, C classes, D features; h_i the feature of sample i, n_k the b
     L_B = -(1/C) sum_k min_{k' != k} arccos( cos(mu_k - mu_C, mu_k' - mu_C) )      mu_C the mean of the class means
 
 L_W pulls features to their class's mean, L_B pushes the means apart. L_B is a function of the means alone, as in the
-released code, so it reaches the features through L_W only. Everything is computed in at least float32.
+released code, so it acts on the features through L_W alone. Everything is computed in at least float32.
 """
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.losses import count_classes
+from utils.precision import at_least_float32
 from utils.seed import generator
 
 LARGEST_COSINE = 0.99999  # arccos has an infinite slope at +-1
@@ -37,22 +38,22 @@ def between_class(means: Tensor) -> Tensor:
 
 
 class CollapseRegularizer(nn.Module):
-    """``within * L_W + between * L_B``, and the learnable means, which start as N(0, 1)."""
+    """``within * L_W + between * L_B``, with learnable class means that start as N(0, 1)."""
 
     def __init__(self, num_classes: int, feature_width: int, within: float, between: float, seed: int = 0):
-        """``within``: lambda1, above 0; ``between``: lambda2. Means depend on ``seed`` alone, on every process."""
+        """``within``: lambda1, above 0; ``between``: lambda2. The means depend on ``seed`` alone, on every process."""
         super().__init__()
         start = generator(seed, 0, "class means").standard_normal((num_classes, feature_width))
         self.means = nn.Parameter(torch.from_numpy(start).float())
         self.within, self.between = within, between
 
     def forward(self, features: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
-        """``features [B, D]``; ``labels`` int64 [T, B], ``shares [T]``: lam and 1 - lam of mixup's two labels.
+        """``features [B, D]``; ``labels`` int64 [T, B]; ``shares [T]``: lam and 1 - lam under mixup, else 1.
 
-        Under mixup L_W is mixed as the loss is, each label with its own counts: our choice, the paper is silent.
+        Under mixup L_W is mixed as the loss is, each label with its own counts; the paper does not say.
         """
         with torch.autocast(features.device.type, enabled=False):
-            features = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+            features = at_least_float32(features)
             parts = [within_class(features, y, self.means) for y in labels]
             pull = sum(share * part for share, part in zip(shares, parts, strict=True))
             if self.between == 0:

@@ -1,17 +1,26 @@
-"""The Places protocol of MiSLAS: a frozen backbone without its last block, one new bottleneck, a classifier."""
+"""The Places protocol of MiSLAS: a frozen backbone without its last block, a new bottleneck and a classifier."""
 
 import torch
-from torch import Tensor
-from torchvision.models.resnet import Bottleneck, ResNet
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 from models.model import Model
 from models.resnet import feature_maps
+from utils.errors import InputError
 
 
 class PlacesModel(Model):
     """Only ``block`` and ``classifier`` learn; the backbone stays in eval mode, batch-norm statistics included."""
 
-    def __init__(self, backbone: ResNet, classifier):
+    pretrained = True
+
+    def __init__(self, backbone: nn.Module, classifier: nn.Module):
+        """``backbone``: a torchvision ResNet of bottlenecks. Raises :class:`InputError` for any other."""
+        if backbone.out_features != 2048:
+            raise InputError(
+                "backbone: places needs one with bottleneck blocks (2,048 features), such as resnet152; this one has "
+                f"{backbone.out_features} features"
+            )
         super().__init__(backbone, classifier)
         self.backbone.layer4 = self.backbone.layer4[:-1]
         self.backbone.requires_grad_(False)

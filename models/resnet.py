@@ -1,4 +1,4 @@
-"""torchvision's ResNets and ResNeXts as feature extractors: their own classes, without the last linear layer."""
+"""torchvision's ResNets and ResNeXts without their classifier."""
 
 import os
 import warnings
@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from utils import distributed
 from utils.errors import InputError
 
-# resnet10 is the field's small ResNet for ImageNet-LT; torchvision has its class but no constructor for it.
+# resnet10, usual for ImageNet-LT, has no constructor in torchvision.
 CONSTRUCTORS = {
     "resnet10": lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
     **{
@@ -30,7 +30,7 @@ CONSTRUCTORS = {
 
 
 def build(name: str, pretrained: bool | str) -> ResNet:
-    """The backbone ``name``; ``pretrained``: True for torchvision's IMAGENET1K_V1 weights, or a file's path."""
+    """Build the backbone ``name``; ``pretrained``: True for torchvision's IMAGENET1K_V1 weights, or a file's path."""
     backbone = CONSTRUCTORS[name]()
     if pretrained:
         _load_pretrained(backbone, name, pretrained)
@@ -40,7 +40,7 @@ def build(name: str, pretrained: bool | str) -> ResNet:
 
 
 def feature_maps(backbone: ResNet, images: Tensor) -> Tensor:
-    """The output of the last stage before pooling, [B, D, H / 32, W / 32]."""
+    """Output of the last stage, before pooling, [B, D, H / 32, W / 32]."""
     x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
     return backbone.layer4(backbone.layer3(backbone.layer2(backbone.layer1(x))))
 
@@ -53,16 +53,16 @@ def _load_pretrained(backbone: ResNet, name: str, pretrained: bool | str) -> Non
     else:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what torch has to say of a plain pickle comes as an error too
+                warnings.simplefilter("ignore")  # about a plain pickle, which is an error as well
                 state = torch.load(pretrained, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
             if not all(isinstance(key, str) for key in state):
-                raise TypeError("a name of a weight is no text")
-        except Exception as error:  # torch and pickle raise many types on a damaged file
+                raise TypeError("a weight's name is not a string")
+        except Exception as error:  # torch and pickle raise many types for a damaged file
             raise InputError(
                 f"pretrained: {pretrained}: is no readable weights file ({type(error).__name__})"
             ) from None
-    # A file's classifier is of no use here and may have any number of classes.
+    # The file's classifier is not used and may have any number of classes.
     features = {key.removeprefix("module."): value for key, value in state.items() if "fc." not in key}
     try:
         problems = backbone.load_state_dict(features, strict=False)

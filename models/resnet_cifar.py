@@ -11,7 +11,7 @@ DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
 class PadShortcut(nn.Module):
-    """Option A: no parameters; takes every second pixel and pads the new channels with zeros, half on either side."""
+    """Option A, without parameters: every second pixel, and half of the new channels as zeros on either side."""
 
     def __init__(self, new_channels: int):
         super().__init__()
@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Features of a CIFAR ResNet; He-normal convolutions, as in the reference."""
+    """CIFAR ResNet without its classifier; convolutions start He normal, as in the reference."""
 
     def __init__(self, blocks_per_stage: int, width: int = 1):
         super().__init__()
@@ -63,5 +63,5 @@ def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
 
 
 def build(depth: int, width: int = 1) -> CifarResNet:
-    """``depth``: one of ``DEPTHS``."""
+    """Build the network of a depth in ``DEPTHS``, ``width`` times as wide as He et al.'s."""
     return CifarResNet((depth - 2) // 6, width)

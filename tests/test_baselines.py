@@ -285,7 +285,7 @@ def test_the_weights_of_ldam_and_drw_are_those_of_the_training_set(runs):
     method = build.new_method(cfg, data)
     assert torch.equal(method.criterion.margins, ldam_margins(counts))
     assert torch.equal(method.drw_weights, drw_weights(counts))
-    assert method.criterion.options == {"scale": 30.0}
+    assert method.criterion.options == {"cosine_scale": 30.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

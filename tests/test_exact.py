@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from datasets.long_tail import long_tail_counts, long_tail_indices
-from methods import build_method
+from methods import build_method, losses
 from methods.gradients import component_norms
-from methods.losses import arb_loss, weighted_arb_terms
+from methods.losses import arb_loss
 from methods.method import step_counts
 from methods.mixup import StepDraws
 
@@ -36,7 +36,7 @@ def unreduced(logits, targets, counts):
 
 
 def weighted_arb(logits, targets, counts):
-    return weighted_arb_terms(logits, counts)(targets[None])[0]
+    return losses.weighted_arb(logits, targets[None], counts)[0]
 
 
 @lru_cache
@@ -138,7 +138,7 @@ def test_every_statement_names_tests_that_exist():
 # 1. Cross-entropy on shifted logits
 
 
-@pytest.mark.parametrize("classes", [7, 1001], ids=["plain", "fused"])
+@pytest.mark.parametrize("classes", [7, 1001])
 def test_arb_is_cross_entropy_on_shifted_logits(classes):
     logits, targets, counts = example(classes=classes)
     loss = arb_loss(logits, targets, counts, clamp=None)
@@ -391,7 +391,7 @@ MASK = {2: [2.30, 4.50], 3: [1.75, 3.89], 5: [1.16, 3.22], 8: [0.73, 2.68]}
 MAGNITUDE = {2: [-0.75, -0.85], 3: [-0.68, -0.82], 5: [-0.55, -0.75], 8: [-0.42, -0.71]}
 
 
-@pytest.mark.parametrize("batch_size", MASK)
+@pytest.mark.parametrize("batch_size", [2, 3, 5, pytest.param(8, marks=pytest.mark.slow)])
 def test_mask_alone_and_magnitude_alone_err_in_opposite_directions(batch_size):
     """Offsets of the medium and the rare class against the frequent one; together they vanish."""
     mask, magnitude, together = (
@@ -468,11 +468,11 @@ def test_repeated_labels_add_the_log_of_their_count_and_no_more():
     labels = torch.tensor([7, 41, 3, 7, 30, 7, 41])
     present, inverse, n = labels.unique(return_inverse=True, return_counts=True)
     z = 3 * torch.randn(7, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    losses = arb_loss(z, labels, step_counts("batch", labels, torch.arange(1, 51)), "none")
+    found = arb_loss(z, labels, step_counts("batch", labels, torch.arange(1, 51)), "none")
     plain = F.cross_entropy(z[:, present], inverse, reduction="none")
-    assert_close(losses, F.cross_entropy(z[:, present] + n.double().log(), inverse, reduction="none"), 1e-13)
-    assert (losses - plain).abs().max() > 0.1
-    assert (losses - plain).abs().max() <= math.log(3)
+    assert_close(found, F.cross_entropy(z[:, present] + n.double().log(), inverse, reduction="none"), 1e-13)
+    assert (found - plain).abs().max() > 0.1
+    assert (found - plain).abs().max() <= math.log(3)
 
 
 def all_different(batch_size, prior) -> float:

@@ -189,6 +189,7 @@ print(seconds, used - table.numel() * table.element_size())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["mixed", "plain"])
 def test_8142_classes_take_less_than_two_seconds_and_a_gibibyte(mixing):
     """Processor time of all threads, which a busy machine does not change; memory as the system sees it."""
@@ -209,6 +210,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_at_100_classes_they_cost_less_than_5_percent_of_a_step(one_thread):
     """Of the very step that is trained, watched in every step; the fastest of turns taken in one run.
 

@@ -1,6 +1,12 @@
 """The losses against their formulas, at the edges, in half precision and by gradcheck."""
 
+import ast
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +17,35 @@ from hypothesis import strategies as st
 from methods import losses
 from methods.losses import (
     ARBLoss,
-    arb_log_probabilities,
     arb_loss,
     count_classes,
     label_aware_smoothing,
+    log_probabilities,
     smoothing_by_count,
 )
+from tests.test_architecture import imported
 
 COUNTS = torch.tensor([50.0, 20, 0, 7, 1])
+# With the step's counts, which not every loss reads.
+ALL_LOSSES = pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y, n: losses.cross_entropy(z, y),
+        losses.arb,
+        lambda z, y, n: losses.arb(z, y, n, clamp=None),
+        lambda z, y, n: losses.arb(z, y, n, tau=0.5),
+        losses.focal_arb,
+        losses.weighted_arb,
+        lambda z, y, n: losses.smoothed_cross_entropy(z, y, torch.linspace(0, 0.3, len(n))),
+        lambda z, y, n: losses.logit_adjustment(z, y, torch.linspace(0.1, 0.3, len(n)), tau=1.5),
+        lambda z, y, n: losses.ldam(z, y, losses.ldam_margins(n), cosine_scale=2.0),
+        lambda z, y, n: losses.dot_regression(z, y),
+    ],
+    ids=[
+        *("ce", "arb", "arb unclamped", "arb with tau", "focal_arb", "weighted_arb", "las"),
+        *("logit_adjustment", "ldam", "dot_regression"),
+    ],
+)
 
 
 def example(batch: int = 12, classes: int = 5, scale: float = 3.0, dtype=torch.float64):
@@ -94,25 +121,13 @@ def test_logits_of_any_size_give_a_finite_loss_and_gradient(size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    "terms",
-    [
-        losses.ce_terms,
-        losses.arb_terms,
-        losses.focal_arb_terms,
-        losses.weighted_arb_terms,
-        lambda z, n: losses.logit_adjustment_terms(z, n, COUNTS),
-        lambda z, n: losses.ldam_terms(z, n, losses.ldam_margins(COUNTS)),
-        losses.dot_regression_terms,
-    ],
-    ids=["ce", "arb", "focal_arb", "weighted_arb", "logit_adjustment", "ldam", "dot_regression"],
-)
-def test_half_precision_logits_are_raised_before_anything_else(terms, dtype):
+@ALL_LOSSES
+def test_half_precision_logits_are_raised_before_anything_else(loss, dtype):
     logits, targets = example(dtype=torch.float32)
     half = logits.to(dtype)
-    result = terms(half, COUNTS * 1e5)(targets[None])
+    result = loss(half, targets[None], COUNTS * 1e5)
     assert result.dtype == torch.float32
-    assert torch.equal(result, terms(half.float(), COUNTS * 1e5)(targets[None]))
+    assert torch.equal(result, loss(half.float(), targets[None], COUNTS * 1e5))
 
 
 def test_under_autocast_the_loss_is_that_of_the_half_precision_logits_in_float32():
@@ -142,6 +157,8 @@ def test_reductions():
         arb_loss(logits, targets, COUNTS, "avg")
     with pytest.raises(ValueError, match="does not fit 5 classes"):
         arb_loss(logits, targets, COUNTS[:3])
+    with pytest.raises(ValueError, match=r"targets: shape \(11,\) does not fit logits of shape \(12, 5\)"):
+        arb_loss(logits, targets[1:], COUNTS)
 
 
 def test_the_module_counts_the_batch_or_takes_the_given_counts():
@@ -199,19 +216,18 @@ def test_count_classes():
 
 def test_focal_arb_is_its_formula():
     logits, targets = example()
-    p = arb_log_probabilities(logits, COUNTS).exp().gather(1, targets[:, None]).squeeze(1)
+    p = log_probabilities(logits, COUNTS, 30.0).exp().gather(1, targets[:, None]).squeeze(1)
     expected = -0.5 * (1 - p) ** 3 * p.log()
-    result = losses.focal_arb_terms(logits, COUNTS, alpha=0.5, gamma=3.0)(targets[None])
+    result = losses.focal_arb(logits, targets[None], COUNTS, focal_alpha=0.5, focal_gamma=3.0)
     torch.testing.assert_close(result, expected[None])
     torch.testing.assert_close(
-        losses.focal_arb_terms(logits, COUNTS, gamma=0.0)(targets[None]),
-        losses.arb_terms(logits, COUNTS)(targets[None]),
+        losses.focal_arb(logits, targets[None], COUNTS, focal_gamma=0.0), losses.arb(logits, targets[None], COUNTS)
     )
 
 
 def test_focal_arb_has_a_finite_gradient_where_a_label_is_certain():
     logits = torch.zeros(2, 3, requires_grad=True)
-    losses.focal_arb_terms(logits, torch.tensor([2, 0, 0]), gamma=0.5)(torch.tensor([[0, 0]])).sum().backward()
+    losses.focal_arb(logits, torch.tensor([[0, 0]]), torch.tensor([2, 0, 0]), focal_gamma=0.5).sum().backward()
     assert logits.grad.isfinite().all()
 
 
@@ -220,7 +236,7 @@ def test_weighted_arb_is_its_formula(counts):
     logits, targets = example()
     omega = counts.sum() / 4 / counts.double()  # four classes are present
     expected = omega[targets] * arb_loss(logits, targets, counts, "none")
-    torch.testing.assert_close(losses.weighted_arb_terms(logits, counts)(targets[None]), expected[None])
+    torch.testing.assert_close(losses.weighted_arb(logits, targets[None], counts), expected[None])
 
 
 def test_label_aware_smoothing_is_its_formula():
@@ -259,18 +275,18 @@ def test_arb_with_tau_is_arb_with_counts_to_that_power(tau):
     present = COUNTS > 0
     powers = torch.where(present, COUNTS.double() ** tau, 0.0)
     expected = torch.tensor([equation_14(z, int(y), powers) for z, y in zip(logits, targets, strict=True)])
-    found = losses.arb_terms(logits, COUNTS, clamp=None, tau=tau)(targets[None])[0]
+    found = losses.arb(logits, targets[None], COUNTS, clamp=None, tau=tau)[0]
     torch.testing.assert_close(found, expected.double())
     if tau == 1:
-        assert torch.equal(found, losses.arb_terms(logits, COUNTS, clamp=None)(targets[None])[0])
+        assert torch.equal(found, losses.arb(logits, targets[None], COUNTS, clamp=None)[0])
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("classes", [5, 1001])
-def test_logit_adjustment_is_its_formula_whatever_the_step_s_counts(tau, classes):
+def test_logit_adjustment_is_its_formula(tau, classes):
     logits, targets = example(classes=classes)
     prior = torch.arange(1, classes + 1) / sum(range(1, classes + 1))
-    found = losses.logit_adjustment_terms(logits, torch.randint(0, 9, (classes,)), prior, tau)(targets[None])[0]
+    found = losses.logit_adjustment(logits, targets[None], prior, tau)[0]
     for z, y, loss in zip(logits.tolist(), targets.tolist(), found.tolist(), strict=True):
         odds = [math.exp(value) * p**tau for value, p in zip(z, prior.double().tolist(), strict=True)]
         assert loss == pytest.approx(-math.log(odds[y] / sum(odds)), rel=1e-12)
@@ -278,7 +294,7 @@ def test_logit_adjustment_is_its_formula_whatever_the_step_s_counts(tau, classes
 
 def test_logit_adjustment_of_a_prior_without_a_class_leaves_it_out():
     logits, targets = example()
-    found = losses.logit_adjustment_terms(logits.requires_grad_(), torch.ones(5), COUNTS / COUNTS.sum())(targets[None])
+    found = losses.logit_adjustment(logits.requires_grad_(), targets[None], losses.class_prior(COUNTS))
     torch.testing.assert_close(found[0], arb_loss(logits, targets, COUNTS, "none", clamp=None), rtol=1e-6, atol=1e-7)
     found.sum().backward()
     assert (logits.grad[:, 2] == 0).all()
@@ -294,7 +310,7 @@ def test_ldam_is_its_formula():
     """Cosines, from which the label's margin is taken before they are scaled."""
     cosines, targets = example(scale=0.3)
     margins = losses.ldam_margins(COUNTS)
-    found = losses.ldam_terms(20 * cosines, COUNTS, margins, scale=20.0)(targets[None])[0]
+    found = losses.ldam(20 * cosines, targets[None], margins, cosine_scale=20.0)[0]
     for row, y, loss in zip(cosines.tolist(), targets.tolist(), found.tolist(), strict=True):
         own = 20 * (row[y] - margins.double()[y].item())
         others = sum(math.exp(20 * value) for k, value in enumerate(row) if k != y)
@@ -303,7 +319,7 @@ def test_ldam_is_its_formula():
 
 def test_dot_regression_is_its_formula_and_reads_the_label_s_logit_alone():
     logits, targets = example()
-    found = losses.dot_regression_terms(logits.requires_grad_(), COUNTS)(targets[None])
+    found = losses.dot_regression(logits.requires_grad_(), targets[None])
     expected = [0.5 * (row[y] - 1) ** 2 for row, y in zip(logits.tolist(), targets.tolist(), strict=True)]
     assert found[0].tolist() == pytest.approx(expected)
     found.sum().backward()
@@ -334,45 +350,120 @@ def test_the_post_hoc_shift_is_tau_log_prior_and_counts_an_absent_class_as_one_i
 # Gradients, and several targets
 
 
-ALL_TERMS = pytest.mark.parametrize(
-    "terms",
-    [
-        losses.ce_terms,
-        losses.arb_terms,
-        lambda z, n: losses.arb_terms(z, n, clamp=None),
-        losses.focal_arb_terms,
-        losses.weighted_arb_terms,
-        lambda z, n: losses.arb_terms(z, n, tau=0.5),
-        lambda z, n: losses.smoothing_terms(z, n, torch.linspace(0, 0.3, len(n))),
-        lambda z, n: losses.logit_adjustment_terms(z, n, torch.linspace(0.1, 0.3, len(n)), tau=1.5),
-        lambda z, n: losses.ldam_terms(z, n, losses.ldam_margins(n), scale=2.0),
-        losses.dot_regression_terms,
-    ],
-    ids=[
-        *("ce", "arb", "arb unclamped", "focal_arb", "weighted_arb", "arb with tau", "las"),
-        *("logit_adjustment", "ldam", "dot_regression"),
-    ],
-)
-
-
-@ALL_TERMS
-def test_gradcheck_in_float64(terms):
+@ALL_LOSSES
+def test_gradcheck_in_float64(loss):
     logits, targets = example(batch=6)
     both = torch.stack([targets, targets.roll(1)])
-    assert torch.autograd.gradcheck(lambda z: terms(z, COUNTS)(both), logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda z: loss(z, both, COUNTS), logits.requires_grad_())
 
 
-@ALL_TERMS
+@ALL_LOSSES
 @pytest.mark.parametrize("classes", [5, 1001])
-def test_several_targets_at_once_are_each_of_them_alone(terms, classes):
+def test_several_targets_at_once_are_each_of_them_alone(loss, classes):
     logits, targets = example(classes=classes)
     both = torch.stack([targets, targets.roll(1)])
     counts = torch.arange(1, classes + 1)
-    each = [terms(logits, counts)(row[None])[0] for row in both]
-    assert torch.equal(terms(logits, counts)(both), torch.stack(each))
+    each = [loss(logits, row[None], counts)[0] for row in both]
+    assert torch.equal(loss(logits, both, counts), torch.stack(each))
 
 
 def test_gradcheck_dense():
     logits = torch.randn(1, 5, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([[[0, 1], [-100, 4]]])
     assert torch.autograd.gradcheck(lambda z: arb_loss(z, targets, COUNTS), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("classes", [5, 1001])
+@pytest.mark.parametrize("clamp", [None, 3.0])
+def test_double_backward_in_float64(clamp, classes):
+    logits, targets = example(batch=2, classes=classes)
+    counts = torch.arange(1, classes + 1)
+    assert torch.autograd.gradgradcheck(
+        lambda z: arb_loss(z, targets, counts, clamp=clamp), logits.requires_grad_(), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("classes", [5, 1001])
+def test_function_transforms(classes):
+    """torch.func.grad gives the gradient; under vmap that of each batch."""
+    (first, targets), counts = example(classes=classes), torch.arange(1, classes + 1)
+    batches = torch.stack([first, first.roll(1)])
+    gradient = torch.func.grad(lambda z: arb_loss(z, targets, counts))
+    expected = []
+    for logits in batches:
+        leaf = logits.clone().requires_grad_()
+        arb_loss(leaf, targets, counts).backward()
+        expected.append(leaf.grad)
+        torch.testing.assert_close(gradient(logits), leaf.grad)
+    torch.testing.assert_close(torch.func.vmap(gradient)(batches), torch.stack(expected))
+
+
+@pytest.mark.parametrize("target", range(5))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_clamp_stops_the_gradient_from_its_bounds_on(dtype, target):
+    logits = torch.tensor([[30.0, -30.0, 31.0, 29.875, 0.5]], dtype=dtype, requires_grad=True)
+    arb_loss(logits, torch.tensor([target]), torch.ones(5)).backward()
+    probs = logits.detach().double().clamp(-30, 30).softmax(dim=1)
+    expected = (probs - F.one_hot(torch.tensor([target]), 5)) * torch.tensor([0, 0, 0, 1, 1])
+    torch.testing.assert_close(logits.grad, expected.to(dtype))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_unclamped_logits_that_are_not_finite_show_in_their_rows_alone(value):
+    logits, targets = example(classes=1001)
+    expected = arb_loss(logits, targets, torch.ones(1001), "none", clamp=None)
+    logits[1, targets[1]] = value
+    found = arb_loss(logits, targets, torch.ones(1001), "none", clamp=None)
+    assert not found[1].isfinite()
+    assert torch.equal(found[torch.arange(12) != 1], expected[torch.arange(12) != 1])
+
+
+def test_losses_that_no_probability_could_express():
+    """-log p of a p that is 0 in float32."""
+    logits = torch.zeros(1, 1001)
+    logits[0, 0] = 500.0
+    found = losses.cross_entropy(logits, torch.tensor([[1], [0]]))
+    torch.testing.assert_close(found, torch.tensor([[500.0], [0.0]]))
+
+
+def test_an_empty_batch():
+    logits = torch.zeros(0, 7, requires_grad=True)
+    loss = arb_loss(logits, torch.zeros(0, dtype=torch.int64), torch.ones(7))
+    loss.backward()
+    assert loss == 0
+    assert logits.grad.shape == (0, 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file alone
+
+
+def test_the_file_imports_nothing_but_torch_and_the_standard_library():
+    names = {name.split(".")[0] for name in imported(ast.parse(Path(losses.__file__).read_text()))}
+    assert names <= {"torch", *sys.stdlib_module_names}
+
+
+ALONE = """
+import torch
+from losses import ARBLoss, arb_loss
+
+logits = torch.randn(2, 1001, dtype=torch.float64)
+targets, counts = torch.tensor([3, 700]), torch.arange(1, 1002)
+expected = torch.nn.functional.cross_entropy(logits + counts.log(), targets)
+torch.testing.assert_close(ARBLoss(counts)(logits, targets), expected)
+torch.func.grad(lambda z: arb_loss(z, targets, counts))(logits)
+assert torch.autograd.gradgradcheck(lambda z: arb_loss(z, targets, counts), logits.requires_grad_(), fast_mode=True)
+"""
+
+
+@pytest.mark.slow
+def test_the_file_works_alone_in_another_project(tmp_path):
+    """Whose packages have the names of this one's."""
+    shutil.copy(losses.__file__, tmp_path)
+    for name in ("datasets", "methods", "models", "utils"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('another project')")
+    (tmp_path / "alone.py").write_text(ALONE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

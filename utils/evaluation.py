@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from utils import distributed
 from utils.errors import DivergenceError, InputError, Interrupted
 from utils.metrics import Predictions, half_accuracies, report
-from utils.precision import HALF, autocast
+from utils.precision import at_least_float32, autocast
 
 
 @contextlib.contextmanager
@@ -81,7 +81,7 @@ def feature_batches(
         for images, targets in stop_on_signal(batches, signal):
             with autocast(precision, device):
                 logits, features = model.forward(images, with_features=True)
-            yield _at_least_float32(features), _at_least_float32(logits), targets
+            yield at_least_float32(features), at_least_float32(logits), targets
 
 
 class Outputs(NamedTuple):
@@ -121,10 +121,6 @@ def _gather_parts(parts: Sequence[Tensor]) -> Tensor:
     """Gather the rows of all processes' ``parts`` ([B, K] each, on the CPU); a process may have no part."""
     width = distributed.greatest(parts[0].shape[1] if parts else 0)
     return distributed.gather_rows(torch.cat([torch.empty(0, width), *parts]))
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in HALF.values() else tensor
 
 
 def stop_on_signal(

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from utils.errors import InputError
 
@@ -30,6 +31,11 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Autocast a forward pass; no effect for "fp32" and "tf32"."""
     return torch.autocast(device.type, HALF.get(precision, torch.bfloat16), enabled=precision in HALF)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32 if it is in half precision, else as it is."""
+    return tensor.float() if tensor.dtype in HALF.values() else tensor
 
 
 def new_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
