@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_report(folder, metrics, predictions, data.class_counts, data.class_names)
             write_figures(folder, predictions, data, model, next(iter(groups.values())))
             print(f"{origin.path}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
-            notes += [*origin.notes, *class_order.notes, *differences(origin.content, cfg)]
+            notes += [*origin.notes, *class_order.notes, *data.notes, *differences(origin.content, cfg)]
             print(*(f"note: {note}" for note in notes), sep="\n")
             print_report(metrics, predictions, data)
         if cfg.decompose:

@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             step = new_step(cfg, training, components)
 
             with RunLog(folder, cfg.name, state.epoch, state.log_size) as log:
-                describe_run(log, cfg, data, evaluator.groups, step, [*notes, *start_notes, *class_order.notes])
+                notes += [*start_notes, *class_order.notes, *data.notes]
+                describe_run(log, cfg, data, evaluator.groups, step, notes)
                 recorder = Recorder(log, state, data, evaluator.groups, components)
                 if state.epoch >= cfg.num_epochs:  # a finished run was resumed
                     return recorder.finish_again(evaluator.evaluate())

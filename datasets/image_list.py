@@ -190,7 +190,7 @@ def _find(option: str, given: str, names: Sequence[str], data_path: Path) -> Pat
         if os.path.isfile(place):
             return place
     wanted = " nor ".join(dict.fromkeys(str(place) for place in places))
-    raise DataError(f"{option}: there is no {wanted}; the README says where the lists come from")
+    raise DataError(f"{option}: there is no {wanted}; datasets/README.md says where the lists come from")
 
 
 def _folders(data_path: Path) -> tuple[Path, Path]:

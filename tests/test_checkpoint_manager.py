@@ -138,8 +138,8 @@ def test_a_signal_ends_the_block_after_the_step_with_a_checkpoint_and_the_comman
     assert stop.value.number == signal.SIGUSR1
     stored = content(kept.folder)
     assert (stored["epoch"], stored["step"]) == (0, 3)
-    reached, _, command = str(stop.value).partition("; go on with: ")
-    assert reached == "epoch 0, 3 of 4 steps, is kept"
+    reached, _, command = str(stop.value).partition("; resume with: ")
+    assert reached == "epoch 0, 3 of 4 steps, is saved"
     words = ["python", "train_stage1.py", "--cfg", f"{kept.folder}/config.yaml", "resume"]
     assert shlex.split(command) == [*words, f"{kept.folder}/ckps/current.pth.tar"]
 
@@ -162,7 +162,7 @@ def test_numbers_that_are_not_finite_are_never_kept(kept, where):
     one_step(kept.meter)
     if where == "loss":
         one_step(kept.meter, math.nan)
-        said = r"^epoch 7, step 1: the loss or a logit is not finite .*training set: 71, 99$"
+        said = r"^epoch 7, step 1: the loss or a logit is not finite .*training images: 71, 99$"
     else:
         with torch.no_grad():
             kept.model.classifier.fc.bias[0] = math.inf

@@ -257,7 +257,7 @@ def test_lists_may_be_given(tmp_path, monkeypatch):
 
 def test_missing_lists_are_refused_with_every_place_that_was_tried(tmp_path):
     places = [tmp_path / folder / name for name in ("train.txt", "train.json") for folder in ("", "data_txt")]
-    why = "; the README says where the lists come from"
+    why = "; datasets/README.md says where the lists come from"
     assert refusal(LISTS.find, tmp_path) == f"train_txt: there is no {' nor '.join(map(str, places))}{why}"
     touch(tmp_path, "train.txt")
     assert refusal(LISTS.find, tmp_path, "", "x") == f"val_txt: there is no x nor {tmp_path / 'x'}{why}"

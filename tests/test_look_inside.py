@@ -201,7 +201,7 @@ def test_a_signal_within_the_measurement_loses_nothing(measured, tmp_path, monke
             os.kill(os.getpid(), 15)
             return own(*arguments)
 
-        patch.setattr(train_stage1, "collapse", interrupted)
+        patch.setattr("utils.build.collapse", interrupted)
         words = ["--cfg", ARB, *SHORT, *options, "resume", current(folder)]
         assert failure(capsys, train_stage1.main, *words).code == 143
     assert (content(folder)["epoch"], content(folder)["step"]) == (1, 8)
@@ -211,5 +211,5 @@ def test_a_signal_within_the_measurement_loses_nothing(measured, tmp_path, monke
     assert_same_run(measured, folder)
     (other / "diagnostics.npz").unlink()
     train(other.parent, *options, "diagnostics_rows", "[1, 2, 3]", "resume", current(other))
-    assert "the diagnostics of epoch 1 begin at step 8, with other rows" in log_of(other)
+    assert "the diagnostics of epoch 1 start at step 8: their rows have changed" in log_of(other)
     assert np.load(other / "diagnostics.npz")["batches"].tolist()[-1] == 0

@@ -274,7 +274,7 @@ def test_a_step_s_checkpoint_goes_on_inside_the_epoch(finished, tmp_path, monkey
     """The process is lost between two checkpoints: what came after the last one is done again."""
     options = ["num_epochs", 2, "checkpoint_every_steps", 3]
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train_stage1, "evaluate", lambda *_: 1 / 0)
+        patch.setattr("utils.build.evaluate", lambda *_: 1 / 0)
         train(tmp_path, *options)
     (folder,) = tmp_path.iterdir()
     assert (content(folder)["epoch"], content(folder)["step"]) == (0, 6)
@@ -299,7 +299,7 @@ def test_an_epoch_begins_anew_where_its_steps_have_changed(interrupted, tmp_path
     folder = copy_of(interrupted, tmp_path)
     train(tmp_path, "num_epochs", 1, "resume", current(folder), *changed)
     said = capsys.readouterr().out
-    assert f"{changed[0]} was " in said
+    assert f"{changed[0]} changes from " in said
     assert "resuming after 0 epochs and 6 steps" in said
     assert ("epoch 0 starts over" in said) == (step == 0)
 
@@ -584,7 +584,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     arguments = ["--cfg", ARB, *SHORT, "num_epochs", 4, "lr", 1e30, "resume", path, "save_dir", tmp_path]
     result = failure(capsys, train_stage1.main, *arguments)
     assert result.code == 2
-    found = re.search(r"error: epoch 2, step (\d+): the loss or a logit is not finite .* set: ([\d, ]+);", result.said)
+    found = re.search(
+        r"error: epoch 2, step (\d+): the loss or a logit is not finite .* images: ([\d, ]+);", result.said
+    )
     data = build_data("digits", "", imb_factor=0.05, image_size=8)
     batches = list(data.train_loader(64, 0, CPU).epoch(2))
     assert list(map(int, found[2].split(", "))) == batches[int(found[1])].indices.tolist()
