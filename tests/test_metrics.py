@@ -149,12 +149,6 @@ def test_bins_are_open_below_and_closed_above_and_take_0_and_1(confidence, posit
     assert counts == [int(i == position) for i in range(4)]
 
 
-@pytest.mark.parametrize(("confidence", "hit", "error"), [(1.0, True, 0.0), (0.0, False, 0.0), (1.0, False, 1.0)])
-def test_calibration_of_certain_predictions(confidence, hit, error):
-    result = calibration_error(torch.full((9,), confidence), torch.ones(9), torch.full((9,), float(hit)))
-    assert (result["ece"], result["mce"]) == (error, error)
-
-
 @PROPERTY
 @given(samples=SAMPLES)
 def test_group_calibration_uses_samples_with_the_groups_labels(samples):
