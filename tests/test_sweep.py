@@ -153,12 +153,21 @@ def test_a_fork_begins_with_its_parent_s_epoch(tiny):
     assert load_config(fork / "config.yaml").fork == str(parent / "ckps/epoch_1.pth.tar")
 
 
+STAND_IN = "import shutil; shutil.copytree({!r}, {!r})"
+
+
 @pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_what_is_missing_is_trained_and_what_fails_stops_no_other(copied, capsys, fails):
-    """A fork of a run that is finished, and at the same time an arm without images."""
+def test_what_is_missing_is_trained_and_what_fails_stops_no_other(copied, capsys, monkeypatch, fails):
+    """A fork of a run that is finished, and at the same time an arm without images.
+
+    By default no arm fails, and the process that is started, whose imports take seconds, puts a finished run there.
+    """
     home, away = copied / "saved/tiny", {"dataset": "folder", "data_path": str(copied / "nowhere"), "imb_factor": None}
     written(copied, arms={**ARMS, **({"away": {**away, "seeds": [0]}} if fails else {}), **LATE}, waterfall=WATERFALL)
     former = folder_of(home, "late_seed0").rename(copied / "former")
+    if not fails:
+        monkeypatch.setattr(runner, "ROOT", copied)
+        (copied / "train_stage1.py").write_text(STAND_IN.format(str(former), str(home / "late_seed0_29990101000000")))
     rest = [folder_of(home, f"{arm}_seed{seed}") for arm in ARMS for seed in (0, 1)]
     before = state_of(*rest)
     assert again(copied, "--jobs", 2) == fails
