@@ -36,7 +36,6 @@ from utils.run.resume import newest_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's word on files that are refused
 
-FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 SETTINGS = {"lr": 0.1, "lr_steps": [160, 180], "name": "Übung", "imb_factor": None, "mixup": True}
 STATE = TrainState(epoch=7, best_acc1=65.13, its_ece=3.21)
 MISLAS_KEYS = {"epoch", "state_dict_model", "state_dict_classifier", "best_acc1", "its_ece"}
@@ -122,11 +121,8 @@ def test_a_file_of_ours_has_mislas_keys_and_holds_no_code(saved):
     assert "state_dict_block" not in content
     assert content["epoch"] == 7
     assert content["best_acc1"].shape == (1,)
-    assert float(content["best_acc1"]) == pytest.approx(65.13)
-    assert content["its_ece"] == 3.21
+    assert (content["its_ece"], content["config"], content["selected_on"]) == (3.21, SETTINGS, "test set")
     assert type(content["its_ece"]) is float
-    assert content["config"] == SETTINGS
-    assert content["selected_on"] == "test set"
     assert is_ours(content)
 
 
@@ -142,35 +138,15 @@ def test_a_restored_run_is_the_saved_one_to_the_bit(trained, saved):
     assert len(buffers) == len(list(model.parameters()))
     assert all(torch.equal(buffers[i]["momentum_buffer"], expected[i]["momentum_buffer"]) for i in expected)
     assert (state.epoch, state.its_ece) == (7, 3.21)
-
-
-def test_the_best_accuracy_is_restored_exactly_so_that_a_tie_does_not_become_a_new_best(saved):
-    model = cifar_model()
-    state = restore(read_checkpoint(saved), saved, model, arb_method(), sgd(model), no_scaler())
-    assert state.best_acc1 == 65.13
-
-
-def test_a_restored_run_goes_on_exactly(tmp_path):
-    model, again = cifar_model(), cifar_model(seed=1)
-    optimizer, fresh = sgd(model), sgd(again)
-    train_step(model, optimizer, 0)
-    save_checkpoint(tmp_path / "c", model, arb_method(), optimizer, no_scaler(), STATE, SETTINGS, "test set")
-    restore(read_checkpoint(tmp_path / "c"), tmp_path / "c", again, arb_method(), fresh, no_scaler())
-    train_step(model, optimizer, 1)
-    train_step(again, fresh, 1)
-    assert states_equal(again.state_dict(), model.state_dict())
+    assert state.best_acc1 == 65.13  # exactly, or a tie would become a new best
 
 
 def test_weights_of_ours_load_with_epoch_and_accuracy(trained, saved):
     model = cifar_model(seed=1)
     loaded = load_weights(model, str(saved))
     assert states_equal(model.state_dict(), trained[0].state_dict())
-    assert loaded == {
-        "epoch": 7,
-        "best_acc1": pytest.approx(65.13),
-        "class_map": None,
-        "source": "this trainer's checkpoint",
-    }
+    expected = {"epoch": 7, "best_acc1": pytest.approx(65.13), "class_map": None}
+    assert loaded == expected | {"source": "this trainer's checkpoint"}
 
 
 def test_a_block_travels_and_needs_a_place(tmp_path):
@@ -207,16 +183,13 @@ def test_a_checkpoint_replaces_the_one_before_it(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, there):
-    path = tmp_path / "current.pth.tar"
-    if there:
-        save_small(path, small_model())
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        save_small(path, small_model(seed=1), config={"hook": lambda: None})
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-    assert len(before) == there
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    save_small(tmp_path / "there", small_model())
+    before = (tmp_path / "there").read_bytes()
+    for name in ("there", "new"):
+        with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+            save_small(tmp_path / name, small_model(seed=1), config={"hook": lambda: None})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"there": before}
 
 
 def test_a_checkpoint_within_an_epoch_restores_its_place(tmp_path):
@@ -239,26 +212,16 @@ def restored_with(tmp_path, change):
     return restore(content, path, model, arb_method(), optimizer, no_scaler()), optimizer, model
 
 
-@pytest.mark.parametrize(
-    "buffer",
-    [
-        torch.zeros(3),
-        torch.zeros(5, 4, dtype=torch.complex64),
-        torch.zeros(5, 4, dtype=torch.int64),
-        torch.zeros(5, 4).to_sparse(),
-        [0.0],
-        3,
-    ],
-)
+MISFITS = [torch.zeros(3), torch.zeros(5, 4, dtype=torch.complex64), torch.zeros(5, 4).long()]
+
+
+@pytest.mark.parametrize("buffer", [*MISFITS, torch.zeros(5, 4).to_sparse(), [0.0]])
 def test_a_momentum_that_does_not_fit_its_weight_is_refused(tmp_path, buffer):
     """A fused optimizer goes through raw memory and would not notice."""
     with pytest.raises(CheckpointError, match="does not fit this configuration: a momentum"):
         restored_with(tmp_path, lambda c: c["optimizer"].update(state={0: {"momentum_buffer": buffer}}))
-
-
-def test_an_optimizer_s_state_of_another_kind_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="state has exp_avg, and SGD's only"):
-        restored_with(tmp_path, lambda c: c["optimizer"].update(state={0: {"exp_avg": torch.zeros(5, 4)}}))
+        restored_with(tmp_path, lambda c: c["optimizer"].update(state={0: {"exp_avg": buffer}}))
 
 
 def test_a_momentum_gets_its_weight_s_memory(tmp_path):
@@ -279,9 +242,7 @@ def test_a_momentum_gets_its_weight_s_memory(tmp_path):
     [
         {"epoch": -1},
         {"epoch": math.inf},
-        {"step": -1},
         {"log_size": "x"},
-        {"log_size": -1},
         {"seconds": math.nan},
         {"best_acc1": math.nan},
         {"step": 1, "sums": torch.zeros(0, len(SUMS), dtype=torch.float64)},
@@ -295,11 +256,8 @@ def test_a_place_that_cannot_be_is_refused(tmp_path, change):
 
 @pytest.mark.parametrize("sums", [None, 3, torch.zeros(2, 5), torch.zeros(6)])
 def test_a_place_within_an_epoch_without_its_sums_is_refused(tmp_path, sums):
-    path = tmp_path / "x.pth.tar"
-    save_small(path, small_model())
-    content = read_checkpoint(path) | {"step": 5, "sums": sums}
     with pytest.raises(CheckpointError, match="at step 5, and has no sums"):
-        restore(content, path, small_model(), arb_method(), sgd(small_model()), no_scaler())
+        restored_with(tmp_path, lambda content: content.update(step=5, sums=sums))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,14 +333,14 @@ def test_the_environment_is_what_last_bits_depend_on():
 # The originals' files
 
 
-def original_content(model, prefix="module.", ece=0.0321):
+def original_content(model, prefix="module."):
     """What MiSLAS's stage 1 saves: state dicts of DataParallel, a tensor and a NumPy scalar."""
     return {
         "epoch": 200,
         "state_dict_model": OrderedDict((prefix + k, v) for k, v in model.backbone.state_dict().items()),
         "state_dict_classifier": OrderedDict((prefix + k, v) for k, v in model.classifier.state_dict().items()),
         "best_acc1": torch.tensor([71.25]),
-        "its_ece": np.float64(ece),
+        "its_ece": np.float64(0.0321),
     }
 
 
@@ -404,9 +362,9 @@ def respell_numpy(path, module):
             new.writestr(name, respelled(data) if name.endswith("/data.pkl") else data)
 
 
-@FORMATS
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod."])
 def test_a_file_of_mislas_loads(tmp_path, zipped, module, prefix):
     path, model = tmp_path / "model_best.pth.tar", small_model()
     torch.save(original_content(model, prefix), path, _use_new_zipfile_serialization=zipped)
@@ -421,16 +379,9 @@ def test_a_file_of_mislas_loads(tmp_path, zipped, module, prefix):
     assert not is_ours(read_checkpoint(path))
 
 
-def test_the_real_architecture_loads_from_mislas_layout(tmp_path, trained):
-    torch.save(original_content(trained[0]), tmp_path / "c")
-    other = cifar_model(seed=1)
-    load_weights(other, tmp_path / "c")
-    assert states_equal(other.state_dict(), trained[0].state_dict())
-
-
 @pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
-def test_numpy_scalars_of_the_kinds_that_occur_load(tmp_path, kind):
-    torch.save(original_content(small_model(), ece=0) | {"its_ece": kind(3)}, tmp_path / "c")
+def test_numpy_scalars_load(tmp_path, kind):
+    torch.save(original_content(small_model()) | {"its_ece": kind(3)}, tmp_path / "c")
     assert read_checkpoint(tmp_path / "c")["its_ece"] == 3
 
 
@@ -442,20 +393,13 @@ def test_a_file_without_epoch_and_accuracy_gives_weights(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize(
-    ("scale", "tolerance"),
-    [
-        pytest.param([2.0, 0.25, -1.0], {"rtol": 0, "atol": 0}, id="powers of two round nothing"),
-        pytest.param([1.3, 0.07, 2.9], {"rtol": 1e-5, "atol": 1e-6}, id="any scale"),
-    ],
-)
-def test_the_scaling_of_stage_2_is_folded_into_the_classifier(tmp_path, prefix, scale, tolerance):
-    scale, model, other = torch.tensor(scale), small_model(), small_model(seed=1)
+def test_the_scaling_of_stage_2_is_folded_into_the_classifier(tmp_path, prefix):
+    scale, model, other = torch.tensor([1.3, 0.07, -2.9]), small_model(), small_model(seed=1)
     content = original_content(model) | {"state_dict_lws_model": {prefix + "learned_norm": scale[None]}}
     torch.save(content, tmp_path / "c")
     assert "scaling folded" in load_weights(other, tmp_path / "c")["source"]
     images = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(other.eval()(images), scale * model.eval()(images), **tolerance)
+    torch.testing.assert_close(other.eval()(images), scale * model.eval()(images), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [{}, {"learned_norm": torch.ones(1, 4)}, {"other": torch.ones(1, 3)}])
@@ -468,22 +412,22 @@ def test_a_scaling_that_does_not_fit_is_refused(tmp_path, norm):
 # Another architecture
 
 
-@pytest.mark.parametrize("other", [{"backbone": "resnet32"}, {"num_classes": 100}, {"num_classes": 9}])
-def test_another_architecture_is_refused_and_the_model_stays_as_it_was(saved, other):
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"backbone": "resnet32"}, ""),
+        ({"num_classes": 100}, "fc.weight is 10x64 in the file and 100x64 in the model"),
+    ],
+)
+def test_another_architecture_is_refused_and_the_model_stays_as_it_was(saved, other, said):
     model = cifar_model(seed=1, **other)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert "another architecture" in refusal(lambda p: load_weights(model, p), saved)
+    message = refusal(lambda p: load_weights(model, p), saved)
+    assert "another architecture" in message and said in message
     assert states_equal(model.state_dict(), before)
 
 
-def test_the_shapes_that_differ_are_named(saved):
-    message = refusal(lambda p: load_weights(cifar_model(num_classes=100), p), saved)
-    assert "fc.weight is 10x64 in the file and 100x64 in the model" in message
-
-
-@pytest.mark.parametrize(
-    "content", [{}, {"epoch": 1}, {"state_dict": {}}, {"state_dict_model": {}}, {"state_dict_model": 3}]
-)
+@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"state_dict_model": {}}, {"state_dict_model": 3}])
 def test_a_file_without_weights_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "c")
     assert "state_dict_" in refusal(lambda p: load_weights(small_model(), p), tmp_path / "c")
@@ -493,23 +437,15 @@ def test_a_file_without_weights_is_refused(tmp_path, content):
     "change",
     [
         {"epoch": "last"},
-        {"epoch": None},
         {"best_acc1": [1.0, 2.0]},
         {"state_dict_lws_model": {"learned_norm": [1.0, 1.0, 1.0]}},
         {"state_dict_classifier": {"fc.weight": [1.0], "fc.bias": [1.0]}},
         {"state_dict_classifier": {0: torch.zeros(3, 5), "fc.bias": torch.zeros(3)}},
+        {"state_dict_model": original_content(small_model())["state_dict_model"] | {"module.2.num_batches_tracked": 3}},
     ],
-    ids=str,
 )
 def test_values_of_the_wrong_kind_are_refused(tmp_path, change):
     torch.save(original_content(small_model()) | change, tmp_path / "c")
-    refusal(lambda p: load_weights(small_model(), p), tmp_path / "c")
-
-
-def test_a_number_where_a_tensor_belongs_is_refused(tmp_path):
-    content = original_content(small_model())
-    content["state_dict_model"]["module.2.num_batches_tracked"] = 3
-    torch.save(content, tmp_path / "c")
     refusal(lambda p: load_weights(small_model(), p), tmp_path / "c")
 
 
@@ -527,15 +463,12 @@ def damaged_files():
     whole, legacy = (torch_file(original_content(small_model()), zipped) for zipped in (True, False))
     yield pytest.param(b"", id="empty")
     for name, data in (("zip", whole), ("legacy", legacy)):
-        for share in (0.01, 0.3, 0.6, 0.99):
+        for share in (0.01, 0.6, 0.99):
             yield pytest.param(data[: int(share * len(data))], id=f"{name} cut at {share}")
-    for seed in range(3):
-        yield pytest.param(np.random.default_rng(seed).bytes(3000), id=f"random {seed}")
+    yield pytest.param(np.random.default_rng(0).bytes(3000), id="random")
     yield pytest.param(b"lr: 0.1\nseed: 3\n", id="yaml")
-    yield pytest.param("Ein längerer Text.\n".encode() * 30, id="text")
     yield pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(100), id="image")
     yield pytest.param(torch_file(torch.zeros(3)), id="tensor")
-    yield pytest.param(torch_file([torch.zeros(3)]), id="list")
     yield pytest.param(torch_file(7, zipped=False), id="number")
     yield pytest.param(pickle.dumps({"epoch": 1}, protocol=2), id="pickle of a dict")
     yield pytest.param(torch_file(small_model()), id="whole module")
@@ -543,11 +476,11 @@ def damaged_files():
 
 
 @pytest.mark.parametrize("data", list(damaged_files()))
-@pytest.mark.parametrize("read", [read_checkpoint, lambda path: load_weights(small_model(), path)])
-def test_a_damaged_file_or_one_of_something_else_is_refused(tmp_path, data, read):
+def test_a_damaged_file_or_one_of_something_else_is_refused(tmp_path, data):
     path = tmp_path / "current.pth.tar"
     path.write_bytes(data)
-    refusal(read, path)
+    refusal(read_checkpoint, path)
+    refusal(lambda path: load_weights(small_model(), path), path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
@@ -565,7 +498,7 @@ class Attack:
         return open, (str(self.marker), "w")
 
 
-@pytest.mark.parametrize("name", ["model_best.pth.tar", "weights.npz", "innocent.txt"])
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "weights.npz"])
 @pytest.mark.parametrize("place", ["whole", "value", "weights", "key"])
 @pytest.mark.parametrize("form", ["pickle", "pickle of protocol 2", "zip", "legacy"])
 def test_a_file_that_carries_code_is_refused_and_the_code_does_not_run(tmp_path, form, place, name):
@@ -582,7 +515,8 @@ def test_a_file_that_carries_code_is_refused_and_the_code_does_not_run(tmp_path,
         data = torch_file(content, zipped=form == "zip")
     path = tmp_path / name
     path.write_bytes(data)
-    refusal(read_checkpoint, path)
+    message = refusal(read_checkpoint, path)
+    assert place != "whole" or "unsafe" in message
     refusal(lambda p: load_weights(small_model(), p), path)
     assert not attack.marker.exists()
     if form.startswith("pickle"):  # the attack is real: unpickled, it makes its file
@@ -590,13 +524,6 @@ def test_a_file_that_carries_code_is_refused_and_the_code_does_not_run(tmp_path,
     else:
         torch.load(path, weights_only=False)
     assert attack.marker.exists()
-
-
-@pytest.mark.parametrize("form", ["pickle", "zip", "legacy"])
-def test_a_file_that_carries_code_is_called_unsafe(tmp_path, form):
-    path, attack = tmp_path / "c", Attack(tmp_path / "marker")
-    path.write_bytes(pickle.dumps(attack) if form == "pickle" else torch_file({"x": attack}, form == "zip"))
-    assert "unsafe" in refusal(read_checkpoint, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from utils.config import OBSOLETE, OLD_SWITCHES, OPTIONS, ConfigError, dump_conf
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "config").rglob("*.yaml") if path.parent.name != "sweeps")
 PROPERTY = settings(
-    max_examples=100,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
@@ -138,15 +138,10 @@ def test_an_option_that_is_not_given_has_its_default_and_the_name_is_the_file_s(
         ("weight_decay: 2e-4", 2e-4),
         ("weight_decay: '2e-4'", 2e-4),
         ("num_epochs: 2e2", 200),
-        ("num_epochs: 200.0", 200),
         ("batch_size: '128'", 128),
         ("mixup: yes", True),
-        ("mixup: 'False'", False),
         ("imb_factor: None", None),
-        ("imb_factor: ~", None),
-        ("imb_factor: 1", 1.0),
         ("lr_steps: (3, 5)", [3, 5]),
-        ("lr_steps: '[3, 5]'", [3, 5]),
         ("logit_clamp: null", None),
         ("pretrained: weights/resnet152.pth", "weights/resnet152.pth"),
         ("pretrained: False", False),
@@ -154,8 +149,6 @@ def test_an_option_that_is_not_given_has_its_default_and_the_name_is_the_file_s(
         ("resume: null", ""),
         ("name: '2e-4'", "2e-4"),
         ("data_path: '[1]'", "[1]"),
-        ("momentum: 0", 0.0),
-        ("alpha: 0", 0.0),
     ],
 )
 def test_values_are_read_as_they_are_meant(write, line, value):
@@ -195,10 +188,8 @@ def test_two_files_may_share_a_base_and_null_means_none(write):
         ({"run.yaml": "_BASE_: run.yaml"}, ["loop", "run.yaml"]),
         ({"run.yaml": "_BASE_: a.yaml", "a.yaml": "_BASE_: ./b.yaml", "b.yaml": "_BASE_: a.yaml"}, ["loop", "b.yaml"]),
         ({"run.yaml": "_BASE_: nowhere.yaml"}, ["run.yaml", "nowhere.yaml", "no file"]),
-        ({"run.yaml": "_BASE_: ''"}, ["_BASE_", "no file"]),
         ({"run.yaml": "_BASE_: ."}, ["_BASE_", "no file"]),
         ({"run.yaml": "_BASE_: [a.yaml]"}, ["_BASE_", "one YAML file"]),
-        ({"run.yaml": "_BASE_: 3"}, ["_BASE_", "one YAML file"]),
         ({"run.yaml": "_BASE_: a.yaml", "a.yaml": "lr: -1"}, ["a.yaml: lr: -1 must be a number > 0"]),
         ({"run.yaml": "_BASE_: a.yaml", "a.yaml": "lrr: 1"}, ["a.yaml: unknown key 'lrr'", "'lr'"]),
     ],
@@ -219,13 +210,11 @@ def test_bases_that_do_not_work_are_refused(write, files, fragments):
     [
         ("", "must hold a mapping"),
         ("- lr\n- 0.1", "must hold a mapping of options (key: value), not list"),
-        ("lr", "must hold a mapping of options (key: value), not str"),
         ("lr: [0.1", "is not YAML"),
-        ("lr: 0.1\n\tseed: 1", "is not YAML"),
         ("lr: 0.1\n---\nlr: 0.2", "is not YAML"),
         ("lr: 0.1\nseed: 1\nlr: 0.2", "key 'lr' is given twice"),
         ("lr: 2001-99-99", "is not YAML"),
-        ("lr: " + "[" * 5000, "is not YAML"),
+        ("lr: " + "[" * 1500, "is not YAML"),
         (b"\x80\x02}q\x00\xff\xfe" * 10, "is not YAML"),
         (b"lr: 0.1\x00", "is not YAML"),
     ],
@@ -237,20 +226,11 @@ def test_what_is_no_mapping_in_yaml_is_refused(write, content, fragment):
     assert fragment in message
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "lr: !!bool maybe",
-        "lr: !!int ''",
-        "lr: !!float ''",
-        "lr: !!timestamp now",
-        "lr: 1" + ":0" * 200 + ".0",
-        "lr: 1" + "0" * 400,
-        "imb_factor: 1" + "0" * 400,
-        "_BASE_: " + "a" * 300,
-    ],
-    ids=lambda line: line[:20],
-)
+TAGGED = ["lr: !!bool maybe", "lr: !!int ''", "lr: !!float ''", "lr: !!timestamp now"]
+LONG = ["lr: 1" + ":0" * 200 + ".0", "lr: 1" + "0" * 400, "_BASE_: " + "a" * 300]
+
+
+@pytest.mark.parametrize("line", TAGGED + LONG, ids=lambda line: line[:20])
 def test_values_on_which_the_parser_stumbles_are_refused(write, line):
     assert "run.yaml" in refusal(write(line))
 
@@ -262,14 +242,7 @@ def test_a_path_that_is_no_file_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [
-        ("weight_deacy", "weight_decay"),
-        ("epochs", "num_epochs"),
-        ("batchsize", "batch_size"),
-        ("lr_step", "lr_steps"),
-        ("arb_loss", "arbloss"),
-        ("Mixup", "mixup"),
-    ],
+    [("weight_deacy", "weight_decay"), ("epochs", "num_epochs"), ("Mixup", "mixup")],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(write, key, nearest):
     fragment = f"unknown key '{key}'; the nearest known one is '{nearest}'"
@@ -282,118 +255,60 @@ def test_a_key_that_is_no_option_s_name_is_refused(write, key):
     refusal(write(f"? {key}\n: 1"))
 
 
-BAD_VALUES = [
-    ("name", "a/b", "folder's name"),
-    ("name", "..", "folder's name"),
-    ("name", "'a\\b'", "folder's name"),
-    ("name", '"a\\nb"', "folder's name"),
-    ("name", "7", "must be text"),
-    ("save_dir", "7", "must be text"),
-    ("diagnostics", "-1", "whole number >= 0"),
-    ("diagnostics_rows", "9", "list of values"),
-    ("diagnostics_rows", "[-1]", "whole number >= 0"),
-    ("nc_every", "0.5", "whole number >= 0"),
-    ("seed", "-1", "whole number >= 0"),
-    ("seed", "0.5", "whole number >= 0"),
-    ("seed", "True", "whole number >= 0"),
-    ("seed", "null", "whole number >= 0"),
-    ("deterministic", "1", "must be True or False"),
-    ("deterministic", "maybe", "must be True or False"),
-    ("device", "gpu", "must be one of auto, cpu, cuda"),
-    ("device", "cudo", "did you mean cuda?"),
-    ("device", "[cpu]", "must be one of auto"),
-    ("workers", "-1", "whole number >= 0"),
-    ("print_freq", "0", "whole number >= 1"),
-    ("eval_every", "0", "whole number >= 1"),
-    ("eval_last", "-1", "whole number >= 0"),
-    ("keep_epochs", "180", "list of values"),
-    ("keep_epochs", "[180, 160]", "must increase"),
-    ("fork", "[a]", "must be text"),
-    ("resume", "True", "must be text"),
-    ("dataset", "10", "must be text"),
-    ("data_path", "[a]", "must be text"),
-    ("num_classes", "0", "whole number >= 1"),
-    ("image_size", "7", "whole number >= 8"),
-    ("imb_type", "expo", "did you mean exp?"),
-    ("imb_factor", "100", "must lie in (0, 1]: it is the smallest class over the largest, 0.01 for a ratio of 100"),
-    ("imb_factor", "0", "must lie in (0, 1]"),
-    ("imb_factor", "-0.1", "must lie in (0, 1]"),
-    ("imb_factor", ".nan", "must lie in (0, 1]"),
-    ("imb_factor", "True", "must lie in (0, 1]"),
-    ("imb_factor", "small", "must lie in (0, 1]"),
-    ("subset_seed", "-1", "whole number >= 0"),
-    ("val_per_class", "-1", "whole number >= 0"),
-    ("shots", "frequency", "must be one of index, count"),
-    ("head_class_idx", "[0]", "must be [first, last + 1]"),
-    ("med_class_idx", "[7, 3]", "must be [first, last + 1]"),
-    ("tail_class_idx", "[-1, 3]", "whole number >= 0"),
-    ("tail_class_idx", "7", "must be a list"),
-    ("backbone", "32", "must be text"),
-    ("classifier", "cosin", "did you mean cosine?"),
-    ("cosine_scale", "0", "must be a number > 0"),
-    ("pretrained", "3", "True, False or the path"),
-    ("pretrained", "''", "True, False or the path"),
-    ("loss", "True", "must be text"),
-    ("class_counts", "[1, 2]", "must be text"),
-    ("logit_clamp", "0", "must be a number > 0"),
-    ("tau", "-1", "must be a number >= 0"),
-    ("post_hoc_tau", "null", "must be a number >= 0"),
-    ("ldam_max_margin", "-0.5", "must be a number >= 0"),
-    ("drw_epoch", "-1", "whole number >= 0"),
-    ("drw_beta", "1.1", "must be a number >= 0 and <= 1"),
-    ("nc_within", "-0.01", "must be a number >= 0"),
-    ("nc_between", "far", "must be a number >= 0"),
-    ("nc_start_epoch", "null", "whole number >= 0"),
-    ("nc_means_lr", "0", "must be a number > 0"),
-    ("focal_alpha", "0", "must be a number > 0"),
-    ("focal_gamma", "-0.1", "must be a number >= 0"),
-    ("smooth_head", "1.1", "must be a number >= 0 and <= 1"),
-    ("smooth_tail", "-0.1", "must be a number >= 0 and <= 1"),
-    ("smooth_shape", "concav", "did you mean concave?"),
-    ("smooth_power", "0", "must be a number > 0"),
-    ("mixup", "2", "must be True or False"),
-    ("alpha", "-1", "must be a number >= 0"),
-    ("train_txt", "3", "must be text"),
-    ("val_txt", "[a, b]", "must be text"),
-    ("class_map", "[0, 1]", "must be text"),
-    ("decoder", "fats", "did you mean fast?"),
-    ("accumulate", "0", "whole number >= 1"),
-    ("max_grad_norm", "0", "must be a number > 0"),
-    ("checkpoint_every_steps", "-1", "whole number >= 0"),
-    ("decompose", "maybe", "must be True or False"),
-    ("data_on_device", "maybe", "must be one of auto, True, False"),
-    ("data_on_device", "1", "must be one of auto, True, False"),
-    ("precision", "fp23", "did you mean fp32?"),
-    ("precision", "16", "must be one of fp32, tf32, bf16, fp16"),
-    ("compile", "auto", "must be True or False"),
-    ("cuda_graph", "0", "must be True or False"),
-    ("sync_bn", "1", "must be True or False"),
-    ("num_epochs", "0", "whole number >= 1"),
-    ("num_epochs", "1.5", "whole number >= 1"),
-    ("batch_size", "0", "whole number >= 1"),
-    ("lr", "0", "must be a number > 0"),
-    ("lr", ".inf", "must be a number > 0"),
-    ("lr", ".nan", "must be a number > 0"),
-    ("lr", "fast", "must be a number > 0"),
-    ("lr", "True", "must be a number > 0"),
-    ("lr", "null", "must be a number > 0"),
-    ("lr", "[0.1]", "must be a number > 0"),
-    ("momentum", "1.01", "must be a number >= 0 and <= 1"),
-    ("weight_decay", "-1e-4", "must be a number >= 0"),
-    ("cos", "cosine", "must be True or False"),
-    ("lr_steps", "160", "must be a list of values"),
-    ("lr_steps", "[180, 160]", "must increase"),
-    ("lr_steps", "[160, 180.5]", "whole number >= 0"),
-    ("lr_step_factors", "[0.1, 0]", "must be a number > 0"),
-    ("lr_step_factors", "null", "must be a list of values"),
-    ("warmup_epochs", "-1", "whole number >= 0"),
-    ("arbloss", "1", "must be True or False"),
-    ("LAS", "null", "must be True or False"),
-    ("not_pretrained", "yess", "must be True or False"),
-]
+BAD_VALUES = {  # (value, what is said of it): options
+    ("a/b", "folder's name"): "name",
+    ("..", "folder's name"): "name",
+    ('"a\\nb"', "folder's name"): "name",
+    ("7", "must be text"): "name save_dir dataset backbone train_txt",
+    ("[a, b]", "must be text"): "fork data_path class_counts val_txt class_map",
+    ("True", "must be text"): "resume loss",
+    ("-1", "whole number >= 0"): "diagnostics seed workers eval_last subset_seed val_per_class drw_epoch warmup_epochs",
+    ("-2", "whole number >= 0"): "checkpoint_every_steps",
+    ("0.5", "whole number >= 0"): "nc_every seed",
+    ("True", "whole number >= 0"): "seed",
+    ("null", "whole number >= 0"): "seed nc_start_epoch",
+    ("[-1, 3]", "whole number >= 0"): "diagnostics_rows tail_class_idx",
+    ("[160, 180.5]", "whole number >= 0"): "lr_steps",
+    ("0", "whole number >= 1"): "print_freq eval_every num_classes accumulate num_epochs batch_size",
+    ("1.5", "whole number >= 1"): "num_epochs",
+    ("7", "whole number >= 8"): "image_size",
+    ("9", "list of values"): "diagnostics_rows keep_epochs lr_steps",
+    ("null", "list of values"): "lr_step_factors",
+    ("[180, 160]", "must increase"): "keep_epochs lr_steps",
+    ("[0, 3, 7]", "must be [first, last + 1]"): "head_class_idx",
+    ("[7, 3]", "must be [first, last + 1]"): "med_class_idx",
+    ("7", "must be a list"): "tail_class_idx",
+    ("1", "must be True or False"): "deterministic compile cuda_graph sync_bn arbloss",
+    ("maybe", "must be True or False"): "deterministic decompose mixup cos not_pretrained",
+    ("null", "must be True or False"): "LAS",
+    ("maybe", "must be one of auto, True, False"): "data_on_device",
+    ("1", "must be one of auto, True, False"): "data_on_device",
+    ("gpu", "must be one of auto, cpu, cuda"): "device",
+    ("[cpu]", "must be one of auto"): "device",
+    ("16", "must be one of fp32, tf32, bf16, fp16"): "precision",
+    ("frequency", "must be one of index, count"): "shots",
+    ("cudo", "did you mean cuda?"): "device",
+    ("expo", "did you mean exp?"): "imb_type",
+    ("cosin", "did you mean cosine?"): "classifier",
+    ("concav", "did you mean concave?"): "smooth_shape",
+    ("fats", "did you mean fast?"): "decoder",
+    ("100", "must lie in (0, 1]: it is the smallest class over the largest, 0.01 for a ratio of 100"): "imb_factor",
+    **{(value, "must lie in (0, 1]"): "imb_factor" for value in ("0", "-0.1", ".nan", "True", "small")},
+    ("3", "True, False or the path"): "pretrained",
+    ("''", "True, False or the path"): "pretrained",
+    ("0", "must be a number > 0"): "lr cosine_scale logit_clamp nc_means_lr focal_alpha smooth_power max_grad_norm",
+    **{(value, "must be a number > 0"): "lr" for value in (".inf", ".nan", "fast", "True", "null", "[0.1]")},
+    ("[0.1, 0]", "must be a number > 0"): "lr_step_factors",
+    ("-0.1", "must be a number >= 0"): "tau ldam_max_margin nc_within focal_gamma alpha weight_decay",
+    ("far", "must be a number >= 0"): "nc_between",
+    ("null", "must be a number >= 0"): "post_hoc_tau",
+    ("1.01", "must be a number >= 0 and <= 1"): "drw_beta smooth_head momentum",
+    ("-0.1", "must be a number >= 0 and <= 1"): "smooth_tail",
+}
+BAD_ROWS = [(key, bad, fragment) for (bad, fragment), keys in BAD_VALUES.items() for key in keys.split()]
 
 
-@pytest.mark.parametrize(("key", "bad", "fragment"), BAD_VALUES)
+@pytest.mark.parametrize(("key", "bad", "fragment"), BAD_ROWS)
 def test_a_value_out_of_range_or_of_the_wrong_type_is_refused(write, key, bad, fragment):
     path = write(f"{key}: {bad}")
     message = refusal(path)
@@ -402,22 +317,19 @@ def test_a_value_out_of_range_or_of_the_wrong_type_is_refused(write, key, bad, f
 
 
 def test_every_option_has_a_row_among_the_bad_values():
-    assert {key for key, _, _ in BAD_VALUES} >= set(OPTIONS)
+    assert {key for key, _, _ in BAD_ROWS} >= set(OPTIONS)
 
 
 @pytest.mark.parametrize(
     ("content", "fragments"),
     [
         ("lr_steps: [5, 10, 15]", ["lr_steps", "lr_step_factors", "same length"]),
-        ("lr_step_factors: [0.1]", ["lr_steps", "lr_step_factors", "same length"]),
         ("loss: las\nsmooth_head: 0.3", ["las", "smooth_tail"]),
         ("LAS: True", ["las", "smooth_head"]),
         ("loss: ldam", ["loss: ldam needs classifier: cosine, not linear", "margins"]),
-        ("loss: ldam\nclassifier: simplex", ["loss: ldam needs classifier: cosine, not simplex"]),
         ("loss: dot_regression", ["loss: dot_regression needs classifier: simplex, not linear"]),
         ("nc_between: 0.1", ["nc_between needs nc_within, such as 0.01"]),
         ("head_class_idx: [0, 3]", ["head_class_idx", "come together"]),
-        ("med_class_idx: [0, 3]\ntail_class_idx: [3, 9]", ["med_class_idx", "tail_class_idx", "come together"]),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(write, content, fragments):
@@ -449,9 +361,6 @@ def test_overrides_win_and_are_read_like_yaml(write):
     assert (cfg.lr, cfg.weight_decay, cfg.imb_factor, cfg.lr_steps) == (1.0, 5e-4, None, [3, 5])
     assert (cfg.mixup, cfg.name, cfg.resume, cfg.cos) == (True, "007", "null.pth", False)
     assert type(cfg.lr) is float
-
-
-def test_the_later_of_two_overrides_wins(write):
     assert load_config(write("lr: 0.3"), ["lr", "0.1", "lr", "0.2"]).lr == 0.2
 
 
@@ -462,24 +371,12 @@ def test_an_override_without_a_value_is_refused(write):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("lr", "0"),
-        ("lr", "[1"),
-        ("lr", "\x00"),
-        ("lr", "1\n2"),
-        ("lr", ""),
-        ("lr", "2001-99-99"),
-        ("lr", "!!bool maybe"),
-        ("lr", "[" * 5000),
-        ("lr", "1" + "0" * 5000),
-        ("imb_factor", "100"),
-        ("name", "a/b"),
-    ],
+    "value",
+    ["0", "[1", "\x00", "1\n2", "", "2001-99-99", "!!bool maybe", "[" * 1500, "1" + "0" * 5000],
     ids=lambda text: ascii(text)[:15],
 )
-def test_an_override_with_a_bad_value_is_refused_with_its_key(write, key, value):
-    assert refusal(write("lr: 0.3"), [key, value]).startswith(f"command line: {key}: ")
+def test_an_override_with_a_bad_value_is_refused_with_its_key(write, value):
+    assert refusal(write("lr: 0.3"), ["lr", value]).startswith("command line: lr: ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,11 +417,6 @@ def test_a_file_of_arbloss_loads_and_its_switches_are_translated(write, changes,
     assert (cfg.loss, cfg.class_counts, cfg.pretrained) == expected
     assert not set(cfg) & {*OLD_SWITCHES, *OBSOLETE}
     assert dict(load_config(write(dump_config(cfg), "again.yaml"))) == dict(cfg)
-
-
-def test_nulls_of_arbloss_load(write):
-    cfg = load_config(write((MISLAS + ARBLOSS).replace("imb_factor: 0.01", "imb_factor: null")))
-    assert cfg.imb_factor is None
 
 
 def test_obsolete_keys_are_named_once_with_the_reason(write):
@@ -571,19 +463,12 @@ def test_a_translated_switch_is_noted_where_it_changes_something(write):
     ("old", "new"),
     [
         ("arbloss: True", "loss: ce"),
-        ("arbloss: True", "loss: las"),
-        ("arbloss: True", "loss: weighted_arb"),
         ("arbloss: False", "loss: arb"),
         ("warbloss: True", "loss: arb"),
-        ("warbloss: False", "loss: weighted_arb"),
         ("arbloss_fl: True", "loss: arb"),
-        ("arbloss_fl: False", "loss: focal_arb"),
         ("LAS: True", "loss: ce"),
-        ("LAS: False", "loss: las"),
         ("arb_loss_use_global_class_cnt: True", "class_counts: batch"),
-        ("arb_loss_use_global_class_cnt: False", "class_counts: global"),
         ("not_pretrained: True", "pretrained: True"),
-        ("not_pretrained: True", "pretrained: weights.pth"),
     ],
 )
 @pytest.mark.parametrize("base", ["", "arbloss: True", "warbloss: True", "loss: focal_arb"])
@@ -603,9 +488,7 @@ def test_an_old_and_a_new_switch_of_one_source_that_disagree_are_refused_with_bo
     ("old", "new", "key", "value"),
     [
         ("arbloss: True", "loss: arb", "loss", "arb"),
-        ("arbloss: False", "loss: ce", "loss", "ce"),
         ("arbloss: True\nwarbloss: True", "loss: weighted_arb", "loss", "weighted_arb"),
-        ("arbloss: True\nLAS: False", "loss: arb", "loss", "arb"),
         ("arb_loss_use_global_class_cnt: True", "class_counts: global", "class_counts", "global"),
         ("not_pretrained: True", "pretrained: False", "pretrained", False),
     ],
@@ -618,25 +501,16 @@ def test_an_old_and_a_new_switch_that_agree_load(write, old, new, key, value):
     ("first", "second", "key", "value"),
     [
         ("arbloss: True", "loss: ce", "loss", "ce"),
-        ("arbloss: True", "loss: las", "loss", "las"),
         ("loss: arb", "arbloss: False", "loss", "ce"),
-        ("loss: weighted_arb", "arbloss: False", "loss", "ce"),
         ("loss: ce", "arbloss: True", "loss", "arb"),
-        ("loss: focal_arb", "warbloss: True", "loss", "weighted_arb"),
         ("LAS: True", "arbloss: True, LAS: False", "loss", "arb"),
-        ("LAS: True", "LAS: False", "loss", "ce"),
-        ("LAS: True", "arbloss: False", "loss", "las"),
-        ("arbloss: True", "LAS: False", "loss", "arb"),
         ("arbloss: True", "LAS: True, arbloss: False", "loss", "las"),
-        ("loss: ce", "LAS: False", "loss", "ce"),
         ("arbloss: True, warbloss: True", "warbloss: False, arbloss: False", "loss", "ce"),
         ("arb_loss_use_global_class_cnt: True", "class_counts: batch", "class_counts", "batch"),
         ("class_counts: global_masked", "arb_loss_use_global_class_cnt: False", "class_counts", "batch"),
-        ("not_pretrained: True", "pretrained: True", "pretrained", True),
         ("pretrained: True", "not_pretrained: True", "pretrained", False),
         # A variant that is switched off later leaves what the other switches say.
         ("arbloss: True, arbloss_fl: True", "arbloss_fl: False", "loss", "arb"),
-        ("arbloss: True, warbloss: True", "warbloss: False", "loss", "arb"),
         ("warbloss: True", "LAS: True, warbloss: False", "loss", "las"),
         ("not_pretrained: True", "not_pretrained: False", "pretrained", None),
     ],
@@ -653,28 +527,21 @@ def test_between_sources_the_later_one_wins(write, first, second, key, value):
     ("base", "content", "overrides"),
     [
         ("", "LAS: True\narbloss: True", []),
-        ("", "LAS: True\nwarbloss: True", []),
-        ("", "arbloss: True", ["LAS", "True"]),
         ("", "LAS: True", ["arbloss", "True"]),
-        ("", "LAS: True", ["arbloss_fl", "True"]),
         ("", "", ["LAS", "True", "arbloss", "True"]),
         ("arbloss: True", "LAS: True", []),
         ("LAS: True", "arbloss: True", []),
-        ("loss: arb", "LAS: True", []),
     ],
 )
 def test_las_together_with_arb_is_refused_with_the_reason(write, base, content, overrides):
     write(f"smooth_head: 0.3\nsmooth_tail: 0.0\n{base}", "base.yaml")
     message = refusal(write(f"_BASE_: base.yaml\n{content}"), overrides)
-    assert "LAS" in message
-    assert "arb" in message
-    assert "-inf" in message
+    assert all(fragment in message for fragment in ("LAS", "arb", "-inf"))
 
 
 def test_two_variants_of_arb_are_refused_with_both_names(write):
     message = refusal(write("arbloss: True\nwarbloss: True\narbloss_fl: True"))
-    assert "warbloss" in message
-    assert "arbloss_fl" in message
+    assert "warbloss" in message and "arbloss_fl" in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -687,11 +554,9 @@ def test_dump_replaces_single_values(write):
     assert dict(again) == dict(cfg) | {"resume": "x.pth", "lr": 0.5}
 
 
-LINE_ENDS = "\x85\u2028\u2029\ufeff"  # to YAML 1.1 these are line ends and a byte order mark
-
-
-@pytest.mark.parametrize("sign", LINE_ENDS, ids=ascii)
-def test_unicode_line_ends_survive_being_dumped(write, sign):
+# To YAML 1.1 these are line ends and a byte order mark; the last one is a byte of a command line that is no UTF-8.
+@pytest.mark.parametrize("sign", "\x85\u2028\u2029\ufeff\udce4", ids=ascii)
+def test_odd_signs_of_the_command_line_survive_being_dumped(write, sign):
     cfg = load_config(write("lr: 0.1"), ["data_path", f"a{sign}b"])
     assert load_config(write(dump_config(cfg), "again.yaml")).data_path == f"a{sign}b"
 
@@ -726,14 +591,6 @@ def test_any_valid_values_survive_being_dumped(write, values):
     assert dict(load_config(write(dump_config(cfg), "again.yaml"))) == dict(cfg)
 
 
-@PROPERTY
-@given(resume=st.text(st.characters(exclude_characters="\x85"), max_size=20))
-def test_text_of_the_command_line_survives_being_dumped(write, resume):
-    cfg = load_config(write("lr: 0.1"), ["resume", resume])
-    assert cfg.resume == resume
-    assert load_config(write(dump_config(cfg), "again.yaml")).resume == resume
-
-
 def config_or_refusal(path, overrides=()):
     """Any exception but ConfigError fails the test."""
     try:
@@ -755,15 +612,9 @@ SNIPPET = st.lists(FRAGMENTS | st.text(max_size=5), max_size=4).map("".join)
 
 
 @PROPERTY
-@given(text=st.text() | st.lists(st.tuples(KEYS, SNIPPET).map(": ".join), max_size=4).map("\n".join))
+@given(text=st.binary() | st.text() | st.lists(st.tuples(KEYS, SNIPPET).map(": ".join), max_size=4).map("\n".join))
 def test_any_text_gives_a_frozen_configuration_or_a_refusal(write, text):
-    config_or_refusal(write(text.encode("utf-8", "surrogatepass")))
-
-
-@PROPERTY
-@given(content=st.binary())
-def test_any_bytes_give_a_frozen_configuration_or_a_refusal(write, content):
-    config_or_refusal(write(content))
+    config_or_refusal(write(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")))
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates() | st.binary(max_size=5)

@@ -56,18 +56,14 @@ def noisy():
 # One classifier after the other
 
 
-def test_logit_adjustment_at_1_is_an_explicit_argmax(noisy):
-    _, test = noisy
-    scores = test.logits.double().numpy() - np.log(COUNTS.numpy() / COUNTS.sum().item())
-    assert adjusted(test, COUNTS, 1.0).classes.tolist() == scores.argmax(axis=1).tolist()
-    assert (adjusted(test, COUNTS, 1.0).classes != test.logits.argmax(1)).any()
-
-
-def test_without_adjustment_it_is_the_model_also_over_many_parts(noisy, monkeypatch):
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_logit_adjustment_is_an_explicit_argmax_also_over_many_parts(noisy, monkeypatch, tau):
     monkeypatch.setattr(module, "ROWS", 7)
-    predictions = adjusted(noisy[1], COUNTS, 0.0)
-    assert torch.equal(predictions.classes, noisy[1].logits.argmax(1))
-    assert torch.equal(predictions.targets, noisy[1].targets)
+    _, test = noisy
+    scores = test.logits.double().numpy() - tau * np.log(COUNTS.numpy() / COUNTS.sum().item())
+    predictions = adjusted(test, COUNTS, tau)
+    assert predictions.classes.tolist() == scores.argmax(axis=1).tolist()
+    assert torch.equal(predictions.targets, test.targets)
 
 
 def test_a_class_without_training_images_counts_as_one_image():
@@ -107,11 +103,8 @@ def test_balanced_weights_move_the_border_to_where_both_classes_err_alike():
 
 def test_the_units_of_features_do_not_matter_and_a_dead_one_does_no_harm(noisy):
     train, test = noisy
-    scale = torch.tensor([1e-3, 1.0, 1e3, 0.0])
-    found = [
-        logistic_classes(train.features * by, train.targets, test.features * by)[0]
-        for by in (torch.tensor([1.0, 1.0, 1.0, 0.0]), scale)
-    ]
+    scales = (torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([1e-3, 1.0, 1e3, 0.0]))
+    found = [logistic_classes(train.features * by, train.targets, test.features * by)[0] for by in scales]
     assert (found[0] == found[1]).double().mean() > 0.99
     assert len(found[0].unique()) > 1
 
@@ -152,13 +145,7 @@ def test_the_model_is_the_curve_at_0_and_rows_have_the_groups_that_exist(noisy):
     assert list(result.tau) == ["values", "top1", "many", "medium", "few", "best"]
     assert result.rows[MODEL] == {key: result.tau[key][zero] for key in ("top1", "many", "medium", "few")}
     assert all(len(result.tau[key]) == 31 for key in list(result.tau)[:-1])
-    assert list(result.rows) == [
-        "model",
-        "logit adjustment, post hoc",
-        "nearest class mean",
-        "classifier refit, class-balanced",
-        "linear probe between test halves (diagnostic)",
-    ]
+    assert list(result.rows) == [MODEL, ADJUSTED, NEAREST_MEAN, REFIT, PROBE]
     assert result.rows[ADJUSTED]["few"] > result.rows[MODEL]["few"] + 10
     assert decompose(*noisy, COUNTS, GROUPS) == result
     no_few = decompose(*noisy, COUNTS, groups_by_index([[0, 1], [1, 4], [4, 4]], 4))
@@ -201,11 +188,8 @@ def test_features_that_lack_a_class_cannot_be_helped():
 
 
 def test_beyond_a_thousand_classes_there_is_no_logistic_regression():
-    classes = torch.arange(1001)
-    eye = torch.eye(1001)
-    result = decompose(
-        Outputs(eye, classes), Outputs(eye, classes, eye), torch.ones(1001), groups_by_index([[0, 9]] * 3, 1001)
-    )
+    classes, eye, groups = torch.arange(1001), torch.eye(1001), groups_by_index([[0, 9]] * 3, 1001)
+    result = decompose(Outputs(eye, classes), Outputs(eye, classes, eye), torch.ones(1001), groups)
     assert list(result.rows) == [MODEL, ADJUSTED, NEAREST_MEAN]
     assert result.rows[NEAREST_MEAN] == PERFECT
     assert [note.split(":")[0] for note in result.notes] == [REFIT, PROBE, ADJUSTED]

@@ -1,5 +1,6 @@
 """Components against autograd, class by class, and against loops over samples; their time and memory."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -89,27 +90,19 @@ def test_under_mixup_the_columns_add_up_to_the_step_s_gradient(batch):
 
 def test_zero_rows_leave_out_classes_absent_from_the_batch(batch):
     weight, features, targets, _ = batch
-    true = component_norms(features @ weight.T, features, targets, absent_rows="true")
-    zero = component_norms(features @ weight.T, features, targets)
+    logits = features @ weight.T
+    true = component_norms(logits, features, targets, absent_rows="true")
+    zero = component_norms(logits, features, targets)
     assert (zero[4:] == 0).all()
     assert (true[4:, :4] > 0).all()
+    assert (true[:, 4:] == 0).all()  # the columns of absent classes
     torch.testing.assert_close(zero[:4], true[:4])
-
-
-def test_columns_of_absent_classes_are_zero(batch):
-    weight, features, targets, _ = batch
-    assert (component_norms(features @ weight.T, features, targets, absent_rows="true")[:, 4:] == 0).all()
-
-
-def test_an_unknown_rule_for_absent_rows_is_refused(batch):
-    weight, features, targets, _ = batch
     with pytest.raises(ValueError, match="known are zero, true"):
-        component_norms(features @ weight.T, features, targets, absent_rows="skip")
+        component_norms(logits, features, targets, absent_rows="skip")
 
 
-@pytest.fixture
-def by_loops(batch):
-    """Components of a mixed batch, and the same by loops over classes and samples."""
+def test_components_equal_loops_over_classes_and_samples(batch):
+    """Of a mixed batch; the cosine is the mean over pairs of repelling classes."""
     weight, features, targets, partners = batch
     probs = F.softmax(features @ weight.T, dim=1)
     labels, shares = torch.stack([targets, partners]), torch.tensor([0.3, 0.7])
@@ -119,42 +112,20 @@ def by_loops(batch):
     for y, share in zip(labels, shares.double(), strict=True):
         for s in range(BATCH):
             for i in range(CLASSES):
-                q = probs[s, i] - (y[s] == i).double()
-                vectors[i, y[s]] += share * q * features[s]
+                vectors[i, y[s]] += share * (probs[s, i] - (y[s] == i).double()) * features[s]
                 if y[s] == i:
                     attraction[i] += share * (1 - probs[s, i])
                 else:
                     repulsion[i] += share * probs[s, i]
-    return components(residuals, features, labels, shares), vectors, attraction, repulsion
-
-
-def test_masses(by_loops):
-    parts, _, attraction, repulsion = by_loops
+    parts = components(residuals, features, labels, shares)
     torch.testing.assert_close(parts.attraction_mass, attraction)
     torch.testing.assert_close(parts.repulsion_mass, repulsion)
-
-
-def test_every_class_has_one_first_row(by_loops, batch):
-    parts, vectors, *_ = by_loops
     assert sorted(parts.labels[parts.first].tolist()) == sorted(set(torch.cat(batch[2:]).tolist()))
     torch.testing.assert_close(parts.norms, vectors.norm(dim=2).T[parts.labels])
-
-
-def test_the_cosine_is_the_mean_over_pairs_of_repelling_classes(by_loops):
-    parts, vectors, *_ = by_loops
     for i in range(CLASSES):
-        repelling = [j for j in range(CLASSES) if j != i and vectors[i, j].norm() > 0]
-        pairs = [
-            F.cosine_similarity(vectors[i, j], vectors[i, k], dim=0) for j in repelling for k in repelling if j < k
-        ]
-        assert float(parts.repulsion_cosine[i]) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-9)
-
-
-def test_the_cosine_of_less_than_two_components_is_not_defined():
-    """Two classes: on each row only the other one repels."""
-    residuals = torch.tensor([[[-0.4, 0.4], [0.3, -0.3]]])
-    parts = components(residuals, torch.eye(2), torch.tensor([[0, 1]]), torch.ones(1))
-    assert parts.repulsion_cosine.isnan().all()
+        repelling = [v for j, v in enumerate(vectors[i]) if j != i and v.norm() > 0]
+        cosines = [float(F.cosine_similarity(a, b, dim=0)) for a, b in itertools.combinations(repelling, 2)]
+        assert float(parts.repulsion_cosine[i]) == pytest.approx(sum(cosines) / len(cosines), abs=1e-9)
 
 
 def test_parallel_repulsion_has_cosine_one_and_opposite_repulsion_minus_one():
@@ -163,6 +134,9 @@ def test_parallel_repulsion_has_cosine_one_and_opposite_repulsion_minus_one():
         features = torch.tensor([[1.0, 1.0], [second, second]])
         parts = components(residuals, features, torch.tensor([[1, 2]]), torch.ones(1))
         assert float(parts.repulsion_cosine[0]) == pytest.approx(cosine)
+    residuals = torch.tensor([[[-0.4, 0.4], [0.3, -0.3]]])  # on each row only the other class repels
+    parts = components(residuals, torch.eye(2), torch.tensor([[0, 1]]), torch.ones(1))
+    assert parts.repulsion_cosine.isnan().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

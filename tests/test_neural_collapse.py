@@ -1,10 +1,6 @@
 """Neural collapse on geometries whose numbers are known, against a dense reference, in batches and in two processes."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +9,10 @@ import torch
 
 from methods import neural_collapse
 from methods.neural_collapse import balance_metrics, measure, nc_metrics, seli_grams
+from tests.conftest import in_ranks
+from utils import distributed
 from utils.errors import DivergenceError, InputError
 
-ROOT = Path(__file__).parents[1]
 STEP = [40, 40, 40, 4, 4, 4]
 EXPONENTIAL = [50, 27, 15, 8, 4, 2]
 SCALARS = {
@@ -135,7 +132,7 @@ def test_all_numbers_equal_a_dense_reference(monkeypatch, width, rows):
 # Perfect geometries
 
 
-@pytest.mark.parametrize("width", [5, 6, 20])
+@pytest.mark.parametrize("width", [5, 20])
 def test_a_perfect_simplex_gives_0(width):
     vertices = simplex_vertices(6, width)
     targets = labels([7] * 6)
@@ -160,7 +157,7 @@ def test_only_what_compares_classifier_and_means_sees_a_rotation_between_them():
     assert opposite["nc4"] == 1
 
 
-@pytest.mark.parametrize("classes", [2, 3, 100])
+@pytest.mark.parametrize("classes", [2, 100])
 def test_balance_of_a_simplex_as_the_paper_prints_it(classes):
     found = balance_metrics(simplex_vertices(classes, classes))
     assert found["b_a_as_printed"] ** 2 == pytest.approx(classes / (classes - 1) ** 5)
@@ -189,7 +186,7 @@ def test_a_perfect_seli_geometry_gives_0_and_is_no_simplex(counts):
     assert min(found[key] for key in ("simplex_weights", "simplex_means", "b_l", "b_a", "nc2_equinorm", "nc3")) > 0.01
 
 
-@pytest.mark.parametrize("counts", [STEP, EXPONENTIAL, [3, 900, 3, 41, 900, 3, 7], [1, 1]])
+@pytest.mark.parametrize("counts", [STEP, [3, 900, 3, 41, 900, 3, 7], [1, 1]])
 def test_seli_equals_the_dense_formula(counts):
     grams = seli_grams(torch.tensor(counts))
     for gram, expected in zip(grams, dense_seli(counts), strict=True):
@@ -242,13 +239,6 @@ def test_nc1_of_isotropic_noise_is_its_closed_form(width):
     assert found["nc1_pooled"] == pytest.approx(pooled * inverse_eigenvalues(means) / 5)
 
 
-def test_nc1_of_drawn_noise_is_near_its_closed_form():
-    means, targets = draw(4, 6), labels([20_000] * 4)
-    found = nc_metrics(means[targets] + 0.5 * draw(len(targets), 6, seed=9), targets, means)
-    # 240,000 squares: the estimate deviates by some 0.3-0.5 %, S_B's own noise included.
-    assert found["nc1"] == pytest.approx(0.25 * inverse_eigenvalues(means) / 4, rel=0.02)
-
-
 def test_directions_in_which_no_means_differ_do_not_count():
     """Four means on a line in five dimensions: S_B has rank 1, not 3."""
     positions, targets = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64), labels([9] * 4)
@@ -256,14 +246,6 @@ def test_directions_in_which_no_means_differ_do_not_count():
     noise = torch.cat([0.1 * white_rows(9, 5, seed) for seed in range(4)])
     found = nc_metrics(means[targets] + noise, targets, means)
     assert found["nc1"] == pytest.approx(0.01 / 3.5 / 4)  # 3.5: the positions' population variance
-
-
-def test_a_large_common_offset_costs_no_digits():
-    features, targets, weight, bias = noisy([400, 200, 100, 50])
-    moved = (features + 1e4).float()
-    plain = nc_metrics(moved.double() - 1e4, targets, weight, bias)
-    found = nc_metrics(moved, targets, weight, bias)
-    assert_same(found, plain, leave={"nc4"})  # the classifier's decisions do depend on the offset
 
 
 def test_rounding_opens_no_direction_beyond_the_number_of_classes():
@@ -284,14 +266,6 @@ def test_nc4_counts_the_samples_of_two_swapped_classes():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Invariances
-
-
-def test_the_order_of_samples_and_classes_does_not_matter():
-    features, targets, weight, bias = noisy(EXPONENTIAL)
-    plain = nc_metrics(features, targets, weight, bias)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])  # new class i is the old order[i]
-    moved = nc_metrics(features.flip(0), order.argsort()[targets].flip(0), weight[order], bias[order])
-    assert_same(moved, plain | {"nc1_per_class": plain["nc1_per_class"][order]})
 
 
 def test_scales_shifts_and_a_common_rotation_do_not_matter():
@@ -331,24 +305,17 @@ def test_classes_without_samples_are_left_out():
 # Where little can be measured
 
 
-def test_equal_features_are_no_collapse():
-    targets, weight = labels([3, 4, 5]), draw(3, 4)
-    found = nc_metrics(draw(4).expand(12, 4), targets, weight)
-    assert {found[key] for key in ("nc1", "nc1_pooled", "nc2_equinorm")} == {math.inf}
+def test_equal_features_and_zeros_in_the_classifier_give_no_nan():
+    found = nc_metrics(draw(4).expand(12, 4), labels([3, 4, 5]), draw(3, 4))
+    assert {found[key] for key in ("nc1", "nc1_pooled", "nc2_equinorm")} == {math.inf}  # no collapse
     assert found["nc1_per_class"].tolist() == [math.inf] * 3
-    assert found["nc3"] == pytest.approx(1)
     assert found["nc2_equiangle"] == pytest.approx(1 / 2)  # cosines 0 instead of -1/2
-    assert found["simplex_means"] == pytest.approx(1)
-    assert found["seli_means"] == pytest.approx(1)
+    assert [found[key] for key in ("nc3", "simplex_means", "seli_means")] == pytest.approx([1, 1, 1])
     assert not any(math.isnan(found[key]) for key in SCALARS)
-
-
-def test_zeros_in_the_classifier_give_no_nan():
     features, targets, weight, bias = noisy(EXPONENTIAL)
     found = nc_metrics(features, targets, torch.zeros_like(weight), bias)
     assert {found[key] for key in ("nc2_equinorm_weights", "b_l_relative", "b_d_relative")} == {math.inf}
-    assert [found[key] for key in ("b_l", "b_a", "b_d")] == [0, 0, 0]
-    assert found["seli_weights"] == pytest.approx(1)
+    assert [found[key] for key in ("b_l", "b_a", "b_d", "seli_weights")] == pytest.approx([0, 0, 0, 1])
     assert not any(math.isnan(found[key]) for key in SCALARS)
 
 
@@ -384,7 +351,7 @@ def in_batches(features, targets, size):
     return lambda: zip(features.split(size), targets.split(size), strict=True)
 
 
-@pytest.mark.parametrize("size", [1, 7, 50])
+@pytest.mark.parametrize("size", [1, 7])
 def test_batches_of_any_size_give_the_same(monkeypatch, size):
     features, targets, weight, bias = noisy(EXPONENTIAL)
     whole = nc_metrics(features, targets, weight, bias)
@@ -393,7 +360,7 @@ def test_batches_of_any_size_give_the_same(monkeypatch, size):
     assert_same(nc_metrics(features, targets, weight, bias), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_features_are_raised_to_float64_first(dtype):
     features, targets, weight, bias = noisy(EXPONENTIAL)
     features, weight = (3 * features).to(dtype), torch.nn.Parameter(weight.float())
@@ -401,48 +368,24 @@ def test_features_are_raised_to_float64_first(dtype):
     assert_same(found, nc_metrics(features.double(), targets, weight.double(), bias), rtol=0)
 
 
-# All in a function, as in the scripts. "uneven": in shares of one and two thirds; "idle": process 0 has no batch.
-WORKER = """
-import json, sys
-import torch
-from methods.neural_collapse import measure
-from utils import distributed
-
-def work(case, out):
+def measure_parts(rank: int, case: Path, out: Path) -> None:
+    """In shares of one and two thirds, and with no batch in process 0."""
     features, targets, weight, bias = torch.load(case)
-    found = {}
+    third, found = len(features) // 3, {}
     with distributed.processes("cpu"):
-        rank = distributed.rank()
-        third = len(features) // 3
         uneven = [slice(third, None), slice(0, third)][rank]
         for name, share in (("uneven", uneven), ("idle", [slice(0, 0), slice(None)][rank])):
-            parts = list(zip(features[share].split(9), targets[share].split(9)))
-            values = measure(lambda: parts if features[share].numel() else [], weight, bias)
-            found[name] = values | {"nc1_per_class": values["nc1_per_class"].tolist()}
-    with open(f"{out}/{rank}.json", "w") as file:
-        json.dump(found, file)
-
-work(*sys.argv[1:])
-"""
+            parts = list(zip(features[share].split(9), targets[share].split(9), strict=True))
+            held = [part for part in parts if len(part[0])]
+            found[name] = measure(lambda held=held: held, weight, bias)
+    torch.save(found, out / f"{rank}.pt")
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     case = noisy(EXPONENTIAL)
     torch.save(case, tmp_path / "case.pt")
-    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, "worker.py", "case.pt", "."],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    in_ranks(tmp_path, measure_parts, tmp_path / "case.pt", tmp_path)
     one = nc_metrics(*case)
     for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        for name in ("uneven", "idle"):
-            assert_same(found[name], one)
+        for found in torch.load(tmp_path / f"{rank}.pt").values():
+            assert_same(found, one)

@@ -171,6 +171,10 @@ def first_loss(data, precision, device=CPU, compiled=False, steps=1):
 def test_one_step_in_another_precision_has_nearly_the_loss_of_fp32(digits, precision, device):
     step, loss = first_loss(digits, precision, device)
     strict, strict_loss = first_loss(digits, "fp32", device)
+    with autocast(precision, torch.device(device)):  # convolutions are in half precision, logits are not
+        logits, features = step.model(torch.zeros(2, 3, 8, 8, device=device), with_features=True)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    assert (features.dtype, logits.dtype) == (half.get(precision, torch.float32), torch.float32)
     assert loss == pytest.approx(strict_loss, abs=2e-2)
     assert all(value.dtype in (torch.float32, torch.int64) for value in state(step).values())
     start = state(new_step(digits))
@@ -181,44 +185,22 @@ def test_one_step_in_another_precision_has_nearly_the_loss_of_fp32(digits, preci
     assert F.cosine_similarity(*moves, dim=0) > 0.9
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_convolutions_are_in_half_precision_and_logits_are_not(digits, precision):
-    model, *_ = new_parts(digits)
-    with autocast(precision, CPU):
-        logits, features = model(torch.zeros(2, 3, 8, 8), with_features=True)
-    assert features.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert logits.dtype == torch.float32
-
-
-def test_fp16_skips_a_step_whose_gradients_overflow_and_lowers_the_scale(digits):
-    step = new_step(digits, "fp16")
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    before = copy.deepcopy(state(step))
-    run(digits, step, steps=1)
-    for (key, value), old in zip(state(step).items(), before.values(), strict=True):
-        assert torch.equal(value, old) or "running" in key or "tracked" in key, key
-    assert step.scaler.get_scale() == 2.0**39
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    run(digits, step, steps=1)
-    assert all((value != 0).any() for key, value in state(step).items() if "momentum" in key)
-    assert all(value.isfinite().all() for value in state(step).values())
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("limit", [None, 2.0**20])
-def test_skipped_steps_are_counted_with_and_without_a_limit_of_the_norm(digits, device, limit):
+def test_fp16_skips_and_counts_a_step_whose_gradients_overflow_and_lowers_the_scale(digits, device, limit):
     step = new_step(digits, "fp16", device)
     step.max_grad_norm = limit
+    before = copy.deepcopy(state(step))
     step.scaler = torch.amp.GradScaler(torch.device(device).type, init_scale=2.0**40)
     run(digits, step, steps=1, device=device)
-    assert step.meter.counts()["skipped_steps"] == 1
+    for (key, value), old in zip(state(step).items(), before.values(), strict=True):
+        assert torch.equal(value, old) or "running" in key or "tracked" in key, key
+    assert (step.scaler.get_scale(), step.meter.counts()["skipped_steps"]) == (2.0**39, 1)
     step.scaler = torch.amp.GradScaler(torch.device(device).type, init_scale=2.0**10)
-    run(digits, step, steps=2, device=device)  # the count begins anew
+    run(digits, step, steps=1, device=device)  # the count begins anew
     assert step.meter.counts()["skipped_steps"] == 0
-
-
-def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert all((value != 0).any() for key, value in state(step).items() if "momentum" in key)
+    assert all(value.isfinite().all() for value in state(step).values())
 
 
 def norm_and_gradient(data, precision, limit):
@@ -229,7 +211,8 @@ def norm_and_gradient(data, precision, limit):
 
     def look(optimizer, *_):
         still_scaled = getattr(optimizer, "grad_scale", None) is not None
-        seen.append(gradient(step.model) / (scale if still_scaled else 1))
+        gradient = torch.cat([p.grad.flatten() for p in step.model.parameters()])
+        seen.append(gradient / (scale if still_scaled else 1))
 
     step.optimizer.register_step_pre_hook(look)
     run(data, step, steps=1)
@@ -407,9 +390,10 @@ def test_steps_recorded_after_a_resume_are_eager_ones(digits, tmp_path, device, 
     assert_close(*steps, rtol=1e-4, atol=1e-6 if precision == "fp32" else 1e-4)
 
 
-def test_what_a_recording_reads_stays_where_it_is(digits):
+def test_what_a_recording_reads_stays_where_it_is(digits, tmp_path):
     """Learning rate, momentum and weights, over a change of the rate and a smaller batch."""
-    step = recorded(digits, CPU)
+    recorder = Recorder()
+    step = recorded(digits, CPU, recorder=recorder)
     optimizer = step.step.optimizer
     rate, places = optimizer.param_groups[0]["lr"], [tensor.data_ptr() for tensor in step.step.tensors()]
     assert rate.ndim == 0
@@ -419,12 +403,12 @@ def test_what_a_recording_reads_stays_where_it_is(digits):
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == 0.5
     assert [tensor.data_ptr() for tensor in step.step.tensors()] == places
-
-
-def test_a_checkpoint_of_recorded_steps_holds_numbers(digits, tmp_path):
-    step = run(digits, recorded(digits, CPU), steps=1)
-    assert checkpoint(step, tmp_path / "a")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(LR)
-    assert isinstance(checkpoint(step, tmp_path / "a")["optimizer"]["param_groups"][0]["lr"], float)
+    stored = checkpoint(step, tmp_path / "a")["optimizer"]["param_groups"][0]["lr"]
+    assert (type(stored), stored) == (float, 0.5)
+    assert recorder.recordings == 1
+    step.step.method.start_epoch = lambda epoch: epoch == 1  # something sets in
+    run(digits, step, epochs=3, steps=2)
+    assert recorder.recordings == 2
 
 
 def test_a_step_of_another_optimizer_cannot_be_recorded(digits):
@@ -432,14 +416,6 @@ def test_a_step_of_another_optimizer_cannot_be_recorded(digits):
     plain = torch.optim.SGD(model.parameters(), lr=LR)
     with pytest.raises(ValueError, match="needs a fused optimizer"):
         GraphedStep(Step(model, method, plain, scaler, CPU))
-
-
-def test_a_method_that_changes_is_recorded_anew(digits):
-    recorder = Recorder()
-    step = recorded(digits, CPU, recorder=recorder)
-    step.step.method.start_epoch = lambda epoch: epoch == 1
-    run(digits, step, epochs=3, steps=2)
-    assert recorder.recordings == 2
 
 
 def test_a_recorded_step_that_diverges_is_found(digits):
@@ -485,14 +461,10 @@ def test_a_watched_step_shows_each_pass_s_own_output(digits, device, recording):
         torch.testing.assert_close(features, output.features.detach(), rtol=1e-3, atol=1e-3)
 
 
-def test_every_so_many_steps_are_watched_with_all_their_passes(digits):
-    numbers = []
-    step = ProfiledStep(new_step(digits, keep_outputs=True), lambda *seen: numbers.append(seen[2].number), every=4)
-    run(digits, step, accumulate=2, epochs=2)
-    assert numbers == [0, 0, 4, 4, 8, 8, 12, 12] * 2
-
-
 def test_watching_changes_nothing(digits):
-    steps = [new_step(digits), ProfiledStep(new_step(digits, keep_outputs=True), lambda *seen: None, every=1)]
-    one, other = (state(run(digits, step, steps=3)) for step in steps)
+    """Every so many steps are watched, with all their passes."""
+    numbers = []
+    watched = ProfiledStep(new_step(digits, keep_outputs=True), lambda *seen: numbers.append(seen[2].number), every=4)
+    one, other = (state(run(digits, step, accumulate=2)) for step in (new_step(digits), watched))
+    assert numbers == [0, 0, 4, 4, 8, 8, 12, 12]
     assert all(torch.equal(one[name], other[name]) for name in one)

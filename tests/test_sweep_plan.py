@@ -12,36 +12,15 @@ from utils.sweep.plan import Run, plan
 from utils.sweep.spec import read_sweep
 
 DIGITS = ROOT / "config/digits/digits_imb005.yaml"
-OPTIONS = {
-    "num_epochs": 2,
-    "batch_size": 64,
-    "lr_steps": [1, 9],
-    "warmup_epochs": 0,
-    "backbone": "resnet8",
-    "image_size": 8,
-}
+OPTIONS = {"num_epochs": 2, "batch_size": 64, "lr_steps": [1, 9], "warmup_epochs": 0}
+OPTIONS |= {"backbone": "resnet8", "image_size": 8}
 ARMS = {"plain": {}, "arb": {"loss": "arb", "class_counts": "batch"}}
 LATE = {"late": {"fork": {"arm": "plain", "epoch": 1}, "lr_steps": [8, 9], "seeds": [0]}}
-WATERFALL = {
-    **{
-        "start": "plain",
-        "steps": {"arb": {"arb": 1, "plain": -1}, "schedule": {"late": 1, "plain": -1}},
-        "end": "best",
-    },
-    "published": 50,
-}
-
-
+STEPS = {"arb": {"arb": 1, "plain": -1}, "schedule": {"late": 1, "plain": -1}}
+WATERFALL = {"start": "plain", "steps": STEPS, "end": "best", "published": 50}
 # A few lines that stand for 10^14 numbers.
-LAUGHS = "\n".join(
-    [
-        f"cfg: {DIGITS}",
-        "arms: {a: {}}",
-        "seeds:",
-        "  - &n0 [1]",
-        *(f"  - &n{n} [{', '.join([f'*n{n - 1}'] * 10)}]" for n in range(1, 15)),
-    ]
-)
+LAUGHS = f"cfg: {DIGITS}\narms: {{a: {{}}}}\nseeds:\n  - &n0 [1]\n"
+LAUGHS += "".join(f"  - &n{n} [{', '.join([f'*n{n - 1}'] * 10)}]\n" for n in range(1, 15))
 
 
 def written(folder: Path, name: str = "tiny", **changes: object) -> Path:
@@ -88,14 +67,12 @@ def test_arms_of_a_seed_have_the_same_configuration_but_for_what_they_say(tmp_pa
     assert (plain.cfg.num_epochs, plain.cfg.lr_steps) == (2, [1, 9])
 
 
-def test_without_seeds_there_is_one(tmp_path):
-    assert names(planned(written(tmp_path, seeds=None))) == ["plain_seed0", "arb_seed0"]
-
-
 def test_an_arm_has_its_own_configuration_beside_the_sweep_s_file(tmp_path):
     (tmp_path / "own.yaml").write_text(f"_BASE_: {DIGITS}\nmomentum: 0.8\n")
-    runs = planned(written(tmp_path / "deeper", cfg="../own.yaml", arms={"a": None, "b": {"cfg": str(DIGITS)}}))
-    assert [run.cfg.momentum for run in runs[:2]] == [0.8, 0.9]
+    arms = {"a": None, "b": {"cfg": str(DIGITS)}}
+    runs = planned(written(tmp_path / "deeper", cfg="../own.yaml", arms=arms, seeds=None))
+    assert names(runs) == ["a_seed0", "b_seed0"]  # without seeds there is one
+    assert [run.cfg.momentum for run in runs] == [0.8, 0.9]
 
 
 def test_a_fork_inherits_what_its_parent_says(tmp_path):
@@ -130,16 +107,13 @@ waterfall: {{start: text, steps: {{x: {{old: 1e0, text: -1}}}}, end: last, publi
     assert (runs[0].cfg.loss, runs[0].cfg.class_counts, runs[0].cfg.num_epochs) == ("arb", "global", 2)
     assert (runs[1].cfg.alpha, runs[1].cfg.logit_clamp, runs[1].cfg.imb_factor) == (0.5, None, None)
     compared = read_sweep(tmp_path / "odd.yaml").compared
-    assert compared["claims"]["1"]["at_least"] == 0.5 and compared["waterfall"]["steps"] == {
-        "x": {"old": 1.0, "text": -1.0}
-    }
+    assert compared["claims"]["1"]["at_least"] == 0.5
+    assert compared["waterfall"]["steps"] == {"x": {"old": 1.0, "text": -1.0}}
     assert compared["claims"]["of one"] == {"arm": "old", "published": 80.0, "at": {"weight_decay": 2e-4}}
     assert json.loads(json.dumps(compared)) == compared
 
 
-@pytest.mark.parametrize(
-    "option", [("lr", 0.2), ("mixup", True), ("momentum", 0.8), ("imb_factor", 0.1), ("eval_every", 2)]
-)
+@pytest.mark.parametrize("option", [("lr", 0.2), ("mixup", True), ("momentum", 0.8), ("eval_every", 2)])
 def test_hashes_change_with_what_is_trained(tmp_path, option):
     before = {run.name: run.hash for run in planned(written(tmp_path))}
     after = {run.name: run.hash for run in planned(written(tmp_path, options=OPTIONS | dict([option])))}
@@ -148,15 +122,7 @@ def test_hashes_change_with_what_is_trained(tmp_path, option):
 
 
 @pytest.mark.parametrize(
-    "option",
-    [
-        ("data_path", "/elsewhere"),
-        ("workers", 0),
-        ("print_freq", 7),
-        ("device", "cpu"),
-        ("momentum", 0.9),
-        ("diagnostics", 1),
-    ],
+    "option", [("data_path", "/elsewhere"), ("workers", 0), ("device", "cpu"), ("momentum", 0.9), ("diagnostics", 1)]
 )
 def test_hashes_do_not_change_with_paths_and_defaults(tmp_path, option):
     before = {run.name: run.hash for run in planned(written(tmp_path))}
@@ -191,77 +157,49 @@ REFUSED = {
     "arms: plain: cfg is missing, here and in the sweep": {"cfg": None},
     "nowhere.yaml: no such configuration file": {"cfg": "nowhere.yaml"},
     "tiny: a: unknown key 'lrr'; the nearest known one is 'lr'": {"arms": {"a": {"lrr": 1}}},
-    "tiny: a: lr: -1 must be a number > 0": {"arms": {"a": {"lr": -1}}},
     "tiny: a: loss": {"arms": {"a": {"loss": "arbb"}}},
-    "tiny: a: backbone": {"arms": {"a": {"backbone": "resnet33"}}},
     "disagree; keep one": {"arms": {"a": {"arbloss": True, "loss": "ce"}}},
     "arms: a: 3 must be a mapping of options": {"arms": {"a": 3}},
-    "options: [1] must be a mapping of options": {"options": [1]},
     "'a.b' must be a name of letters": {"arms": {"a.b": {}}},
-    "1 must be a name of letters": {"arms": {1: {}}},
     "a: seed is set for every run by the sweep itself; give seeds": {"arms": {"a": {"seed": 1}}},
     "options: seed is set for every run": {"options": {"seed": 1}},
-    "options: resume is set for every run": {"options": {"resume": "x"}},
     "seeds: 3 must be a list of different whole numbers >= 0, such as [0, 1, 2]": {"seeds": 3},
-    "seeds: ['a'] must be a list of different whole numbers": {"seeds": ["a"]},
     "seeds: [1, 1] must be a list of different whole numbers": {"seeds": [1, 1]},
     "arms: a: seeds: [] must be a list": {"arms": {"a": {"seeds": []}}},
-    "arms: a: seeds: 0 must be a list": {"arms": {"a": {"seeds": 0}}},
     "seeds: [-1] must be a list of different whole numbers >= 0": {"seeds": [-1]},
     "subset_seeds: [True] must be a list of different whole numbers": {"subset_seeds": [True]},
     "axes: lr: [] must be a list of values": {"axes": {"lr": []}},
-    "axes: lrr: unknown key 'lrr'; the nearest known one is 'lr'": {"axes": {"lrr": [1]}},
     "axes: seed is set for every run by the sweep itself; give seeds": {"axes": {"seed": [1]}},
     "axes: arbloss: a switch of the originals": {"axes": {"arbloss": [True]}},
     "axes: lr: 1 must be a list of values": {"axes": {"lr": 1}},
     "axes: imb_factor: value: 100 must lie in (0, 1]": {"axes": {"imb_factor": [100]}},
     "'1e-1' is there twice": {"axes": {"imb_factor": [0.1, "1e-1"]}},
     "a: lr is an axis already": {"axes": {"lr": [1]}, "arms": {"a": {"lr": 2}}},
-    "num_epochs is an axis already": {"axes": {"num_epochs": [3]}},
     "'nobody' is compared and is no arm; there are plain, arb": {"against": "nobody"},
-    "'plain.best' is compared and is no arm": {"against": "plain.best"},
-    "'nobody' is compared and is no arm": {"pairs": [["arb", "nobody"]]},
-    "pairs: a pair: ['arb', 'plain', 'x'] must be [arm, another arm]": {"pairs": [["arb", "plain", "x"]]},
     "pairs: a pair: ['arb', 'arb'] must be [arm, another arm]": {"pairs": [["arb", "arb"]]},
     "'arb.worst': a term is an arm, or arm.last or arm.": {"pairs": [["arb.worst", "arb"]]},
     "'x' is compared and is no arm": {"claims": {"c": {"arm": "x", "published": 1}}},
     "claims: c: published is missing; the keys are arm, published, at": {"claims": {"c": {"arm": "arb"}}},
     "claims: c: published: 'high' must be a number": {"claims": {"c": {"arm": "arb", "published": "high"}}},
-    "claims: c: published: [9, 1] must be a number or [lowest, highest]": {
-        "claims": {"c": {"arm": "arb", "published": [9, 1]}}
-    },
+    "c: published: [9, 1] must be a number or [low": {"claims": {"c": {"arm": "arb", "published": [9, 1]}}},
     "claims: c: pair: ['arb'] must be [arm, another arm]": {"claims": {"c": {"pair": ["arb"], "at_least": 1}}},
     "claims: c: at: {'lr': 1} must be {axis: one": {"claims": {"c": {"arm": "arb", "published": 1, "at": {"lr": 1}}}},
-    "claims: c: at: {'x': 1} must be {axis: one": {"claims": {"c": {"arm": "arb", "published": 1, "at": {"x": 1}}}},
-    "'x' is compared and is no arm; there are plain, arb": {
-        "waterfall": {"start": "plain", "steps": {"s": {"x": 1}}, "end": "last"}
-    },
+    "'x' is compared and is no arm; there are plain, arb": {"waterfall": WATERFALL | {"steps": {"s": {"x": 1}}}},
     "waterfall: end: 'worst' must be one of last, cross_fitted, best, val": {"waterfall": WATERFALL | {"end": "worst"}},
     "waterfall: steps: {} must be a mapping": {"waterfall": WATERFALL | {"steps": {}}},
-    "waterfall: steps: s: {} must be a mapping": {"waterfall": WATERFALL | {"steps": {"s": {}}}},
     "waterfall: published: 'x' must be a number": {"waterfall": WATERFALL | {"published": "x"}},
     "choose: True needs val_per_class above 0": {"choose": True},
-    "claims: c: arm: ['arb'] must be text": {"claims": {"c": {"arm": ["arb"], "published": 1}}},
     "pairs: a pair: [1, 'arb'] must be text": {"pairs": [[1, "arb"]]},
     "claims: c: published: 1000": {"claims": {"c": {"arm": "arb", "published": 10**3000}}},
     "'plain.best' is compared and is no arm; there are plain, arb, late": {
         "waterfall": WATERFALL | {"start": "plain.best"},
         "arms": ARMS | LATE,
     },
-    "end: val needs val_per_class above 0, and plain has none": {
-        "waterfall": WATERFALL | {"end": "val"},
-        "arms": ARMS | LATE,
-    },
     "plain.val needs val_per_class above 0, and plain has none": {"pairs": [["plain.val", "arb.val"]]},
     "seeds: [1, 1, ": {"seeds": [1] * 2000},
     "choose: 'yes' must be True or False": {"choose": "yes"},
-    "arms: late: fork: arm: 'plain' must be an arm above (there is none)": {
-        "arms": {"late": {"fork": FORK}, "plain": {}}
-    },
-    "plain: fork: arm: 'plain' must be an arm above": {"arms": {"plain": {"fork": FORK}}},
-    "arms: late: fork: epoch is missing; the keys are arm, epoch": {
-        "arms": {**ARMS, "late": {"fork": {"arm": "plain"}}}
-    },
+    "fork: arm: 'plain' must be an arm above (there is none)": {"arms": {"late": {"fork": FORK}, "plain": {}}},
+    "fork: epoch is missing; the keys are arm, epoch": {"arms": {**ARMS, "late": {"fork": {"arm": "plain"}}}},
     "fork: epoch: 1.5 must be a whole number": {"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 1.5}}}},
     "late: fork: epoch 2 must lie in": {"arms": {**ARMS, "late": {"fork": FORK | {"epoch": 2}}}},
     "late: seed 7 would fork a run of plain that the sweep does not have": {
@@ -292,10 +230,7 @@ def test_a_wrong_sweep_is_refused_in_one_line(said, changes, tmp_path, capsys):
     [
         ("arms: {a: {}, a: {lr: 1}}", "line 1: a is given twice; keep one"),
         ("arms:\n  a: {lr: 1}\n  b: {lr: 1, lr: 2}", "line 3: lr is given twice; keep one"),
-        ("arms: [a", "cannot be read"),
         ("", "None must be a mapping of arms, cfg, options"),
-        ("- a", "['a'] must be a mapping of arms"),
-        ("arms: &a {x: *a}", "arms: x: cfg is missing"),
         (f"cfg: {DIGITS}\narms: &a {{x: *a}}", "x: unknown key 'x'"),
         (f"cfg: {DIGITS}\narms: {{a: &a {{lr: *a}}}}", "a: lr: {"),
         (LAUGHS, "must be a list of different whole numbers >= 0"),
@@ -314,12 +249,10 @@ def test_files_that_are_no_sweeps_are_refused(text, said, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["--jobs", "0"], "must be a whole number above 0, not '0'"),
-        (["--jobs", "1.5"], "must be a whole number above 0, not '1.5'"),
         (["--minutes", "nan"], "must be a number above 0, not 'nan'"),
         (["--nonsense"], "usage: python -m utils.sweep SWEEP.yaml"),
         (["lr"], "options come in pairs, such as 'data_path D'; 'lr' stands alone"),
         (["seed", "3"], "command line: seed is set for every run by the sweep itself"),
-        (["fork", "x"], "command line: fork is set for every run by the sweep itself"),
         (["imb_factor", "0.1"], "command line: imb_factor is set for every run by the sweep itself"),
         (["loss", "ce"], "command line: loss is what plain and arb differ in"),
         (["arbloss", "True"], "arbloss is a switch of the originals; give the option that it stands for"),

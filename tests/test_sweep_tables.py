@@ -74,19 +74,17 @@ def test_a_row_has_mean_deviation_number_and_interval():
         low, high = stats.ttest_1samp(top1, 0).confidence_interval(0.95)
         assert line[:3] == [arm, "3", f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}"]
         assert line[3] == f"[{low:.2f}, {high:.2f}]"
-        assert line[4].startswith(f"{np.mean(top1) + 0.25:.2f} ±") and line[5].startswith(
-            f"{np.mean(top1) + 0.5:.2f} ±"
-        )
+        for cell, more in zip(line[4:6], (0.25, 0.5), strict=True):
+            assert cell.startswith(f"{np.mean(top1) + more:.2f} ±")
         assert line[6:] == ["90.00 ± 0.00", "60.00 ± 0.00", "30.00 ± 0.00", "5.00 ± 0.00"]
     assert not found.bold
 
 
-def test_groups_without_test_images_and_single_runs_are_shown_as_what_they_are():
+def test_missing_groups_and_single_runs_are_dashes():
     one = row("none", 0, 70.0)
     del one["last"]["few"]
     (line,) = arm_table(results([one]), {}).rows
     assert line[:4] == ["none", "1", "70.00", "-"] and line[8] == "-"
-    assert pair_table(results([one, row("both", 1, 71.0)]), {}) is None
 
 
 def test_two_arms_are_compared_by_their_paired_difference():
@@ -96,43 +94,31 @@ def test_two_arms_are_compared_by_their_paired_difference():
     assert line == ["both - none", "3", f"{5 + 0:+.2f}", f"[{low:+.2f}, {high:+.2f}]"]
 
 
-def test_only_seeds_that_both_have_are_paired():
+def test_pairs_are_of_one_seed_one_subset_seed_and_the_same_images():
+    def paired(*rows):
+        return contrast(results(list(rows)), {"both": 1, "none": -1}, {})
+
     rows = [row("none", seed, 70.0 + seed) for seed in (0, 1, 2, 5)] + [row("both", s, 80.0 + 2 * s) for s in (5, 2, 7)]
-    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == {(2, 0): 84.0 - 72.0, (5, 0): 90.0 - 75.0}
-
-
-def test_subset_seeds_are_another_axis_of_pairs():
+    assert paired(*rows) == {(2, 0): 84.0 - 72.0, (5, 0): 90.0 - 75.0}
     rows = [row("none", 0, 70.0, subset_seed=s) for s in (0, 1)] + [row("both", s, 71.0, subset_seed=1) for s in (0, 1)]
-    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == {(0, 1): 1.0}
+    assert paired(*rows) == {(0, 1): 1.0}
     assert values(results(rows), "none", {}) == {(0, 0): 70.0, (0, 1): 70.0}
-
-
-def test_only_runs_on_the_same_images_are_paired():
-    rows = [row("none", 0, 70.0), row("none", 1, 70.0), row("none", 2, 70.0)]
-    rows += [row("both", 0, 71.0), row("both", 1, 75.0, data="other images"), row("both", 2, 73.0)]
-    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == {(0, 0): 1.0, (2, 0): 3.0}
-    assert arm_table(results(rows), {}).rows[1][1] == "3"  # a mean is of all
-
-
-def test_runs_that_do_not_say_their_images_are_compared_with_nothing():
-    rows = [row(arm, seed, 70.0 + seed, data="") for arm in ("none", "both") for seed in (0, 1)]
-    assert contrast(results(rows), {"both": 1, "none": -1}, {}) == {}
+    rows = [row("none", 0, 70.0), row("none", 1, 70.0), row("both", 0, 71.0), row("both", 1, 75.0, data="others")]
+    assert paired(*rows) == {(0, 0): 1.0}
+    assert arm_table(results(rows), {}).rows[1][1] == "2"  # a mean is of all
+    rows = [one | {"data": ""} for one in rows]  # of an older version
     assert pair_table(results(rows), {}) is None and len(arm_table(results(rows), {}).rows) == 2
 
 
 def test_pairs_are_formed_within_a_point_of_the_grid():
     axes = {"imb_factor": [0.1, 0.01]}
-    rows = [
-        row(arm, 0, t, {"imb_factor": f}) for arm, f, t in (("none", 0.1, 80), ("none", 0.01, 70), ("both", 0.01, 74))
-    ]
-    found = results(rows, axes=axes)
+    cells = (("none", 0.1, 80), ("none", 0.01, 70), ("both", 0.01, 74))
+    found = results([row(arm, 0, top1, {"imb_factor": factor}) for arm, factor, top1 in cells], axes=axes)
     assert pair_table(found, {"imb_factor": 0.1}) is None
     assert pair_table(found, {"imb_factor": 0.01}).rows == [["both - none", "1", "+4.00", "-"]]
     captions = [table.caption for table in tables(found)]
-    assert [", imb_factor 0.1" in captions[0], *(", imb_factor 0.01" in caption for caption in captions[1:])] == [
-        True
-    ] * 3
-    assert len(captions) == 3
+    for caption, factor in zip(captions, (0.1, 0.01, 0.01), strict=True):
+        assert f", imb_factor {factor}" in caption
 
 
 def test_every_arm_is_compared_with_one_and_a_pair_is_there_once():
@@ -180,14 +166,9 @@ def test_reproduced_means_that_the_figure_lies_in_the_prediction_interval():
 
 def test_a_published_range_is_reproduced_where_any_of_it_is():
     rows = {"a": [70.0, 70.2, 70.1]}
-    for published, verdict in (
-        ([60.0, 69.0], "no"),
-        ([60.0, 69.9], "yes"),
-        ([70.3, 75.0], "yes"),
-        ([72.0, 73.0], "no"),
-    ):
+    for published, verdict in (([60, 69], "no"), ([60, 69.9], "yes"), ([70.3, 75], "yes"), ([72, 73], "no")):
         assert claimed(rows, arm="a", published=published).startswith(verdict), published
-    assert "one of 60 to 69.9 lies in" in claimed(rows, arm="a", published=[60.0, 69.9])
+    assert "one of 60 to 69.9 lies in" in claimed(rows, arm="a", published=[60, 69.9])
 
 
 @pytest.mark.parametrize(
@@ -207,26 +188,22 @@ def test_a_difference_matters_where_it_is_certain_and_large_enough(differences, 
     assert "the 95 % interval of b - a excludes 0 and the mean is at least 0.5 points" in said
 
 
+CLAIMS = {"c": {"arm": "b", "published": 70.0}, "d": {"pair": ["a", "b"], "at_least": 0.5}}
+
+
 def test_a_claim_on_too_few_runs_is_not_decided():
     assert claimed({"a": [70.0]}, arm="a", published=70.0).startswith("not decided (1 run; ")
-    found = results(
-        {"a": [70.0, 71.0]}, claims={"c": {"arm": "b", "published": 70.0}, "d": {"pair": ["a", "b"], "at_least": 0}}
-    )
+    found = results({"a": [70.0, 71.0]}, claims=CLAIMS)
     found["seeds"]["b"] = [0, 1]
     assert [line[:14] for line in claims(found)] == ["c: not decided", "d: not decided"]
 
 
 def test_a_verdict_on_less_than_was_planned_says_so():
-    found = results(
-        {"a": [70.0, 71.0], "b": [70.0, 71.0]},
-        claims={"c": {"arm": "a", "published": 70.0}, "d": {"pair": ["a", "b"], "at_least": 0.5}},
-    )
+    found = results({"a": [70.0, 71.0], "b": [70.0, 71.0]}, claims=CLAIMS)
     assert not any("so far" in line for line in claims(found))
-    found["seeds"] = {"a": [0, 1, 2, 3], "b": [0, 1, 2]}
-    assert ["only 2 of 4 runs so far" in claims(found)[0], "only 2 of 3 pairs so far" in claims(found)[1]] == [
-        True,
-        True,
-    ]
+    found["seeds"] = {"a": [0, 1, 2], "b": [0, 1, 2, 3]}
+    for line, said in zip(claims(found), ("only 2 of 4 runs so far", "only 2 of 3 pairs so far"), strict=True):
+        assert said in line
     found["subset_seeds"] = [0, 1]
     assert "only 2 of 8 runs so far" in claims(found)[0]
 
@@ -242,9 +219,8 @@ def test_a_claim_of_one_point_of_the_grid_is_made_there_alone():
 
 
 def test_held_out_images_choose_the_best_of_the_candidates():
-    rows = [
-        row(arm, seed, 70.0 + seed, val={"top1": val + seed}) for arm, val in (("a", 60), ("b", 61)) for seed in (0, 1)
-    ]
+    validated = ((arm, seed, val + seed) for arm, val in (("a", 60), ("b", 61)) for seed in (0, 1))
+    rows = [row(arm, seed, 70.0 + seed, val={"top1": top1}) for arm, seed, top1 in validated]
     (line,) = choice(results(rows, choose=True))
     assert "held-out training images: b (61.50 ± 0.71, 2 seeds), out of 2 candidates" in line
     assert choice(results(rows)) == []
@@ -278,19 +254,11 @@ PLAN = {
 }
 
 
-def test_a_waterfall_adds_up_from_its_start_to_its_end():
+def test_a_waterfall_adds_up_and_its_steps_have_the_intervals_of_their_contrasts():
     found = waterfall(results(TOP1, waterfall=PLAN), {})
     names = ["none", "prior", "mixup", "half of it", "interaction", "selection", "remainder"]
     assert [bar.name for bar in found.bars()] == [*names, "both, best on the test set"]
-    *parts, end = [bar.change.mean for bar in found.bars()]
-    assert sum(parts) == pytest.approx(end, abs=1e-10)
-    assert end == pytest.approx(np.mean(TOP1["both"]) + 0.5)
-    assert {bar.change.count for bar in found.bars()} == {3}  # seeds that all have
-    assert found.missing == []
-
-
-def test_every_step_of_a_waterfall_has_the_interval_of_its_contrast():
-    found = waterfall(results(TOP1, waterfall=PLAN), {})
+    assert {bar.change.count for bar in found.bars()} == {3} and found.missing == []  # seeds that all have
     none, prior, mixup, both = (np.array(TOP1[arm][:3]) for arm in TOP1)
     expected = [none, prior - none, mixup - none, (mixup - none) / 2, both - prior - mixup + none, 0 * both + 0.5]
     expected += [both + 0.5 - sum(expected), both + 0.5]
@@ -309,17 +277,15 @@ def test_steps_that_were_not_run_are_named_and_left_out():
     assert steps.end.name == "prior, best on the test set"
     assert sum(bar.change.mean for bar in steps.bars()[:-1]) == pytest.approx(steps.end.change.mean, abs=1e-10)
     shown = waterfall_table(found, {}).rows
-    assert shown[-3:] == [
-        ["interaction", "too few runs", "-"],
-        ["selection", "too few runs", "-"],
-        ["published", "83.3", "-"],
-    ]
+    missing = [[name, "too few runs", "-"] for name in ("interaction", "selection")]
+    assert shown[-3:] == [*missing, ["published", "83.3", "-"]]
     assert shown[0][0] == "none" and not shown[0][1].startswith("+") and shown[1][1].startswith("+")
 
 
 def test_a_waterfall_of_nothing_is_none():
     for arms in ({"none": [70.0]}, {"prior": [70.0], "mixup": [71.0]}, {"mixup": [70.0]}):
         assert waterfall(results(arms, waterfall=PLAN), {}) is None
+    assert waterfall(results(TOP1, waterfall=PLAN | {"end": "val"}), {}) is None  # which nobody measured
     apart = results([row("none", 0, 70.0), row("prior", 1, 75.0)], waterfall=PLAN)
     assert waterfall(apart, {}) is None and waterfall_table(apart, {}) is None
     assert waterfall_table(results(TOP1), {}) is None
@@ -379,10 +345,6 @@ def test_runs_of_one_cut_are_not_independent_where_there_are_several():
     assert table.rows[0][1] == "2" and "over n cuts" in table.caption
 
 
-def test_an_end_that_nobody_measured_makes_no_waterfall():
-    assert waterfall(results(TOP1, waterfall=PLAN | {"end": "val"}), {}) is None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # On paper
 
@@ -416,14 +378,10 @@ def test_markdown_is_tables_whose_lines_have_as_many_columns():
 
 
 def test_markdown_says_where_numbers_come_from():
-    rows = [
-        row("a", 0, 70.0),
-        row("a", 1, 70.0, device="NVIDIA H200", commit=f"{'e' * 40}-dirty"),
-        row("a", 2, 70.0, commit=""),
-    ]
+    rows = [row("a", 0, 70.0), row("a", 1, 70.0, device="NVIDIA H200", commit=f"{'e' * 40}-dirty")]
+    rows.append(row("a", 2, 70.0, commit=""))
     said = markdown(results(rows, planned=5, images="the official images"))
-    first = said.splitlines()[0]
-    assert first == (
+    assert said.splitlines()[0] == (
         "Sweep `by_hand`: 3 of 5 runs, on the official images. Device: NVIDIA H200, a processor; torch 2.6; "
         "commit eeeeeeeeee-dirty, ffffffffff, unknown; 1.5 hours of training."
     )
@@ -459,18 +417,16 @@ def test_latex_is_balanced_and_escaped():
     plain = re.sub(r"\\[%_&#${}]|\\text(backslash|asciitilde|asciicircum)\{\}|\$(\\pm|[-<>|])\$", "", said)
     assert not set(plain) & set("%#$~^±|<>")
     assert "_" not in plain and plain.count("{") == plain.count("}")
-    assert (
-        r"50 \% $|$ of\_it \& \{more\} \textbackslash{} \textasciitilde{}\textasciicircum{} \#1 \$x\$ $<$b$>$" in said
-    )
+    escaped = r"50 \% $|$ of\_it \& \{more\} \textbackslash{} \textasciitilde{}\textasciicircum{} \#1 \$x\$ $<$b$>$"
+    assert escaped in said
     assert "both $-$ none" in said and "[-" not in said
 
 
 def test_a_line_of_latex_that_begins_with_a_bracket_is_no_option_of_the_line_above():
     plan = {"start": "none", "steps": {"[optional]": {"prior": 1.0, "none": -1.0}, "*": {"mixup": 1.0, "none": -1.0}}}
     lines = latex(results(TOP1, waterfall=plan | {"end": "last"})).splitlines()
-    assert any(line.startswith("{}[optional] & ") for line in lines) and any(
-        line.startswith("{}* & ") for line in lines
-    )
+    for name in ("[optional]", "*"):
+        assert any(line.startswith(f"{{}}{name} & ") for line in lines)
     assert not any(line.startswith(("[", "*")) for line in lines)
 
 
@@ -510,18 +466,13 @@ def test_only_what_stands_between_markers_changes():
     assert filled == PAGE.replace("what was there\n", f"\n{one}\n").replace("two-b -->\n", f"two-b -->\n\n{two}\n")
     assert fill_page(filled, by_name) == filled
     assert fill_page("no marker", by_name) == "no marker"
-
-
-def test_where_nothing_is_published_nothing_stands():
-    assert fill_page(PAGE, lambda name: None) == PAGE.replace("what was there\n", "")
+    assert fill_page(PAGE, lambda name: None) == PAGE.replace("what was there\n", "")  # nothing is published
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         PAGE.replace("<!-- end of results -->\nbetween", "between"),  # or the text between would be lost
-        PAGE.replace("<!-- results of one -->", "<!-- results of one-->"),
-        PAGE.replace("<!-- end of results -->\nbetween", "between") + "<!-- end of results -->\n",
         PAGE + "<!-- results of three -->\n",
         PAGE + "<!-- end of results -->\n",
     ],
@@ -540,6 +491,7 @@ def test_the_page_has_the_published_tables():
     page = (ROOT / sweep.PAGE).read_text(encoding="utf-8")
     assert sweep.filled_page() == page, "python -m utils.sweep ... --publish brings it up to date"
     assert {path.stem for path in published()} <= set(places(page))
+    assert set(places(page)) <= {path.stem for path in (ROOT / sweep.SWEEPS).glob("*.yaml")}
 
 
 def test_a_number_that_was_changed_by_hand_is_caught(tmp_path):
@@ -548,9 +500,7 @@ def test_a_number_that_was_changed_by_hand_is_caught(tmp_path):
     file = tmp_path / sweep.PUBLISHED / "quick_digits.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(stored))
-    page = fill_page(
-        PAGE.replace("of one ", "of quick_digits ").replace("of two-b ", "of quick_digits "), lambda _: stored
-    )
+    page = fill_page(PAGE.replace("of one ", "of quick_digits ").replace("two-b", "quick_digits"), lambda _: stored)
     assert fill_page(page, lambda name: sweep.published(name, tmp_path)) == page
     wrong = page.replace("71.17 ± 1.26", "71.18 ± 1.26", 1)
     assert wrong != page and fill_page(wrong, lambda name: sweep.published(name, tmp_path)) == page
@@ -566,12 +516,9 @@ def test_published_files_that_are_missing_or_damaged_are_named(tmp_path):
     (folder / "other.json").write_text("[]")
     whole = json.loads((ROOT / sweep.PUBLISHED / "quick_digits.json").read_text())
     (folder / "less.json").write_text(json.dumps({key: whole[key] for key in whole if key != "failed"}))
-    for name, said in (
-        ("cut", "cannot be read"),
-        ("other", "does not hold a sweep"),
-        ("less", "does not hold a sweep"),
-    ):
-        with pytest.raises(InputError, match=f"{name}.json: {said}"):
+    for said in ("cut.json: cannot be read", "other.json: does not hold a sweep", "less.json: does not hold a sweep"):
+        name = said.split(".")[0]
+        with pytest.raises(InputError, match=said):
             sweep.published(name, tmp_path)
     assert sweep.published("none", tmp_path) is None
 
@@ -598,8 +545,3 @@ def check_published(path: Path, root: Path = ROOT) -> None:
 @pytest.mark.parametrize("path", published(), ids=lambda path: path.stem)
 def test_what_is_published_is_of_the_sweeps_as_they_are_today(path):
     check_published(path)
-
-
-def test_every_place_for_tables_is_of_a_sweep():
-    for name in places((ROOT / sweep.PAGE).read_text(encoding="utf-8")):
-        assert (ROOT / sweep.SWEEPS / f"{name}.yaml").is_file(), name
