@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_figures(folder, predictions, data, model, next(iter(groups.values())))
             print(f"{origin.path}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
             notes += [*origin.notes, *class_order.notes, *data.notes, *differences(origin.content, cfg)]
-            print(*(f"note: {note}" for note in notes), sep="\n")
+            for note in notes:
+                print(f"note: {note}")
             print_report(metrics, predictions, data)
         if cfg.decompose:
             compare_classifiers(cfg, data, model, test, groups, folder)

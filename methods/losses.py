@@ -160,7 +160,7 @@ def arb_loss(
         logits: [B, C], or dense [B, C, H, W].
         targets: int64 [B], or [B, H, W]; entries equal to ``ignore_index`` have no label and loss 0.
         class_counts: [C], any real dtype, of the batch or of the training set; 0 = absent. The loss of a label whose
-            class is absent is infinite, as in eq. 14.
+            class is absent is infinite, as in eq. 14; counts that are all 0 mean no prior.
         reduction: "mean" (over labelled entries; 0 without any), "sum" or "none" (shape of ``targets``).
         clamp: 30 is the released code; None is eq. 14 as printed.
     """
