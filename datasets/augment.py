@@ -22,8 +22,6 @@ from utils.seed import generator
 
 
 class CropTable(NamedTuple):
-    """Crops of all training images in one epoch."""
-
     offsets: Tensor  # int64 [N, 2], row and column in 0 .. 2 * padding
     flips: Tensor  # bool [N]
 
@@ -94,13 +92,10 @@ def _resize(image: Image.Image | Tensor, height: int, width: int) -> Image.Image
 
 
 def _pixels(image: Image.Image | Tensor) -> np.ndarray:
-    """uint8 [H, W, 3]"""
     return np.asarray(image) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
 
 
 class JitterTable(NamedTuple):
-    """Colour jitter of all training images in one epoch."""
-
     factors: Tensor  # float32 [N, 3]: brightness, contrast, saturation
     order: Tensor  # int64 [N, 3], a permutation of these three per image: the order they are applied in
 

@@ -15,15 +15,8 @@ from utils import distributed
 SIZE = 32
 
 
-def read_cifar10(data_path: Path, image_size: int, workers: int) -> Source:
-    return _read(torchvision.datasets.CIFAR10, data_path, workers)
-
-
-def read_cifar100(data_path: Path, image_size: int, workers: int) -> Source:
-    return _read(torchvision.datasets.CIFAR100, data_path, workers)
-
-
-def _read(archive: type[torchvision.datasets.CIFAR10], data_path: Path, workers: int) -> Source:
+def read(archive: type[torchvision.datasets.CIFAR10], data_path: Path, image_size: int, workers: int) -> Source:
+    """Read ``archive`` or class folders; images of any other size than 32 pixels are refused."""
     if os.path.isdir(data_path / "train"):
         return image_folder.read(data_path, SIZE, workers, decode=image_folder.decode_exact)
     new = [folder for folder in (data_path, *data_path.parents) if not os.path.exists(folder)]

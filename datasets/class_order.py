@@ -9,16 +9,14 @@ from datasets.source import DataError
 
 
 def class_map_for(choice: str | Sequence[int], counts: np.ndarray) -> np.ndarray:
-    """Label in the lists -> class, int64 [C].
+    """Label in the lists -> class, int64 [C]. ``counts`` [C]: training images per label.
 
-    Args:
-        choice: "stable" or "legacy" (see below), the path of a text file with C integers, or the integers themselves:
-            number i is the class that label i trains as.
-        counts: [C], training images per label.
+    ``choice``: "stable" or "legacy" (see below), the path of a text file with C integers, or the integers themselves:
+    number i is the class that label i trains as.
     """
-    if isinstance(choice, str) and choice in ("stable", "legacy"):
-        order = stable_order(counts) if choice == "stable" else legacy_order(counts)
-        return np.argsort(order)
+    orders = {"stable": stable_order, "legacy": legacy_order}
+    if isinstance(choice, str) and choice in orders:
+        return np.argsort(orders[choice](counts))
     numbers, name = (_read_map(choice), choice) if isinstance(choice, str) else (choice, "that of the checkpoint")
     chosen = np.asarray(numbers).reshape(-1)
     if not np.array_equal(np.sort(chosen), np.arange(len(counts))):
@@ -33,9 +31,8 @@ def _read_map(path: str) -> np.ndarray:
     try:
         return np.array(Path(path).read_text(encoding="utf-8").split(), dtype=np.int64)
     except OSError as error:
-        raise DataError(
-            f"class_map: {path}: cannot be read ({error.strerror}); known are stable, legacy, FILE"
-        ) from None
+        known = "known are stable, legacy, FILE"
+        raise DataError(f"class_map: {path}: cannot be read ({error.strerror}); {known}") from None
     except (ValueError, OverflowError):
         raise DataError(f"class_map: {path}: must hold whole numbers and nothing else") from None
 

@@ -63,7 +63,6 @@ class Data:
 
     @property
     def on_device(self) -> bool:
-        """Whether the images live in the device's memory."""
         return isinstance(self.train.images, Tensor)
 
     def train_loader(
@@ -81,10 +80,7 @@ class Data:
     def plain_train_loader(
         self, device: torch.device, rank: int = 0, world_size: int = 1, pixels: ImageSource | None = None
     ) -> EvalLoader:
-        """The training images in order, without augmentation.
-
-        ``pixels``: a train loader's, to share its memory and workers.
-        """
+        """The training images in order. ``pixels``: a train loader's, to share its memory and workers."""
         return self._eval_loader(self.train, device, rank, world_size, pixels)
 
     def test_loader(self, device: torch.device, rank: int = 0, world_size: int = 1) -> EvalLoader:

@@ -34,26 +34,26 @@ def scan_image_list(path: str | Path) -> ListRows:
     A ``.json`` file is read as iNaturalist's official annotations, one "line" each. Raises :class:`DataError` if the
     file cannot be read.
     """
-    return _annotations(path) if Path(path).suffix == ".json" else _lines(path)
+    try:
+        return _annotations(path) if Path(path).suffix == ".json" else _lines(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _lines(path: str | Path) -> ListRows:
     paths, labels, lines, malformed = [], array("q"), array("q"), []
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            for number, line in enumerate(file, 1):
-                parts = line.rsplit(None, 1)
-                try:
-                    name, label = parts
-                    labels.append(_number(label))
-                except (ValueError, OverflowError):
-                    if parts:
-                        malformed.append((number, line.strip()))
-                    continue
-                paths.append(name)
-                lines.append(number)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            parts = line.rsplit(None, 1)
+            try:
+                name, label = parts
+                labels.append(_number(label))
+            except (ValueError, OverflowError):
+                if parts:
+                    malformed.append((number, line.strip()))
+                continue
+            paths.append(name)
+            lines.append(number)
     return ListRows(paths, np.array(labels, dtype=np.int64), np.array(lines, dtype=np.int64), malformed)
 
 
@@ -80,8 +80,6 @@ def _annotations(path: str | Path) -> ListRows:
         if left:
             raise ValueError(f"{len(left)} images have no annotation, such as {names[min(left)]!r}")
         labels = np.array(categories, dtype=np.int64)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: is no file of annotations in iNaturalist's format ({error!r})") from None
     return ListRows(paths, labels, np.arange(1, len(labels) + 1), [])
@@ -129,7 +127,7 @@ def _is_a_file_name(name: str) -> bool:
 
 def _refuse_duplicates(path: str | Path, rows: ListRows) -> None:
     count = len(rows.paths) - len(set(rows.paths))
-    if not count:
+    if count == 0:
         return
     first: dict[str, int] = {}
     again = next(i for i, name in enumerate(rows.paths) if first.setdefault(name, i) != i)
@@ -185,16 +183,13 @@ class ImageLists:
 
 
 def _find(option: str, given: str, names: Sequence[str], data_path: Path) -> Path:
-    places = [Path(given), data_path / given] if given else [d / n for n in names for d in _folders(data_path)]
+    usual = [folder / name for name in names for folder in (data_path, data_path / "data_txt")]
+    places = [Path(given), data_path / given] if given else usual
     for place in places:
         if os.path.isfile(place):
             return place
     wanted = " nor ".join(dict.fromkeys(str(place) for place in places))
     raise DataError(f"{option}: there is no {wanted}; datasets/README.md says where the lists come from")
-
-
-def _folders(data_path: Path) -> tuple[Path, Path]:
-    return data_path, data_path / "data_txt"
 
 
 def class_names(paths: Sequence[str], labels: np.ndarray, num_classes: int) -> list[str]:
@@ -219,11 +214,9 @@ def below_common(folders: Sequence[str]) -> list[str]:
 
 
 def on_disk(paths: list[str], data_path: Path, folders: Sequence[str], by_name: bool) -> list[str]:
-    """Translate ``paths`` to the layout on this disk, if the list was written for another one.
+    """Translate ``paths`` to the layout on this disk, if the list was written for another one of ``folders``.
 
-    Args:
-        folders: the top folder in each layout.
-        by_name: find images by file name, which must be unique; otherwise translate the class folder's spelling.
+    ``by_name``: find images by file name, which must be unique; otherwise translate the class folder's spelling.
     """
     listed = paths[0].partition("/")[0]
     here = [folder for folder in folders if os.path.isdir(data_path / folder)]
@@ -242,11 +235,8 @@ def _by_name(paths: list[str], data_path: Path, top: str) -> list[str]:
                     f"data_path: {name} lies in {places[name]} and in {folder}; the list, which is of another "
                     "layout, does not say which is meant"
                 )
-    found = ((places.get(os.path.basename(path)), path) for path in paths)
-    return [
-        path if folder is None else os.path.relpath(os.path.join(folder, os.path.basename(path)), data_path)
-        for folder, path in found
-    ]
+    found = {name: os.path.relpath(os.path.join(folder, name), data_path) for name, folder in places.items()}
+    return [found.get(os.path.basename(path), path) for path in paths]
 
 
 def _by_class_folder(paths: list[str], data_path: Path, top: str) -> list[str]:

@@ -82,8 +82,7 @@ def plan_micro_batches(size: int, batch_size: int, rank: int, world_size: int, a
             weight = (part.stop - part.start) * world_size / step_size
             part = part if weight else slice(0, 1)
             positions = slice(start + part.start, start + part.stop)
-            last, full = micro == accumulate - 1, step_size == batch_size
-            plan.append(MicroBatch(positions, step, weight, ends_step=last, full=full, number=number))
+            plan.append(MicroBatch(positions, step, weight, micro == accumulate - 1, step_size == batch_size, number))
     return plan
 
 
@@ -122,17 +121,9 @@ class TrainLoader:
         order = order.to(self.device)
         targets = self.targets[order]  # once: a step's labels are slices of them
         for micro, tensors in zip(plan, inputs, strict=True):
-            yield Batch(
-                inputs=tensors,
-                transform=self.pixels.augment,
-                targets=targets[micro.positions],
-                indices=order[micro.positions],
-                step_targets=targets[micro.step_positions],
-                weight=micro.weight,
-                ends_step=micro.ends_step,
-                full=micro.full,
-                number=micro.number,
-            )
+            labels, step_labels = targets[micro.positions], targets[micro.step_positions]
+            place = (micro.weight, micro.ends_step, micro.full, micro.number)
+            yield Batch(tensors, self.pixels.augment, labels, order[micro.positions], step_labels, *place)
 
     def step_indices(self, epoch: int, step: int) -> list[int]:
         """Positions in the training set of one step's images, those of all processes."""
@@ -160,8 +151,8 @@ class EvalLoader:
     ):
         """``targets`` int64 [N] of the whole set."""
         self.pixels, self.targets = pixels, targets.to(device)
-        mine = shard(-(-len(targets) // batch_size), rank, world_size)
-        self.slices = [slice(n * batch_size, (n + 1) * batch_size) for n in range(mine.start, mine.stop)]
+        slices = [slice(start, start + batch_size) for start in range(0, len(targets), batch_size)]
+        self.slices = slices[shard(len(slices), rank, world_size)]
 
     def __len__(self) -> int:
         return len(self.slices)

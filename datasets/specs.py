@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from datasets import cifar, digits, image_folder
 from datasets.image_list import ImageLists
@@ -24,8 +27,6 @@ class Published:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One row of ``SPECS``."""
-
     read: Callable[[Path, int, int], Source] | None  # (data_path, image_size, workers); None: see lists
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
@@ -46,23 +47,13 @@ INAT_MEAN, INAT_STD = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
 
 def _list_row(lists: ImageLists, mean: tuple, std: tuple, bounds: tuple[int, int, int], published: Published):
     """A data set that comes as lists; ``bounds``: where many, medium and few end."""
-    return DatasetSpec(
-        read=None,
-        mean=mean,
-        std=std,
-        num_classes=bounds[2],
-        shot_ranges=tuple(pairwise((0, *bounds))),
-        ranked_cut=True,
-        image_size=224,
-        any_size=True,
-        lists=lists,
-        published=published,
-    )
+    ranges, large = tuple(pairwise((0, *bounds))), {"ranked_cut": True, "any_size": True, "image_size": 224}
+    return DatasetSpec(None, mean, std, bounds[2], ranges, lists=lists, published=published, **large)
 
 
 SPECS = {
-    "cifar10": DatasetSpec(cifar.read_cifar10, CIFAR_MEAN, CIFAR_STD, 10, ((0, 3), (3, 7), (7, 10))),
-    "cifar100": DatasetSpec(cifar.read_cifar100, CIFAR_MEAN, CIFAR_STD, 100, ((0, 36), (36, 71), (71, 100))),
+    "cifar10": DatasetSpec(partial(cifar.read, CIFAR10), CIFAR_MEAN, CIFAR_STD, 10, ((0, 3), (3, 7), (7, 10))),
+    "cifar100": DatasetSpec(partial(cifar.read, CIFAR100), CIFAR_MEAN, CIFAR_STD, 100, ((0, 36), (36, 71), (71, 100))),
     # Mean and deviation of the 1,797 scans; a mirrored digit is another sign, so there are no flips.
     "digits": DatasetSpec(
         digits.read, (0.305,) * 3, (0.376,) * 3, 10, ((0, 3), (3, 7), (7, 10)), flip=False, any_size=True

@@ -68,9 +68,6 @@ class RequestSampler(Sampler):
     def __iter__(self) -> Iterator[list[Request]]:
         return ([(index, self.draw) for index in batch] for batch in self.batches)
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
 
 class Workers:
     """Processes that read ahead and stay alive from epoch to epoch; ``count`` 0 reads in this process."""

@@ -216,7 +216,7 @@ def test_the_parts_of_this_process(tiny, run):
         assert names(rows) == ["plain, one target", "plain", "clamp, add, plain", "published", "ours"]
         assert rows[1]["peak / plain"] == rows[3]["peak / published"] == 1
     *_, published, ours = rows
-    assert ours["peak / published"] == ours["peak, MiB"] / published["peak, MiB"] < 0.6
+    assert ours["peak / published"] == ours["peak, MiB"] / published["peak, MiB"] < 0.65
     workers, device = report["pipeline"]["tables"].values()
     assert names(workers) == ["classic", "pil", f"fast ({fast_decoder()})"]
     assert names(device) == ["colours, normalisation"]

@@ -27,6 +27,16 @@ from utils.schedule import lr_at
 from utils.seed import seeded_weights
 from utils.step import ProfiledStep, Step, StepWrapper, compile_model
 
+# Options that ``build_data`` and ``build_method`` take under the same names.
+DATA_OPTIONS = (
+    "dataset", "data_path", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class",
+    "decoder", "train_txt", "val_txt", "data_on_device",
+)  # fmt: skip
+METHOD_OPTIONS = (
+    "drw_epoch", "drw_beta", "nc_within", "nc_between", "nc_start_epoch", "nc_means_lr", "seed", "tau", "focal_alpha",
+    "focal_gamma", "smooth_head", "smooth_tail", "smooth_shape", "smooth_power", "cosine_scale",
+)  # fmt: skip
+
 
 class Loaders(NamedTuple):
     """Iterables over the data, for this process."""
@@ -83,23 +93,8 @@ def check(cfg: CfgNode) -> None:
 
 def load_data(cfg: CfgNode, class_map: str | Sequence[int], device: torch.device) -> Data:
     """``class_map``: see :class:`utils.run.resume.ClassOrder`; ``device``: for images that are held in memory."""
-    return build_data(
-        cfg.dataset,
-        cfg.data_path,
-        num_classes=cfg.num_classes,
-        image_size=cfg.image_size,
-        imb_type=cfg.imb_type,
-        imb_factor=cfg.imb_factor,
-        subset_seed=cfg.subset_seed,
-        val_per_class=cfg.val_per_class,
-        workers=distributed.workers_here(cfg.workers),
-        decoder=cfg.decoder,
-        train_txt=cfg.train_txt,
-        val_txt=cfg.val_txt,
-        class_map=class_map,
-        data_on_device=cfg.data_on_device,
-        device=device,
-    )
+    options = {key: cfg[key] for key in DATA_OPTIONS}
+    return build_data(class_map=class_map, workers=distributed.workers_here(cfg.workers), device=device, **options)
 
 
 def class_groups(cfg: CfgNode, data: Data) -> dict[str, dict[str, Tensor]]:
@@ -167,24 +162,10 @@ def new_method(cfg: CfgNode, data: Data, model: nn.Module | None = None) -> Meth
         cfg.class_counts,
         data.class_counts,
         mixup_alpha=cfg.alpha if cfg.mixup else 0.0,
-        drw_epoch=cfg.drw_epoch,
-        drw_beta=cfg.drw_beta,
-        nc_within=cfg.nc_within,
-        nc_between=cfg.nc_between,
-        nc_start_epoch=cfg.nc_start_epoch,
-        nc_means_lr=cfg.nc_means_lr,
         feature_width=0 if model is None else model.classifier.rows().shape[1],
-        seed=cfg.seed,
         clamp=cfg.logit_clamp,
-        tau=cfg.tau,
-        focal_alpha=cfg.focal_alpha,
-        focal_gamma=cfg.focal_gamma,
-        smooth_head=cfg.smooth_head,
-        smooth_tail=cfg.smooth_tail,
-        smooth_shape=cfg.smooth_shape,
-        smooth_power=cfg.smooth_power,
         max_margin=cfg.ldam_max_margin,
-        cosine_scale=cfg.cosine_scale,
+        **{key: cfg[key] for key in METHOD_OPTIONS},
     )
 
 

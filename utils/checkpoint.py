@@ -9,9 +9,10 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,43 +58,23 @@ def save_checkpoint(
     state: TrainState,
     config: Mapping,
     selected_on: str,
-    class_counts: torch.Tensor | None = None,
-    class_map: torch.Tensor | None = None,
-    class_names: Sequence[str] = (),
-    fingerprint: str = "",
-    environment: Mapping | None = None,
+    **provenance: Any,
 ) -> None:
-    """Write everything that a later ``resume`` needs.
+    """Write everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper.
 
-    Args:
-        model: The bare module, not a parallel wrapper.
-        selected_on: The images that select the best epoch.
-        class_counts: int64 [C], training images per class.
-        class_map: int64 [C], label in the lists -> class; None for data sets without lists.
-        class_names: [C].
-        fingerprint: Hash of the data.
-        environment: See :func:`utils.run.provenance.environment`.
+    ``selected_on``: the images that select the best epoch. ``provenance``: entries that are stored as they are. See
+    :func:`utils.run.provenance.provenance`.
     """
     content = {
-        "epoch": state.epoch,
-        "step": state.step,
-        "sums": state.sums,
-        "components": state.components,
-        "seconds": state.seconds,
-        "log_size": state.log_size,
+        **vars(state),
         "best_acc1": torch.tensor([state.best_acc1], dtype=torch.float64),  # exact, or a tie would become a new best
-        "its_ece": state.its_ece,
         **{key: part.state_dict() for key, part in _parts(model).items()},
         "state_dict_method": method.state_dict(),
         "optimizer": _portable(optimizer.state_dict()),
         "scaler": scaler.state_dict(),
-        "class_counts": class_counts,
-        "class_map": class_map,
-        "class_names": list(class_names),
-        "fingerprint": fingerprint,
-        "environment": dict(environment or {}),
-        "selected_on": selected_on,
         "config": dict(config),
+        "selected_on": selected_on,
+        **provenance,
     }
     with atomic_file(path) as file:
         try:
@@ -270,16 +251,9 @@ def _restore_momentum(stored: Mapping, optimizer: torch.optim.Optimizer) -> None
 
 def _state(content: Mapping) -> TrainState:
     sums, components, log_size = content.get("sums"), content.get("components"), content.get("log_size")
-    state = TrainState(
-        epoch=int(content["epoch"]),
-        step=int(content.get("step", 0)),
-        sums=sums,
-        seconds=float(content.get("seconds", 0.0)),
-        log_size=log_size,
-        best_acc1=float(content["best_acc1"]),
-        its_ece=float(content["its_ece"]),
-        components=components,
-    )
+    epoch, step, seconds = int(content["epoch"]), int(content.get("step", 0)), float(content.get("seconds", 0.0))
+    best_acc1, its_ece = float(content["best_acc1"]), float(content["its_ece"])
+    state = TrainState(epoch, step, sums, seconds, log_size, best_acc1, its_ece, components)
     if state.epoch < 0 or state.step < 0:
         raise ValueError(f"its epoch {state.epoch} or step {state.step} is negative")
     if not all(map(math.isfinite, (state.seconds, state.best_acc1, state.its_ece))):

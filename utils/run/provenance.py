@@ -65,12 +65,12 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def provenance(data: Data, settings: Mapping, device: torch.device) -> dict:
-    """The entries of a checkpoint that say where it comes from, see :func:`utils.checkpoint.save_checkpoint`."""
+    """The entries of a checkpoint that say where it comes from."""
     return {
         "config": settings,
-        "class_counts": data.class_counts,
-        "class_map": data.class_map,
-        "class_names": data.class_names,
+        "class_counts": data.class_counts,  # int64 [C], training images per class
+        "class_map": data.class_map,  # int64 [C], label in the lists -> class, or None
+        "class_names": data.class_names,  # [C]
         "fingerprint": data.label_hash,
         "environment": environment(device),
         "selected_on": "held-out training images" if settings["val_per_class"] else "test set",
