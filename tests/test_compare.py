@@ -296,7 +296,7 @@ def test_a_checkpoint_without_class_names_has_indices(older):
 def test_without_predictions_sections_say_so(older):
     shutil.rmtree(older / "predictions")
     runs = read.read_runs([older])
-    for section in (sections.results, sections.class_accuracies, sections.confusion, sections.calibration):
+    for section in (sections.results, sections.classes, sections.confusion, sections.calibration):
         found = section(runs)
         assert "no predictions" in found["missing"][0]
         assert not found.get("pictures") and not found.get("extremes")
