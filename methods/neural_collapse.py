@@ -1,8 +1,8 @@
 """Neural collapse: distances of features and classifier from the geometries in which training ends.
 
-NC1-NC4 follow Papyan, Han, Donoho (PNAS 2020), the balance metrics B_L, B_A, B_D and row similarity the ARB-Loss paper
-(Fig. 4), SELI, the limit of cross-entropy under imbalance, Thrampoulidis et al. (NeurIPS 2022). Standard deviations are
-the population's, and everything is computed in float64.
+NC1-NC4 follow Papyan, Han, Donoho (PNAS 2020), the balance metrics B_L, B_A, B_D the ARB-Loss paper, SELI, the limit
+of cross-entropy under imbalance, Thrampoulidis et al. (NeurIPS 2022). Standard deviations are the population's, and
+everything is computed in float64.
 
 Legend: N samples, B of them in a batch, C classes, D features; c <= C classes have samples, n_k each. mu_k is the mean
 of class k, mu_G the mean of the class means, M [c, D] the centred means mu_k - mu_G, W [C, D] the classifier.
@@ -32,7 +32,6 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 ROWS = 1024  # of samples or of a Gram matrix at a time
 ROUNDING = 1e-12  # relative to the longest class mean; a shorter centred mean is rounding of float64 sums
-LEAST = 0.1  # least denominator of M_ij, relative to ||w_i||^2
 
 
 def nc_metrics(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict:

@@ -283,7 +283,7 @@ def test_all_text_from_files_is_escaped(old_page):
 def test_without_predictions_sections_say_so(older):
     shutil.rmtree(older / "predictions")
     runs = read.read_runs([older])
-    for section in (sections.results, sections.class_accuracies, sections.confusion, sections.calibration):
+    for section in (sections.results, sections.classes, sections.confusion, sections.calibration):
         found = section(runs)
         assert "no predictions" in found["missing"][0]
         assert not found.get("pictures") and not found.get("extremes")

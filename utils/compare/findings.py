@@ -1,7 +1,7 @@
 """Sentences about runs that follow from their numbers, held against the statements of the ARB-Loss paper."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +16,6 @@ QUARTER = 4  # numbers on components are means over the last quarter of the epoc
 NO_PAIR = "without a cross-entropy run and an ARB-Loss run on the same data, nothing is said of the paper"
 
 
-def joined(clauses: Sequence[str]) -> str:
-    """Join clauses into one sentence."""
-    sentence = "; ".join(clauses) + "."
-    return sentence[0].upper() + sentence[1:]
-
-
 def agreement(held: int, of: int) -> str:
     """Return the predicate for ``held`` of ``of`` statements of the paper."""
     if held == of:
@@ -33,10 +27,6 @@ def confounded(runs: Runs, plain: str, arb: str) -> list[str]:
     """Return a clause if the two runs differ in more than the loss."""
     others = confounders(runs[arb], runs[plain])
     return [f"the two runs also differ in {', '.join(others)}, so the loss alone does not explain it"] if others else []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Similarity of classifier rows
 
 
 def similarity_sentence(runs: Runs, balance: Mapping[str, Mapping[str, float]]) -> str:
@@ -63,7 +53,8 @@ def similarity_sentence(runs: Runs, balance: Mapping[str, Mapping[str, float]]) 
             closer = arb if spread[arb] < spread[plain] else plain
             clauses.append(f"in the figure, the cells of {closer} lie closer together")
         clauses += confounded(runs, plain, arb)
-    return joined([*clauses, *ranges, *([] if pairs else [NO_PAIR])])
+    sentence = "; ".join([*clauses, *ranges, *([] if pairs else [NO_PAIR])]) + "."
+    return sentence[0].upper() + sentence[1:]
 
 
 def _balance_clause(plain: str, before: Mapping[str, float], arb: str, after: Mapping[str, float]) -> str:
@@ -75,10 +66,6 @@ def _balance_clause(plain: str, before: Mapping[str, float], arb: str, after: Ma
         f"relative B_D and B_L) are smaller than under cross-entropy ({plain}), which "
         f"{agreement(smaller, len(SCALE_FREE))} the paper's claim that ARB-Loss balances the rows"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attraction and repulsion on a row
 
 
 class RowNumbers(NamedTuple):

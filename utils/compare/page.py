@@ -4,7 +4,6 @@ RUN is a run's folder, such as saved/<name>_<time>. The page is a single HTML fi
 neither network nor JavaScript. For what a run did not record, the page names the option that records it.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,21 +15,25 @@ from utils.compare.read import Runs, differences, read_runs
 from utils.errors import InputError
 from utils.files import write_text
 
-SECTIONS = {
-    "results": sections.results,
-    "classes": sections.class_accuracies,
-    "confusion": sections.confusion,
-    "calibration": sections.calibration,
-    "similarity": sections.similarity,
-    "components": sections.components,
-    "collapse": sections.collapse,
-    "learning": sections.learning,
-    "decomposition": sections.decomposition,
+SECTIONS = {  # -> title; the template names a section as its function
+    sections.results: "Results",
+    sections.classes: "Accuracy per class",
+    sections.confusion: "Confusion",
+    sections.calibration: "Calibration",
+    sections.similarity: "Similarity of classifier rows (Fig. 4)",
+    sections.components: "Attraction and repulsion on a row (Fig. 5)",
+    sections.collapse: "Neural collapse",
+    sections.learning: "Learning curves",
+    sections.decomposition: "Representation or classifier",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = _arguments(arguments)
+    hint = " (usage: %(prog)s RUN [RUN ...] --out page.html)"
+    parser = Parser(prog="python -m utils.compare", description="One page for one or many runs.", hint=hint)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as saved/<name>_<time>")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the page, an HTML file")
+    args = parser.parse_args(arguments)
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"--out: {out} is a folder" if out.is_dir() else f"--out: there is no folder {out.parent}")
@@ -52,13 +55,6 @@ def page(runs: Runs) -> str:
         title=f"Comparison of {len(runs)} runs" if len(runs) > 1 else f"Report of {next(iter(runs))}",
         descriptions=sections.descriptions(runs),
         differences=differences(runs),
-        sections={name: section(runs) for name, section in SECTIONS.items()},
+        titles={section.__name__: title for section, title in SECTIONS.items()},
+        sections={section.__name__: section(runs) for section in SECTIONS},
     )
-
-
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    hint = " (usage: %(prog)s RUN [RUN ...] --out page.html)"
-    parser = Parser(prog="python -m utils.compare", description="One page for one or many runs.", hint=hint)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as saved/<name>_<time>")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the page, an HTML file")
-    return parser.parse_args(arguments)

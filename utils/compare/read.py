@@ -115,10 +115,6 @@ class Run:
 Runs = Mapping[str, Run]  # by label
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
 def read_runs(folders: Sequence[Path]) -> dict[str, Run]:
     """Return label -> run in the order given. Raises :class:`InputError`."""
     resolved = [folder.resolve() for folder in folders]
@@ -152,18 +148,9 @@ def read_run(folder: Path) -> Run:
     predictions = _predictions(folder / "predictions", evaluated[-1]["epoch"], len(weight))
     with reading(folder):
         summaries = {rule: _summary(folder, evaluated, rule, masks) for rule, masks in groups.items()}
-    return Run(
-        folder,
-        cfg,
-        checkpoint,
-        weight,
-        rows,
-        groups,
-        summaries,
-        predictions,
-        _diagnostics(folder / "diagnostics.npz", len(weight)),
-        {path.parent.name: _decomposition(path) for path in sorted(folder.glob("eval/*/decomposition.json"))},
-    )
+    diagnostics = _diagnostics(folder / "diagnostics.npz", len(weight))
+    others = {path.parent.name: _decomposition(path) for path in sorted(folder.glob("eval/*/decomposition.json"))}
+    return Run(folder, cfg, checkpoint, weight, rows, groups, summaries, predictions, diagnostics, others)
 
 
 @contextlib.contextmanager
@@ -241,8 +228,8 @@ def _checkpoint(path: Path, cfg: CfgNode) -> tuple[dict, Tensor]:
         with torch.device("meta"):  # no initialisation: the checkpoint's tensors are assigned
             classifier = CLASSIFIERS[cfg.classifier](width, classes, cfg.cosine_scale)
         classifier.load_state_dict(state, assign=True)
-    large = {"state_dict_model": {}, "state_dict_block": {}, "state_dict_classifier": {}, "optimizer": {}}
-    return content | large, classifier.rows().detach()
+    large = ("state_dict_model", "state_dict_block", "state_dict_classifier", "optimizer")
+    return content | dict.fromkeys(large), classifier.rows().detach()
 
 
 def _predictions(folder: Path, epoch: int, classes: int) -> dict[str, Tensor] | None:
@@ -253,9 +240,8 @@ def _predictions(folder: Path, epoch: int, classes: int) -> dict[str, Tensor] | 
     with reading(files[1]):
         found = {**stored, "targets": targets.get("targets")}
         check(found, PREDICTIONS, {"C": classes})
-        return {
-            key: torch.from_numpy(found[key].astype(float if key == "confidences" else np.int64)) for key in PREDICTIONS
-        }
+        kinds = {"classes": np.int64, "confidences": float, "targets": np.int64}
+        return {key: torch.from_numpy(found[key].astype(kind)) for key, kind in kinds.items()}
 
 
 def _diagnostics(path: Path, classes: int) -> dict[str, NDArray] | None:
@@ -272,10 +258,6 @@ def _decomposition(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         check(content, DECOMPOSITION, {"B": 2})
     return content
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparability
 
 
 def differences(runs: Runs) -> list[str]:
@@ -303,15 +285,12 @@ def loss_pairs(runs: Runs) -> list[tuple[str, str]]:
 
     Returns labels (cross-entropy, ARB-Loss).
     """
+    plain, arb = ({label: run for label, run in runs.items() if run.cfg.loss == loss} for loss in ("ce", "arb"))
     pairs = []
-    for label, run in runs.items():
-        others = {
-            other: plain
-            for other, plain in runs.items()
-            if plain.cfg.loss == "ce" and not differences({label: run, other: plain})
-        }
-        if run.cfg.loss == "arb" and others:
-            pairs.append((min(others, key=lambda other: len(confounders(run, others[other]))), label))
+    for label, run in arb.items():
+        alike = {other: ce for other, ce in plain.items() if not differences({label: run, other: ce})}
+        others = {other: len(confounders(run, ce)) for other, ce in alike.items()}
+        pairs += [(min(others, key=others.get), label)] if others else []
     return pairs
 
 

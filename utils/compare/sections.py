@@ -80,36 +80,26 @@ def _with_predictions(runs: Runs) -> tuple[Runs, list[str]]:
     return _with(runs, lambda run: run.predictions, remark)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Predictions
-
-
 def results(runs: Runs) -> dict:
     """Return the table of the headline numbers, with groups by every rule, and the worst and best classes."""
-    rules = _rules(runs)
-    rows = []
+    columns, rows = _group_columns(runs), []
     for label, run in runs.items():
         for choice, metrics in next(iter(run.summaries.values())).items():
             epochs = ", ".join(str(epoch) for epoch in dict.fromkeys(metrics["epochs"]))
-            groups = [run.summaries.get(rule, {}).get(choice, {}).get(group) for rule in rules for group in GROUPS]
+            groups = [run.summaries.get(rule, {}).get(choice, {}).get(group) for rule, group in columns]
             rows.append([label, choice, epochs, *map(number, [metrics.get("top1"), *groups, metrics.get("ece")])])
-    head = ["run", "choice", "epoch", "top-1", *_group_heads(rules), "ECE"]
+    head = ["run", "choice", "epoch", "top-1", *columns.values(), "ECE"]
     sizes = {label: group_line(group_sizes(run.groups)) for label, run in runs.items()}
-    if len(set(sizes.values())) == 1:
-        lines = [next(iter(sizes.values()))]
-    else:
-        lines = [f"{label}: {line}" for label, line in sizes.items()]
+    same = len(set(sizes.values())) == 1
+    lines = [*sizes.values()][:1] if same else [f"{label}: {line}" for label, line in sizes.items()]
     shown, missing = _with_predictions(runs)
     extremes = [(f"{label}, epoch {run.evaluated[-1]['epoch']}", _extremes(run)) for label, run in shown.items()]
     return {"table": Table(head, rows, (0, 1)), "sizes": lines, "missing": missing, "extremes": extremes}
 
 
-def _rules(runs: Runs) -> list[str]:
-    return list(dict.fromkeys(rule for run in runs.values() for rule in run.groups))
-
-
-def _group_heads(rules: Sequence[str]) -> list[str]:
-    return [f"{group}\n({rule})" for rule in rules for group in GROUPS]
+def _group_columns(runs: Runs) -> dict[tuple[str, str], str]:
+    """Return (rule, group) -> head of a table's column."""
+    return {(rule, group): f"{group}\n({rule})" for run in runs.values() for rule in run.groups for group in GROUPS}
 
 
 def _extremes(run: Run) -> Table:
@@ -125,7 +115,7 @@ def _extremes(run: Run) -> Table:
     return Table(["class", "", "training images", "top-1 (%)"], rows, (0, 1))
 
 
-def class_accuracies(runs: Runs) -> dict:
+def classes(runs: Runs) -> dict:
     """Return accuracy over class counts, all runs in one figure."""
     shown, missing = _with_predictions(runs)
     if not shown:
@@ -156,10 +146,10 @@ def confusion(runs: Runs) -> dict:
 
 def calibration(runs: Runs) -> dict:
     """Return reliability diagrams, and ECE overall and per group."""
-    rules, rows = _rules(runs), []
+    columns, rows = _group_columns(runs), []
     for label, run in runs.items():
         groups = run.ece_groups()
-        cells = [groups.get(rule, {}).get(group) for rule in rules for group in GROUPS]
+        cells = [groups.get(rule, {}).get(group) for rule, group in columns]
         rows.append([label, *map(number, [run.evaluated[-1]["test"].get("ece"), *cells])])
     shown, missing = _with_predictions(runs)
     pictures = []
@@ -167,12 +157,8 @@ def calibration(runs: Runs) -> dict:
         arrays = (run.predictions[key] for key in ("confidences", "classes", "targets"))
         figure, caption = plots.reliability_figure(*arrays, label), "15 bins; below, the share of images per bin."
         pictures.append(picture(figure, f"Reliability diagram of {label}", caption))
-    head = ["ECE (%)\nof the last evaluated epoch", "all", *_group_heads(rules)]
+    head = ["ECE (%)\nof the last evaluated epoch", "all", *columns.values()]
     return {"table": Table(head, rows), "missing": missing, "pictures": pictures}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Geometry and gradients
 
 
 def similarity(runs: Runs) -> dict:
@@ -221,13 +207,11 @@ def _components_picture(runs: Runs, rows: Mapping[str, int], height: float, capt
         run = runs[label]
         norms = run.diagnostics["row_norms"][:, run.diagnostics["rows"].tolist().index(row)]
         masks = next(iter(run.groups.values()))
-        data[label] = plots.Components(
-            run.diagnostics["epochs"], norms, row, run.class_counts.numpy(), run.class_names, masks
-        )
+        counts, epochs = run.class_counts.numpy(), run.diagnostics["epochs"]
+        data[label] = plots.Components(epochs, norms, row, counts, run.class_names, masks)
     classes = "; ".join(f"{label}, class {runs[label].class_names[row]}" for label, row in rows.items())
-    return picture(
-        plots.components_figure(data, height), f"Gradient components on a classifier row: {classes}", caption
-    )
+    alt = f"Gradient components on a classifier row: {classes}"
+    return picture(plots.components_figure(data, height), alt, caption)
 
 
 def _components_caption(runs: Runs) -> str:
@@ -246,12 +230,9 @@ def _components_table(numbers: Mapping[str, RowNumbers]) -> Table:
     head = ["last quarter of the epochs,\nrow of the figure above", "attraction\n(norm)", "repulsion\n(sum of norms)"]
     head += ["largest / smallest\nrepulsion", "share of the\nfrequent half (%)", "attraction\nmass", "repulsion\nmass"]
     head += ["cosine between\nrepulsions"]
-    rows = []
-    for label, now in numbers.items():
-        norms = (number(now.attraction, 3), number(now.repulsion, 3), number(now.ratio, 1))
-        masses = (number(now.attraction_mass, 3), number(now.repulsion_mass, 3))
-        rows.append([label, *norms, number(100 * now.frequent, 1), *masses, number(now.cosine, 3)])
-    return Table(head, rows)
+    digits = (3, 3, 1, 1, 3, 3, 3)
+    percent = [now._replace(frequent=100 * now.frequent) for now in numbers.values()]
+    return Table(head, [[label, *map(number, now, digits)] for label, now in zip(numbers, percent, strict=True)])
 
 
 def collapse(runs: Runs) -> dict:
@@ -274,10 +255,6 @@ def collapse(runs: Runs) -> dict:
     return {"missing": missing, "pictures": [picture(plots.collapse_figure(data), alt, caption)]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and post-hoc classifiers
-
-
 def learning(runs: Runs) -> dict:
     """Return loss and accuracy over the epochs."""
     data = {
@@ -297,9 +274,8 @@ def learning(runs: Runs) -> dict:
 
 def decomposition(runs: Runs) -> dict:
     """Return what eval.py measured with other classifiers on the same features."""
-    shown, missing = _with(
-        runs, lambda run: run.decompositions, "no decomposition; run `eval.py ... decompose True` to write it"
-    )
+    remark = "no decomposition; run `eval.py ... decompose True` to write it"
+    shown, missing = _with(runs, lambda run: run.decompositions, remark)
     rows, notes, curves = [], [], {}
     for label, run in shown.items():
         for checkpoint, found in run.decompositions.items():

@@ -80,10 +80,6 @@ def _scores(classes: Tensor, targets: Tensor, groups: Mapping[str, Tensor]) -> d
     return {"top1": 100 * float((classes == targets).double().mean()), **shot_accuracy(100 * accuracy, totals, groups)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classifiers
-
-
 def adjusted(test: Outputs, class_counts: Tensor, tau: float) -> Predictions:
     """Predict from logits less :func:`methods.losses.post_hoc_shift`; with ``tau`` 0 these are the model's own."""
     shift = post_hoc_shift(class_counts, tau)
@@ -153,10 +149,6 @@ def _logistic_rows(
             if not converged:
                 notes.append(f"{label}: not converged after {MAX_ITERATIONS} iterations, scored as it is")
     return rows, list(dict.fromkeys(notes))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
 
 
 def decomposition_text(decomposition: Decomposition) -> str:

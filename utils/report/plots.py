@@ -25,42 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from utils.files import atomic_file
 from utils.metrics import GROUPS, calibration_error
-from utils.report.figure_data import (
-    BINS,
-    MAX_CELLS,
-    by_frequency,
-    confusion_cells,
-    count_bins,
-    row_similarity,
-    smoothed,
-    smoothing_window,
-)
-from utils.report.style import (
-    COLOURS,
-    DPI,
-    GROUP_COLOURS,
-    MARKERS,
-    MATRIX,
-    SINGLE,
-    SMALL,
-    WIDE,
-    borders,
-    cell_values,
-    colour_map,
-    count_axis,
-    grey_lines,
-    legend,
-    markers,
-    panels,
-    plain,
-    plain_log_ticks,
-    rank_ticks,
-    run_colour,
-    shortened,
-    styled,
-    title_width,
-    wrapped,
-)
+from utils.report import figure_data, style
 
 NAMED_CLASSES = 20  # up to this many classes a confusion matrix shows names and numbers
 CURVES = 12  # up to this many classes each has a curve of its own
@@ -78,7 +43,7 @@ class Components(NamedTuple):
     groups: Mapping[str, ArrayLike]  # masks [C] of many, medium, few
 
 
-@styled()
+@style.styled()
 def class_accuracy_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
     """Plot top-1 per class against the number of training images.
 
@@ -86,32 +51,33 @@ def class_accuracy_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Fi
     points joined by lines, up to 1,000 faint points; above 30, means over classes of similar counts are drawn, above
     1,000 with a band of 1.96 standard errors over the classes.
     """
-    figure, (axis,) = panels(1, 4.4, WIDE)
+    figure, (axis,) = style.panels(1, 4.4, style.WIDE)
     for number, (label, (counts, accuracy)) in enumerate(runs.items()):
         counts, accuracy = np.asarray(counts, float), np.asarray(accuracy, float)
-        order = by_frequency(counts)[::-1]
+        order = figure_data.by_frequency(counts)[::-1]
         order = order[~np.isnan(accuracy[order])]
         x, y = np.maximum(counts[order], 0.5), accuracy[order]
-        style = {"color": run_colour(number), "marker": MARKERS[number % len(MARKERS)]}
+        look = {"color": style.run_colour(number), "marker": style.MARKERS[number % len(style.MARKERS)]}
+        name = style.plain(label)
         if len(counts) <= 30:
-            axis.plot(x, y, **style, linewidth=1, alpha=0.85, label=plain(label))
+            axis.plot(x, y, **look, linewidth=1, alpha=0.85, label=name)
             continue
         if len(counts) <= 1000:
-            axis.plot(x, y, **style, markersize=3, linestyle="", alpha=0.25)
-        parts = [part for part in count_bins(x) if part.any()]
+            axis.plot(x, y, **look, markersize=3, linestyle="", alpha=0.25)
+        parts = [part for part in figure_data.count_bins(x) if part.any()]
         middle = [np.exp(np.log(x[part]).mean()) for part in parts]
         means = np.array([y[part].mean() for part in parts])
-        axis.plot(middle, means, **style, linewidth=2, label=f"{plain(label)}, mean over classes of similar counts")
+        axis.plot(middle, means, **look, linewidth=2, label=f"{name}, mean over classes of similar counts")
         if len(counts) > 1000:
             error = np.array([1.96 * y[part].std() / part.sum() ** 0.5 for part in parts])
-            axis.fill_between(middle, means - error, means + error, color=style["color"], alpha=0.2, linewidth=0)
-    count_axis(axis, np.concatenate([np.asarray(counts, float) for counts, _ in runs.values()]))
+            axis.fill_between(middle, means - error, means + error, color=look["color"], alpha=0.2, linewidth=0)
+    style.count_axis(axis, np.concatenate([np.asarray(counts, float) for counts, _ in runs.values()]))
     axis.set(title="Accuracy per class", xlabel="training images per class", ylabel="test top-1 (%)", ylim=(-4, 104))
-    legend(figure, axis.get_legend_handles_labels()[0])
+    style.legend(figure, axis.get_legend_handles_labels()[0])
     return figure
 
 
-@styled(**MATRIX)
+@style.styled(**style.MATRIX)
 def confusion_figure(
     classes: ArrayLike,
     targets: ArrayLike,
@@ -127,32 +93,32 @@ def confusion_figure(
     follow the order.
     """
     class_counts = np.asarray(class_counts)
-    order = by_frequency(class_counts)
-    cells = confusion_cells(classes, targets, class_counts)
+    order = figure_data.by_frequency(class_counts)
+    cells = figure_data.confusion_cells(classes, targets, class_counts)
     named = len(order) <= NAMED_CLASSES
-    size = SINGLE if len(order) <= 10 or not named else 8.5
-    figure, (axis,) = panels(1, size * 0.88, size, layout="compressed")
+    size = style.SINGLE if len(order) <= 10 or not named else 8.5
+    figure, (axis,) = style.panels(1, size * 0.88, size, layout="compressed")
     shades = PowerNorm(0.5, 0, 100)  # the square root keeps small shares visible
-    image = axis.imshow(cells, cmap=colour_map("cividis"), norm=shades, extent=(0, len(order), len(order), 0))
+    image = axis.imshow(cells, cmap=style.colour_map("cividis"), norm=shades, extent=(0, len(order), len(order), 0))
     ticks = [0, 1, 5, 10, 25, 50, 75, 100]
     figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks, pad=0.02, label="share of the true class's images (%)")
-    groupings = "" if len(order) <= MAX_CELLS else f", {BINS} groups of {len(order):,} classes"
-    axis.set_title(wrapped(title or f"Confusion matrix{groupings}", 36))
+    groupings = "" if len(order) <= figure_data.MAX_CELLS else f", {figure_data.BINS} groups of {len(order):,} classes"
+    axis.set_title(style.wrapped(title or f"Confusion matrix{groupings}", 36))
     if named:
-        cell_values(axis, cells)
-        labels = [shortened(names[i], 16) for i in order]
+        style.cell_values(axis, cells)
+        labels = [style.shortened(names[i], 16) for i in order]
         middles = np.arange(len(order)) + 0.5
         axis.set_xticks(middles, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
         axis.set_yticks(middles, [f"{a} ({class_counts[i]:,})" for a, i in zip(labels, order, strict=True)])
         axis.set(xlabel="predicted class", ylabel="true class (training images)")
     else:
-        rank_ticks(axis, len(order))
+        style.rank_ticks(axis, len(order))
         axis.set(xlabel="predicted class (rank by training images, most frequent first)", ylabel="true class (rank)")
-    borders(axis, order, groups or {})
+    style.borders(axis, order, groups or {})
     return figure
 
 
-@styled()
+@style.styled()
 def reliability_figure(confidences: ArrayLike, classes: ArrayLike, targets: ArrayLike, title: str = "") -> Figure:
     """Draw a reliability diagram with 15 equal bins (Guo et al., ICML 2017) above a confidence histogram. All [N]."""
     measured = calibration_error(*(torch.as_tensor(np.asarray(a)) for a in (confidences, classes, targets)))
@@ -160,24 +126,24 @@ def reliability_figure(confidences: ArrayLike, classes: ArrayLike, targets: Arra
     edges = np.linspace(0, 1, len(count) + 1)[:-1]
     filled, width = count > 0, 1 / len(count)
     left, low, gap = edges[filled], np.minimum(accuracy, confidence)[filled], np.abs(accuracy - confidence)[filled]
-    figure = Figure(figsize=(SINGLE, 5.4), layout="constrained")
+    figure = Figure(figsize=(style.SINGLE, 5.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     bars = {"width": width, "align": "edge", "linewidth": 0.8}
-    top.bar(left, accuracy[filled], color=COLOURS[0], edgecolor="white", label="accuracy", **bars)
+    top.bar(left, accuracy[filled], color=style.COLOURS[0], edgecolor="white", label="accuracy", **bars)
     # Each bar spans from the bin's accuracy to its mean confidence: the gaps that the error sums.
-    hatched = {"color": "#f6cdb0", "edgecolor": COLOURS[1], "hatch": "///"}
+    hatched = {"color": "#f6cdb0", "edgecolor": style.COLOURS[1], "hatch": "///"}
     top.bar(left, gap, bottom=low, label="gap to confidence", **hatched, **bars)
     top.hlines(accuracy[filled], left, left + width, color="#003b66", linewidth=2.2)
     top.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfect calibration")
-    head = wrapped(f"{title or 'Reliability'}: ECE {100 * measured['ece']:.2f} %", 48)
+    head = style.wrapped(f"{title or 'Reliability'}: ECE {100 * measured['ece']:.2f} %", 48)
     top.set(xlim=(0, 1), ylim=(0, 1), title=head, ylabel="accuracy")
     bottom.bar(edges, 100 * count / max(count.sum(), 1), color="#888888", edgecolor="white", **bars)
     bottom.set(xlabel="confidence", ylabel="images (%)")
-    legend(figure, top.get_legend_handles_labels()[0])
+    style.legend(figure, top.get_legend_handles_labels()[0])
     return figure
 
 
-@styled(**MATRIX)
+@style.styled(**style.MATRIX)
 def similarity_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
     """Draw the similarity of classifier rows (the paper's Fig. 4): one panel per run, one colour scale.
 
@@ -185,89 +151,87 @@ def similarity_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure
     over 100 groups of classes of similar frequency. The diagonal and undefined rows are grey, see
     :func:`utils.report.figure_data.row_similarity`.
     """
-    similarities = {label: row_similarity(*data) for label, data in runs.items()}
+    similarities = {label: figure_data.row_similarity(*data) for label, data in runs.items()}
     offsets = np.abs(np.concatenate([similarity.cells.ravel() for similarity in similarities.values()]) - 1)
     offsets = offsets[~np.isnan(offsets)]
     limit = max(float(np.percentile(offsets, 95)), 0.1) if len(offsets) else 1.0
     shades = Normalize(1 - limit, 1 + limit)
-    figure, axes = panels(len(runs), 5.2, layout="compressed")
+    figure, axes = style.panels(len(runs), 5.2, layout="compressed")
     for axis, (label, similarity) in zip(axes, similarities.items(), strict=True):
         classes = len(runs[label][1])
-        axis.imshow(similarity.cells, cmap=colour_map("PuOr_r"), norm=shades, extent=(0, classes, classes, 0))
-        rank_ticks(axis, classes)
-        head = f"{wrapped(label, title_width(len(runs)))}\nideal M: 1/(C-1) = {1 / max(classes - 1, 1):.3g}"
+        axis.imshow(similarity.cells, cmap=style.colour_map("PuOr_r"), norm=shades, extent=(0, classes, classes, 0))
+        style.rank_ticks(axis, classes)
+        head = f"{style.wrapped(label, style.title_width(len(runs)))}\nideal M: 1/(C-1) = {1 / max(classes - 1, 1):.3g}"
         if similarity.undefined:
             head += f"; undefined rows (grey): {similarity.undefined:,}"
         axis.set(title=head, xlabel="class j (rank by training images)", ylabel="class i (rank)")
-    mappable = ScalarMappable(shades, colour_map("PuOr_r"))
+    mappable = ScalarMappable(shades, style.colour_map("PuOr_r"))
     figure.colorbar(mappable, ax=axes, shrink=0.75, extend="both", pad=0.02, label="M_ij × (C - 1); ideal: 1")
     return figure
 
 
-@styled()
+@style.styled()
 def components_figure(runs: Mapping[str, Components], height: float = 4.6) -> Figure:
     """Plot the gradient components on one classifier row (the paper's Fig. 5): one panel per run, a shared y axis.
 
     Up to 12 classes have a curve each, coloured by frequency; above, the repulsion is drawn by group, as median and
     interquartile range on a logarithmic axis. Curves are smoothed, the raw values faint.
     """
-    figure, axes = panels(len(runs), height, sharey=True)
+    figure, axes = style.panels(len(runs), height, sharey=True)
     handles: dict[str, Line2D] = {}
     for axis, (label, data) in zip(axes, runs.items(), strict=True):
         draw = _class_curves if len(data.class_counts) <= CURVES else _group_curves
         curves = draw(axis, data._replace(epochs=np.asarray(data.epochs), norms=np.asarray(data.norms, float)))
         handles |= {line.get_label(): line for line in curves}
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        name = f"row of class {shortened(data.names[data.row])} ({data.class_counts[data.row]:,} images)"
-        head = "\n".join(wrapped(line, title_width(len(runs))) for line in (label, name))
+        name = f"row of class {style.shortened(data.names[data.row])} ({data.class_counts[data.row]:,} images)"
+        head = "\n".join(style.wrapped(line, style.title_width(len(runs))) for line in (label, name))
         axis.set(title=head, xlabel="epoch", ylabel="component norm,\nsummed over the batch")
     if all(len(data.class_counts) <= CURVES for data in runs.values()):
         axes[0].set_ylim(bottom=0)  # of all panels, which share the axis
     else:
         axes[0].set_yscale("log")
-    legend(figure, list(handles.values()))
+    style.legend(figure, list(handles.values()))
     return figure
 
 
 def _class_curves(axis: Axes, data: Components) -> list[Line2D]:
-    order, lines = by_frequency(data.class_counts), []
+    order, lines = figure_data.by_frequency(data.class_counts), []
     colours = colormaps["cividis"](np.linspace(0, 0.92, len(order)))
     for k, colour in zip(order, colours, strict=True):
         own = k == data.row
-        style = ATTRACTION if own else {"color": colour}
-        label = f"{'attraction' if own else 'repulsion'} by {shortened(data.names[k], 16)} ({data.class_counts[k]:,})"
-        lines.append(_smooth_curve(axis, data.epochs, data.norms[:, k], label, style))
+        kind, look = ("attraction", ATTRACTION) if own else ("repulsion", {"color": colour})
+        label = f"{kind} by {style.shortened(data.names[k], 16)} ({data.class_counts[k]:,})"
+        lines.append(_smooth_curve(axis, data.epochs, data.norms[:, k], label, look))
     return lines
 
 
 def _group_curves(axis: Axes, data: Components) -> list[Line2D]:
     lines = [_smooth_curve(axis, data.epochs, data.norms[:, data.row], "attraction", ATTRACTION)]
-    soft = smoothed(data.norms, smoothing_window(len(data.epochs)))
+    soft = figure_data.smoothed(data.norms, figure_data.smoothing_window(len(data.epochs)))
     for group, mask in data.groups.items():
         members = np.flatnonzero(np.asarray(mask))
         members = members[members != data.row]
         if not len(members):
             continue
-        label, style = (
-            f"repulsion by {group}-shot classes (median of {len(members):,})",
-            {"color": GROUP_COLOURS[group]},
-        )
+        label = f"repulsion by {group}-shot classes (median of {len(members):,})"
+        look = {"color": style.GROUP_COLOURS[group]}
         raw = np.median(data.norms[:, members], axis=1)
         low, middle, high = np.percentile(soft[:, members], [25, 50, 75], axis=1)
-        lines.append(_smooth_curve(axis, data.epochs, raw, label, style, middle))
-        axis.fill_between(data.epochs, low, high, **style, alpha=0.15, linewidth=0)
+        lines.append(_smooth_curve(axis, data.epochs, raw, label, look, middle))
+        axis.fill_between(data.epochs, low, high, **look, alpha=0.15, linewidth=0)
     return lines
 
 
 def _smooth_curve(
-    axis: Axes, epochs: NDArray, raw: NDArray, label: str, style: Mapping, soft: NDArray | None = None
+    axis: Axes, epochs: NDArray, raw: NDArray, label: str, look: Mapping, soft: NDArray | None = None
 ) -> Line2D:
     """Plot ``raw`` [E] faintly, if it is smoothed at all, and over it ``soft`` [E] (default: ``raw`` smoothed)."""
-    window = smoothing_window(len(epochs))
+    window = figure_data.smoothing_window(len(epochs))
     if window > 1:
-        axis.plot(epochs, raw, **{**style, "linewidth": 0.6}, alpha=0.35)
-    soft = smoothed(raw, window) if soft is None else soft
-    return axis.plot(epochs, soft, label=label, **markers(epochs), **style)[0]
+        axis.plot(epochs, raw, **{**look, "linewidth": 0.6}, alpha=0.35)
+    soft = figure_data.smoothed(raw, window) if soft is None else soft
+    return axis.plot(epochs, soft, label=label, **style.markers(epochs), **look)[0]
 
 
 # Title, y label, curves ((key, line style), ...) of the panels of collapse_figure.
@@ -282,49 +246,50 @@ COLLAPSE = (
 )
 
 
-@styled(**{"axes.titlesize": 9, "axes.labelsize": SMALL, "lines.linewidth": 1.5})
+@style.styled(**{"axes.titlesize": 9, "axes.labelsize": style.SMALL, "lines.linewidth": 1.5})
 def collapse_figure(runs: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """Plot neural-collapse metrics over the epochs.
 
     ``runs``: "epochs" [E] and the metrics of :func:`methods.neural_collapse.nc_metrics`, each [E], NaN if not measured.
     NC4 is drawn in percent. Class means have solid lines, classifier rows dashed ones.
     """
-    figure = Figure(figsize=(WIDE, 5.6), layout="constrained")
+    figure = Figure(figsize=(style.WIDE, 5.6), layout="constrained")
     *axes, corner = figure.subplots(2, 4).ravel()
     for axis, (title, unit, curves) in zip(axes, COLLAPSE, strict=True):
         for number, values in enumerate(runs.values()):
             for key, line in curves:
                 if key in values:
                     y = np.asarray(values[key], float) * (100 if key == "nc4" else 1)
-                    axis.plot(values["epochs"], y, color=run_colour(number), linestyle=line, **markers(y))
+                    axis.plot(values["epochs"], y, color=style.run_colour(number), linestyle=line, **style.markers(y))
         if title.startswith("NC1"):
             axis.set_yscale("log")
-            plain_log_ticks(axis.yaxis, (1, 2, 5), lambda value: f"{value:g}")
+            style.plain_log_ticks(axis.yaxis, (1, 2, 5), lambda value: f"{value:g}")
         else:
             axis.set_ylim(bottom=0)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.set(title=title, xlabel="epoch", ylabel=unit)
     corner.set_axis_off()
-    lines = [Line2D([], [], color=run_colour(number), label=wrapped(label, 30)) for number, label in enumerate(runs)]
-    corner.legend(handles=[*lines, *grey_lines({"-": "class means", "--": "classifier rows"})], loc="center")
+    labels = [style.wrapped(label, 30) for label in runs]
+    lines = [Line2D([], [], color=style.run_colour(number), label=label) for number, label in enumerate(labels)]
+    corner.legend(handles=[*lines, *style.grey_lines({"-": "class means", "--": "classifier rows"})], loc="center")
     return figure
 
 
-@styled()
+@style.styled()
 def learning_figure(runs: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """Plot training loss and top-1 over the epochs; dotted lines mark learning rates that drop below half.
 
     ``runs``: "epochs", "loss", "train_top1", "lr" [E] and "test_epochs", "test_top1" [E'], in percent.
     """
-    figure, (left, right) = panels(2, 4.2)
+    figure, (left, right) = style.panels(2, 4.2)
     drops = set()
     for number, (label, values) in enumerate(runs.items()):
-        style, epochs = {"color": run_colour(number), **markers(values["epochs"])}, np.asarray(values["epochs"])
-        rate = np.asarray(values["lr"], float)
+        epochs, rate = np.asarray(values["epochs"]), np.asarray(values["lr"], float)
+        look = {"color": style.run_colour(number), **style.markers(epochs)}
         drops |= set(epochs[1:][rate[1:] < 0.5 * rate[:-1]].tolist())
-        left.plot(epochs, values["loss"], label=plain(label), **style)
-        right.plot(epochs, values["train_top1"], linewidth=1.2, linestyle="--", **style)
-        right.plot(values["test_epochs"], values["test_top1"], **style)
+        left.plot(epochs, values["loss"], label=style.plain(label), **look)
+        right.plot(epochs, values["train_top1"], linewidth=1.2, linestyle="--", **look)
+        right.plot(values["test_epochs"], values["test_top1"], **look)
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for epoch in drops:
@@ -332,19 +297,19 @@ def learning_figure(runs: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     left.set(title="Training loss", xlabel="epoch", ylabel="mean loss (nats)")
     right.set(title="Top-1", xlabel="epoch", ylabel="top-1 (%)", ylim=(-2, 102))
     kinds = {"-": "test", "--": "training"} | ({":": "learning-rate drop"} if drops else {})
-    legend(figure, [*left.get_lines()[: len(runs)], *grey_lines(kinds)])
+    style.legend(figure, [*left.get_lines()[: len(runs)], *style.grey_lines(kinds)])
     return figure
 
 
-@styled()
+@style.styled()
 def tau_figure(curves: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """Plot top-1 after post-hoc logit adjustment against its strength tau: one panel per run.
 
     ``curves``: "values" [T] of tau; "top1" and those of "many", "medium", "few" that exist, [T] in percent; "best", the
     two cross-fitted choices.
     """
-    figure, axes = panels(len(curves), 4.2, sharey=True)
-    styles = {"top1": ("black", 2.4), **{group: (GROUP_COLOURS[group], 1.5) for group in GROUPS}}
+    figure, axes = style.panels(len(curves), 4.2, sharey=True)
+    styles = {"top1": ("black", 2.4), **{group: (style.GROUP_COLOURS[group], 1.5) for group in GROUPS}}
     for axis, (label, values) in zip(axes, curves.items(), strict=True):
         for key, (colour, width) in styles.items():
             if key in values:
@@ -352,40 +317,41 @@ def tau_figure(curves: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
                 axis.plot(values["values"], np.asarray(values[key], float), color=colour, linewidth=width, label=name)
         for best in set(values["best"]):
             axis.axvline(best, color="grey", linestyle=":", linewidth=1.2, label="cross-fitted tau")
-        title = wrapped(label, title_width(len(curves)))
+        title = style.wrapped(label, style.title_width(len(curves)))
         axis.set(title=title, xlabel="tau (0: no adjustment)", ylabel="top-1 (%)", ylim=(-2, 102))
     handles = {line.get_label(): line for axis in axes for line in axis.get_lines()}
-    legend(figure, list(handles.values()))
+    style.legend(figure, list(handles.values()))
     return figure
 
 
-@styled()
+@style.styled()
 def imbalance_figure(arms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
     """Plot accuracy against the imbalance ratio: one curve per arm, with 95 % intervals where given.
 
     ``arms``: "ratios", "means", "lows" and "highs" [K], the latter three in percent; None omits an interval.
     """
-    figure, (axis,) = panels(1, 4.4, 8.0)
+    figure, (axis,) = style.panels(1, 4.4, 8.0)
     ratios = sorted({ratio for data in arms.values() for ratio in data["ratios"]})
     for number, (label, data) in enumerate(arms.items()):
         shift = 1 + 0.016 * (number - (len(arms) - 1) / 2)  # keeps intervals from covering one another
         x, means = np.asarray(data["ratios"], float) * shift, np.asarray(data["means"], float)
-        cycle = number // len(COLOURS)  # beyond the colours, markers and lines change
-        style = {"marker": MARKERS[(number + cycle) % len(MARKERS)], "linestyle": ("-", "--", ":")[cycle % 3]}
-        axis.plot(x, means, color=run_colour(number), markersize=5, linewidth=1.2, label=plain(label), **style)
+        cycle = number // len(style.COLOURS)  # beyond the colours, markers and lines change
+        colour, marker = style.run_colour(number), style.MARKERS[(number + cycle) % len(style.MARKERS)]
+        look = {"color": colour, "marker": marker, "markersize": 5, "linestyle": ("-", "--", ":")[cycle % 3]}
+        axis.plot(x, means, linewidth=1.2, label=style.plain(label), **look)
         for at, low, high in zip(x, data["lows"], data["highs"], strict=True):
             if low is not None:
-                axis.plot([at, at], [low, high], color=run_colour(number), alpha=0.8)
+                axis.plot([at, at], [low, high], color=colour, alpha=0.8)
     axis.set(xscale="log", xlim=(ratios[0] / 1.3, ratios[-1] * 1.3), title="Accuracy vs. imbalance")
     axis.set(xlabel="imbalance ratio (largest class / smallest class)", ylabel="last-epoch top-1 (%)")
     axis.xaxis.set_minor_formatter(NullFormatter())
     ticks = [ratio for before, ratio in zip([0, *ratios], ratios, strict=False) if ratio > 1.1 * before]
     axis.set_xticks(ticks, [f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}" for ratio in ticks])
-    legend(figure, axis.get_legend_handles_labels()[0])
+    style.legend(figure, axis.get_legend_handles_labels()[0])
     return figure
 
 
-@styled()
+@style.styled()
 def waterfall_figure(
     bars: Sequence[tuple[str, float, float | None, float | None]], published: float | None = None
 ) -> Figure:
@@ -394,13 +360,13 @@ def waterfall_figure(
     ``bars``: (name, value, low, high); the first and the last are accuracies in percent, the others changes in points.
     ``low`` and ``high`` bound the value; None: unknown. ``published``: an accuracy drawn as a line.
     """
-    figure, (axis,) = panels(1, 4.8, WIDE)
+    figure, (axis,) = style.panels(1, 4.8, style.WIDE)
     level, extent = 0.0, [] if published is None else [published]
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     for number, (_, value, low, high) in enumerate(bars):
         total = number in (0, len(bars) - 1)
         base = 0.0 if total else level
-        colour = "#7f7f7f" if total else GROUP_COLOURS["many"] if value >= 0 else GROUP_COLOURS["few"]
+        colour = "#7f7f7f" if total else style.GROUP_COLOURS["many"] if value >= 0 else style.GROUP_COLOURS["few"]
         axis.bar(number, value, bottom=base, width=0.6, color=colour, edgecolor=colour)  # the edge shows a step of 0
         interval = [] if low is None or high is None else [base + low, base + high]
         axis.plot([number] * len(interval), interval, color="black", linewidth=1.4)
@@ -415,10 +381,10 @@ def waterfall_figure(
     axis.set(title="Contributions to accuracy", ylabel="top-1 (%)")
     axis.set_ylim(max(0.0, min(extent) - margin), max(extent) + margin)
     width = max(int(140 / len(bars)), 8)  # characters that fit below a bar
-    axis.set_xticks(range(len(bars)), [wrapped(name, width) for name, *_ in bars])
+    axis.set_xticks(range(len(bars)), [style.wrapped(name, width) for name, *_ in bars])
     if published is not None:
-        style = {"color": "black", "linestyle": ":", "linewidth": 1.2}
-        legend(figure, [axis.axhline(published, **style, label=f"published: {published:g}")])
+        look = {"color": "black", "linestyle": ":", "linewidth": 1.2}
+        style.legend(figure, [axis.axhline(published, **look, label=f"published: {published:g}")])
     return figure
 
 
@@ -427,7 +393,7 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # class names in scripts that the font lacks
-        figure.savefig(buffer, format="png", dpi=DPI)
+        figure.savefig(buffer, format="png", dpi=style.DPI)
     return buffer.getvalue()
 
 

@@ -53,20 +53,17 @@ def class_table(predictions: Predictions, class_counts: Tensor, names: Sequence[
     return "\n".join(lines)
 
 
-def group_line(sizes: Mapping[str, Mapping[str, int]]) -> str:
-    """Format group sizes by every rule: "classes by index: many 3, medium 4, few 3"."""
+def group_line(values: Mapping[str, Mapping[str, object]], what: str = "classes") -> str:
+    """Format a value per group, by default its size, by every rule: "classes by index: many 3, medium 4, few 3"."""
     return "; ".join(
-        f"classes by {rule}: " + ", ".join(f"{name} {size}" for name, size in by_name.items())
-        for rule, by_name in sizes.items()
+        f"{what} by {rule}: " + ", ".join(f"{name} {value}" for name, value in by_name.items())
+        for rule, by_name in values.items()
     )
 
 
 def calibration_line(errors: Mapping[str, Mapping[str, float]]) -> str:
     """Format ECE in percent per group by every rule: "ECE by index: many 4.10, medium 7.25, few -"."""
-    return "; ".join(
-        f"ECE by {rule}: " + ", ".join(f"{name} {percent(by_name.get(name))}" for name in GROUPS)
-        for rule, by_name in errors.items()
-    )
+    return group_line({rule: {name: percent(of.get(name)) for name in GROUPS} for rule, of in errors.items()}, "ECE")
 
 
 def mislas_lines(metrics: Mapping) -> tuple[str, str]:

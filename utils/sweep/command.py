@@ -1,6 +1,5 @@
 """Command line: python -m utils.sweep SWEEP.yaml [--jobs N] [--publish] [key value ...]"""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,21 @@ from utils.sweep.tables import markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _arguments(arguments)
+    prog, description = "python -m utils.sweep", "Run a grid of configurations; make tables with intervals."
+    more = "[--jobs N] [--minutes N] [--save_dir FOLDER] [--images TEXT] [--publish]"
+    parser = Parser(prog=prog, description=description, hint=f" (usage: {prog} SWEEP.yaml {more} [key value ...])")
+    parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="YAML file, see config/sweeps/")
+    parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
+    number = {"metavar": "N"}
+    parser.add_argument("--jobs", type=positive(int), default=1, help="runs at once; GPUs take turns", **number)
+    parser.add_argument("--minutes", type=positive(float), help="start nothing that cannot end by then", **number)
+    parser.add_argument("--save_dir", default="saved", metavar="FOLDER", help="holds the sweep's folder")
+    parser.add_argument("--images", metavar="TEXT", help="what the images are, for the tables")
+    publishing = f"run nothing: finished runs go to {PUBLISHED} and into the page beside it"
+    parser.add_argument("--publish", action="store_true", help=publishing)
+    args = parser.parse_intermixed_args(arguments)
+    if args.sweep is None:
+        parser.error("which sweep?")
     sweep = read_sweep(Path(args.sweep))
     home = Path(args.save_dir) / sweep.name
     if args.publish and args.overrides:
@@ -34,22 +47,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise InputError(f"{error.filename or home}: {error.strerror or error}") from None
     return 1 if failed else 0
-
-
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    prog, description = "python -m utils.sweep", "Run a grid of configurations; make tables with intervals."
-    more = "[--jobs N] [--minutes N] [--save_dir FOLDER] [--images TEXT] [--publish]"
-    parser = Parser(prog=prog, description=description, hint=f" (usage: {prog} SWEEP.yaml {more} [key value ...])")
-    parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="YAML file, see config/sweeps/")
-    parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
-    number = {"metavar": "N"}
-    parser.add_argument("--jobs", type=positive(int), default=1, help="runs at once; GPUs take turns", **number)
-    parser.add_argument("--minutes", type=positive(float), help="start nothing that cannot end by then", **number)
-    parser.add_argument("--save_dir", default="saved", metavar="FOLDER", help="holds the sweep's folder")
-    parser.add_argument("--images", metavar="TEXT", help="what the images are, for the tables")
-    publishing = f"run nothing: finished runs go to {PUBLISHED} and into the page beside it"
-    parser.add_argument("--publish", action="store_true", help=publishing)
-    args = parser.parse_intermixed_args(arguments)
-    if args.sweep is None:
-        parser.error("which sweep?")
-    return args

@@ -87,10 +87,6 @@ class Run:
         return path if path and path.is_file() else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Planning
-
-
 def plan(sweep: Sweep, home: Path, overrides: Sequence[str] = ()) -> list[Run]:
     """All runs, seeds outermost: a sweep that is stopped has compared what it has. Raises :class:`InputError`.
 
@@ -190,10 +186,6 @@ def _check_differences(sweep: Sweep, keys: Iterable[str]) -> None:
 def short(value: Any) -> str:
     """``value`` as a part of a folder's name."""
     return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders
 
 
 def non_defaults(cfg: Mapping) -> dict[str, Any]:

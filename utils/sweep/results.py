@@ -124,10 +124,6 @@ def _named(kind: str, point: Mapping[str, Any]) -> str:
     return "_".join([kind, *(f"{key}{short(value)}" for key, value in point.items())])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Publishing
-
-
 def publish(sweep: Sweep, runs: Sequence[Run], path: Path, images: str | None, root: Path = ROOT) -> int:
     """Copy the results of finished runs beside the sweep's file, and all published tables into the sweeps' page.
 

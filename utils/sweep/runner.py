@@ -77,7 +77,7 @@ class Scheduler:
         images: str | None,
         lock: int | None = None,
     ):
-        """``lock``: the descriptor of a file that runs keep open, see :func:`_claimed`."""
+        """``lock``: the descriptor of a file that runs keep open."""
         self.sweep, self.runs, self.jobs, self.images, self.lock = sweep, list(runs), jobs, images, lock
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.waiting = [run for run in runs if not run.finished()]
@@ -205,10 +205,11 @@ class Scheduler:
 
     def seconds_left(self, run: Run) -> float | None:
         """By the pace of the run itself, of its arm, of all arms, or of other runs; None before any is known."""
-        now = next((job.pace() for job in self.running if job.run is run), None)
-        pace = now or _median(self.paces.get(run.arm, [])) or _median(list(itertools.chain(*self.paces.values())))
-        pace = pace or _median([p for job in self.running if (p := job.pace())])
-        return None if pace is None else pace * run.epochs_left()
+        own = [job.pace() for job in self.running if job.run is run]
+        of_arm, of_all = self.paces.get(run.arm, []), list(itertools.chain(*self.paces.values()))
+        sources = (own, of_arm, of_all, [job.pace() for job in self.running])
+        paces = next((found for source in sources if (found := list(filter(None, source)))), None)
+        return statistics.median(paces) * run.epochs_left() if paces else None
 
     def progress(self) -> str:
         """How much is done, and when all of it will be."""
@@ -244,7 +245,3 @@ def reason(code: int, output: Path) -> str:
     lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = lines[-1].removeprefix("error: ") if lines else "said nothing"
     return last if code else f"ended without a result, see {output}"
-
-
-def _median(numbers: Sequence[float]) -> float | None:
-    return statistics.median(numbers) if numbers else None

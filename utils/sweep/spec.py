@@ -50,10 +50,6 @@ class Sweep:
     compared: dict[str, Any]  # against, pairs, claims, waterfall, choose
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kinds of value
-
-
 def at(key: object, parse: Callable[[Any], Any], value: Any) -> Any:
     """``parse(value)``; an error names ``key``."""
     try:
@@ -167,9 +163,7 @@ def claim(value):
     return (DIFFERENCE if isinstance(value, dict) and "pair" in value else REPRODUCTION)(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Every key, once; config/sweeps/README.md says what each means.
-
 ARM = {
     "cfg": config.text,
     "seeds": seeds,
@@ -194,10 +188,6 @@ KEYS = fields(
     ),
     choose=config.flag,
 )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -10,20 +10,8 @@ from pathlib import Path
 from utils import table
 from utils.errors import InputError
 from utils.metrics import GROUPS
-from utils.sweep.contrasts import (
-    MEASURES,
-    Results,
-    Row,
-    arm_of,
-    cells,
-    common_seeds,
-    contrast,
-    estimated,
-    independent,
-    pairs,
-    values,
-    waterfall,
-)
+from utils.sweep import contrasts
+from utils.sweep.contrasts import MEASURES, Results, Row
 from utils.sweep.intervals import Estimate, estimate, prediction_interval
 from utils.table import Table
 
@@ -35,7 +23,7 @@ MARKS = re.compile(rf"^({BEGIN}(?P<name>[\w-]+) -->\n).*?^{END}$", re.DOTALL | r
 def tables(results: Results) -> list[Table]:
     """For every point of the grid: the arms, their paired differences, the waterfall."""
     makers = (arm_table, pair_table, waterfall_table)
-    return [made for cell in cells(results) for make in makers if (made := make(results, cell))]
+    return [made for cell in contrasts.cells(results) for make in makers if (made := make(results, cell))]
 
 
 def arm_table(results: Results, cell: Mapping) -> Table:
@@ -44,10 +32,10 @@ def arm_table(results: Results, cell: Mapping) -> Table:
     columns = [*((measure, "top1") for measure in measures), *(("last", key) for key in (*GROUPS, "ece"))]
     rows = []
     for arm in results["arms"]:
-        if found := values(results, arm, cell):
-            top1 = estimate(independent(found))
-            others = [values(results, arm, cell, *column) for column in columns]
-            spreads = [_spread(estimate(independent(other))) if other else "-" for other in others]
+        if found := contrasts.values(results, arm, cell):
+            top1 = estimate(contrasts.independent(found))
+            others = [contrasts.values(results, arm, cell, *column) for column in columns]
+            spreads = [_spread(estimate(contrasts.independent(other))) if other else "-" for other in others]
             rows.append([arm, str(top1.count), _spread(top1), _interval(top1), *spreads])
     head = ["arm", "n", "top-1, last epoch", "95 % interval", *(MEASURES[m] for m in measures), *GROUPS, "ECE"]
     over = "runs" if len(results["subset_seeds"]) == 1 else "cuts"
@@ -57,8 +45,8 @@ def arm_table(results: Results, cell: Mapping) -> Table:
 def pair_table(results: Results, cell: Mapping) -> Table | None:
     """Paired differences of the last epoch's top-1, bold where the interval excludes 0; None where nothing pairs."""
     rows, bold = [], set()
-    for first, second in pairs(results):
-        if change := estimated(results, {first: 1.0, second: -1.0}, cell):
+    for first, second in contrasts.pairs(results):
+        if change := contrasts.estimated(results, {first: 1.0, second: -1.0}, cell):
             bold |= {(len(rows), column) for column in (0, 2, 3)} if change.excludes_zero else set()
             interval = _interval(change, signed=True)
             rows.append([f"{first} - {second}", str(change.count), f"{change.mean:+.2f}", interval])
@@ -68,7 +56,7 @@ def pair_table(results: Results, cell: Mapping) -> Table | None:
 
 def waterfall_table(results: Results, cell: Mapping) -> Table | None:
     """None for a sweep without a waterfall, or before its first step was run."""
-    found = waterfall(results, cell) if results["waterfall"] else None
+    found = contrasts.waterfall(results, cell) if results["waterfall"] else None
     if found is None:
         return None
     rows = [[bar.name, f"{bar.change.mean:+.2f}", _interval(bar.change, signed=True)] for bar in found.bars()]
@@ -84,14 +72,10 @@ def waterfall_table(results: Results, cell: Mapping) -> Table | None:
     return Table(["step", "top-1", "95 % interval"], rows, caption)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Verdicts
-
-
 def claims(results: Results) -> list[str]:
     """The sweep's claims, each with its verdict, its numbers, and its rule as it was written before the runs."""
     lines = []
-    for cell in cells(results):
+    for cell in contrasts.cells(results):
         for name, claim in results["claims"].items():
             if all(cell.get(axis) == value for axis, value in claim.get("at", {}).items()):
                 verdict, why = (_reproduced if "arm" in claim else _matters)(results, claim, cell)
@@ -101,7 +85,7 @@ def claims(results: Results) -> list[str]:
 
 def _reproduced(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, str]:
     arm, published = claim["arm"], claim["published"]
-    found = list(values(results, arm, cell).values())
+    found = list(contrasts.values(results, arm, cell).values())
     least, most = published if isinstance(published, list) else (published, published)
     figure = f"{least:g} lies" if least == most else f"one of {least:g} to {most:g} lies"
     rule = f"rule: {figure} in the 95 % prediction interval of one run of {arm}"
@@ -109,20 +93,21 @@ def _reproduced(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, s
         return "not decided", f"{_counted(len(found), 'run')}; {rule}"
     low, high = prediction_interval(found)
     count = _of(len(found), len(results["seeds"][arm]), results, "run")
-    return _word(low <= most and least <= high), f"[{low:.2f}, {high:.2f}], {count}; {rule}"
+    verdict = "yes" if low <= most and least <= high else "no"
+    return verdict, f"[{low:.2f}, {high:.2f}], {count}; {rule}"
 
 
 def _matters(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, str]:
     (first, second), least = claim["pair"], claim["at_least"]
-    found = contrast(results, {first: 1.0, second: -1.0}, cell)
+    found = contrasts.contrast(results, {first: 1.0, second: -1.0}, cell)
     rule = f"rule: the 95 % interval of {first} - {second} excludes 0 and the mean is at least {least:g} points"
     if len(found) < 2:
         return "not decided", f"{_counted(len(found), 'pair')}; {rule}"
-    change = estimate(independent(found))
-    verdict = change.excludes_zero and change.mean >= least
-    seeds = set.intersection(*(set(results["seeds"][arm_of(term)]) for term in claim["pair"]))
+    change = estimate(contrasts.independent(found))
+    verdict = "yes" if change.excludes_zero and change.mean >= least else "no"
+    seeds = set.intersection(*(set(results["seeds"][contrasts.arm_of(term)]) for term in claim["pair"]))
     count = _of(len(found), len(seeds), results, "pair")
-    return _word(verdict), f"{change.mean:+.2f} {_interval(change, signed=True)}, {count}; {rule}"
+    return verdict, f"{change.mean:+.2f} {_interval(change, signed=True)}, {count}; {rule}"
 
 
 def _of(count: int, seeds: int, results: Results, what: str) -> str:
@@ -135,22 +120,18 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}" + "s" * (count != 1)
 
 
-def _word(verdict: bool) -> str:
-    return "yes" if verdict else "no"
-
-
 def choice(results: Results) -> list[str]:
     """The arm that held-out images choose, and out of how many, if the sweep has ``choose``."""
     lines = []
-    for cell in cells(results) if results["choose"] else []:
+    for cell in contrasts.cells(results) if results["choose"] else []:
         arms = results["arms"]
-        seeds = common_seeds(results, [f"{arm}.val" for arm in arms], cell)
+        seeds = contrasts.common_seeds(results, [f"{arm}.val" for arm in arms], cell)
         planned = min(len(results["seeds"][arm]) for arm in arms) * len(results["subset_seeds"])
         if len(seeds) < planned:
             have = f"{len(seeds)} of {planned} seeds of all {len(arms)} candidates"
             lines.append(f"chosen{_at(cell)} by held-out training images: not decided ({have})")
             continue
-        means = {arm: estimated(results, {f"{arm}.val": 1.0}, cell, seeds) for arm in arms}
+        means = {arm: contrasts.estimated(results, {f"{arm}.val": 1.0}, cell, seeds) for arm in arms}
         best = max(means, key=lambda arm: means[arm].mean)
         lines.append(
             f"chosen{_at(cell)} by the last epoch's top-1 on held-out training images: {best} "
@@ -170,10 +151,6 @@ def _interval(found: Estimate, signed: bool = False) -> str:
 
 def _at(cell: Mapping) -> str:
     return "".join(f", {axis} {value}" for axis, value in cell.items())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pages
 
 
 def markdown(results: Results) -> str:
