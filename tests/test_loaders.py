@@ -210,16 +210,10 @@ def test_an_epoch_is_the_same_whenever_it_is_drawn():
 @pytest.mark.parametrize(("seed", "epoch"), [(1, 6), (2, 5)])
 def test_another_epoch_or_seed_differs_in_order_and_crops(seed, epoch):
     first, other = joined(list(train_loader().epoch(5))), joined(list(train_loader(seed=seed).epoch(epoch)))
-    assert not torch.equal(first.indices, other.indices)
+    assert abs(np.corrcoef(first.indices, other.indices)[0, 1]) < 0.6  # 53 images: 4 standard deviations
     by_image = [batch.augment()[batch.indices.argsort()] for batch in (first, other)]
     differs = (by_image[0] != by_image[1]).flatten(1).any(1)
     assert differs.float().mean() > 0.8
-
-
-def test_the_order_is_shuffled():
-    order = joined(list(train_loader(500).epoch(0))).indices
-    assert (order == torch.arange(500)).sum() < 10
-    assert abs(np.corrcoef(order, np.arange(500))[0, 1]) < 0.2
 
 
 def test_training_touches_neither_the_images_nor_the_global_generators():

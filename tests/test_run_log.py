@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.scripts import closed_pipe, forked_scripts, script_of, until  # noqa: F401
+from tests.scripts import forked_scripts, script_of, until  # noqa: F401
 from utils.errors import DivergenceError, InputError
 from utils.run.folder import new_folder
 from utils.run.log import SCALAR_CLASSES, TIME, RunLog, count_lines, progress_line
@@ -53,12 +53,12 @@ def test_folders_made_at_the_same_time_are_never_the_same(tmp_path):
     assert all(re.fullmatch(r"run_\d{14}(_\d+)?", folder.name) for folder in folders)
 
 
-@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link"])
-def test_a_place_that_cannot_hold_folders_is_refused(tmp_path, kind):
-    place = tmp_path / "saved"
-    place.symlink_to(tmp_path / "nowhere") if kind == "dangling link" else place.write_text("")
+@pytest.mark.parametrize("name", ["file", "file/below", "dangling link"])
+def test_a_place_that_cannot_hold_folders_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"^save_dir: "):
-        new_folder(str(place / "deeper" if kind == "below a file" else place), "run")
+        new_folder(str(tmp_path / name), "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,25 +203,15 @@ LOGGING = """
 import sys, time
 from pathlib import Path
 from utils.run.log import RunLog
-time.sleep(0.2)  # until the reader has gone
 with RunLog(Path(sys.argv[1]), "x") as run:
-    for number in range(3):
-        run.info(f"line {number}")
-    while len(sys.argv) > 2:
-        time.sleep(1)
+    run.info("line")
+    time.sleep(60)
 """
 
 
-def test_when_nobody_reads_standard_output_any_more_the_log_goes_on(scripts, tmp_path):
-    script = script_of(tmp_path, LOGGING)
-    with closed_pipe(tmp_path / "pipe") as pipe, scripts.alive(tmp_path, script, tmp_path, out=pipe) as run:
-        assert (run.process.wait(30), run.err()) == (0, "")
-    assert lines(tmp_path) == [f"line {number}" for number in range(3)]
-
-
 def test_a_folder_that_another_process_writes_is_refused_until_that_ends(scripts, tmp_path):
-    with scripts.alive(tmp_path, script_of(tmp_path, LOGGING), tmp_path, "and waits") as other:
-        assert until(lambda: "line 2\n" in other.out(), other)
+    with scripts.alive(tmp_path, script_of(tmp_path, LOGGING), tmp_path) as other:
+        assert until(lambda: "line\n" in other.out(), other)
         with pytest.raises(InputError, match=f"^{tmp_path}: another process is training this run"):
             RunLog(tmp_path, "x")
         other.process.kill()
