@@ -103,9 +103,6 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
@@ -135,17 +132,13 @@ class Scripts:
         Output goes to new files in ``folder``, or to ``out`` and ``err`` (pipes, say). When the block ends, every
         process that writes to a file in ``folder`` is killed.
         """
-        files = [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        files = output_files(folder)
         job = {"words": [str(word) for word in words], "out": str(out or files[0]), "err": str(err or files[1])}
         self._server.stdin.write(f"{json.dumps({**job, 'variables': variables})}\n")
         self._server.stdin.flush()
         process = Forked(int(self._server.stdout.readline()))
-        try:
-            yield SimpleNamespace(process=process, out=reader(files[0]), err=reader(files[1]))
-        finally:
-            process.kill()
-            kill_all(folder)
-            process.wait(10)
+        with watched(folder, process, files) as run:
+            yield run
 
     def run(self, *words: object, folder: Path | None = None, **variables: str) -> SimpleNamespace:
         """Run the script to its end: ``code``, ``out`` and ``err``."""
@@ -178,21 +171,28 @@ def forked_scripts() -> Scripts:
 @contextlib.contextmanager
 def started(folder: Path, *words: object, **variables: str) -> Iterator[SimpleNamespace]:
     """``python ...`` from the shell, such as a launcher; otherwise as :meth:`Scripts.alive`."""
-    files = [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+    files = output_files(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     with files[0].open("w") as out, files[1].open("w") as err:
         options = {"stdout": out, "stderr": err, "start_new_session": True}
         process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=environment, **options)
+    with watched(folder, process, files) as run:
+        yield run
+
+
+def output_files(folder: Path) -> list[Path]:
+    return [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+
+
+@contextlib.contextmanager
+def watched(folder: Path, process: Forked | subprocess.Popen, files: list[Path]) -> Iterator[SimpleNamespace]:
+    out, err = ((lambda file=file: file.read_text() if file.exists() else "") for file in files)
     try:
-        yield SimpleNamespace(process=process, out=files[0].read_text, err=files[1].read_text)
+        yield SimpleNamespace(process=process, out=out, err=err)
     finally:
         process.kill()
         kill_all(folder)
         process.wait(10)
-
-
-def reader(file: Path) -> Callable[[], str]:
-    return lambda: file.read_text() if file.exists() else ""
 
 
 def completed(folder: Path, *words: object, **variables: str) -> SimpleNamespace:

@@ -115,15 +115,8 @@ def test_class_folders_are_read_in_the_alphabetical_order_of_their_names(tmp_pat
     np.testing.assert_array_equal(data.test.images, [pixels(label, 2) for label in range(10)])
 
 
-def test_cifar100_is_read_from_a_hundred_class_folders(tmp_path):
-    data = build_data("cifar100", str(class_folders(tmp_path, [f"class {label:02}" for label in range(100)])))
-    assert (data.num_classes, len(data.test.targets)) == (100, 100)
-    np.testing.assert_array_equal(data.test.images[42], pixels(42, 2))
-
-
-@pytest.mark.parametrize("size", [(31, 32), (32, 64), (8, 8)])
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_an_image_of_another_size_is_refused_by_its_path(tmp_path, size, part):
+@pytest.mark.parametrize(("part", "size"), [("train", (31, 32)), ("test", (32, 64))])
+def test_an_image_of_another_size_is_refused_by_its_path(tmp_path, part, size):
     wrong = class_folders(tmp_path, NAMES) / part / "frog" / "wrong.png"
     Image.new("RGB", size).save(wrong)
     with pytest.raises(DataError) as error:
@@ -131,9 +124,7 @@ def test_an_image_of_another_size_is_refused_by_its_path(tmp_path, size, part):
     assert str(error.value).startswith(f"{wrong}: is {size[0]}x{size[1]} pixels, this data set has 32x32")
 
 
-@pytest.mark.parametrize(
-    ("dataset", "found", "needed"), [("cifar10", 9, 10), ("cifar10", 11, 10), ("cifar100", 10, 100)]
-)
+@pytest.mark.parametrize(("dataset", "found", "needed"), [("cifar10", 11, 10), ("cifar100", 10, 100)])
 def test_a_wrong_number_of_class_folders_is_refused(tmp_path, dataset, found, needed):
     folder = class_folders(tmp_path, [*NAMES, "wolf"][:found])
     with pytest.raises(DataError) as error:
@@ -212,8 +203,9 @@ def test_a_server_that_speaks_no_http_is_one_line(tmp_path, monkeypatch):
         build_data("cifar10", str(tmp_path / "data"))
 
 
-@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
-def test_a_path_that_the_system_does_not_take_is_refused(tmp_path, no_site, name):
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "file"], ids=ascii)
+def test_a_path_that_can_be_no_folder_is_refused(tmp_path, no_site, name):
+    (tmp_path / "file").touch()
     with pytest.raises(DataError, match="holds no CIFAR10, and it could not be downloaded"):
         build_data("cifar10", str(tmp_path / name))
 
@@ -234,14 +226,6 @@ def test_pickles_with_other_check_sums_than_the_published_are_never_loaded(tmp_p
     assert not (tmp_path / "made").exists()
     pickle.loads(pickle.dumps(Hostile(tmp_path / "made"))).close()  # it would have
     assert (tmp_path / "made").exists()
-
-
-def test_a_path_that_is_a_file_is_refused(tmp_path, no_site):
-    path = tmp_path / "data"
-    path.write_text("no folder")
-    with pytest.raises(DataError, match="holds no CIFAR10"):
-        build_data("cifar10", str(path))
-    assert path.read_text() == "no folder"
 
 
 def test_the_real_cifar10_at_imbalance_100():

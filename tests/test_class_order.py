@@ -42,12 +42,6 @@ def test_beyond_16_classes_the_legacy_order_moves_ties():
     assert legacy_order([7] * 17).tolist() != list(range(17))
 
 
-@pytest.mark.parametrize("kind", [tuple, list, np.array])
-def test_counts_may_be_any_sequence(kind):
-    counts = kind([3, 9, 3, 5])
-    assert stable_order(counts).tolist() == legacy_order(counts).tolist() == [1, 3, 0, 2]
-
-
 def test_counts_that_drove_numpy_to_heapsort_are_refused():
     with pytest.raises(DataError, match=r"^class_map: .* heapsort; take stable$"):
         legacy_order(BAD_PIVOTS)
@@ -61,27 +55,16 @@ def test_a_map_gives_each_label_its_place_in_the_order(choice, order, counts):
     assert [class_map[label] for label in order(counts)] == list(range(len(counts)))
 
 
-def test_the_most_frequent_label_is_class_0():
-    assert class_map_for("stable", np.array([5, 20, 1, 20])).tolist() == [2, 0, 3, 1]
-
-
-@pytest.mark.parametrize("kind", [tuple, list, np.array])
-def test_a_map_may_be_given_in_numbers(kind):
-    class_map = class_map_for(kind([2, 0, 1]), np.array([1, 2, 3]))
-    assert class_map.dtype == np.int64
-    assert class_map.tolist() == [2, 0, 1]
-
-
-@pytest.mark.parametrize("content", ["2 0 1", "2\n0\n1\n", "\n 2\t0  1\n\n"])
-def test_a_map_may_be_a_file(tmp_path, content):
+def test_a_map_may_be_given_in_numbers_or_in_a_file(tmp_path):
     path = tmp_path / "map.txt"
-    path.write_text(content)
-    class_map = class_map_for(str(path), np.array([1, 2, 3]))
-    assert class_map.dtype == np.int64
-    assert class_map.tolist() == [2, 0, 1]
+    path.write_text("\n 2\t0  1\n\n")
+    for choice in ([2, 0, 1], np.array([2, 0, 1]), str(path)):
+        class_map = class_map_for(choice, np.array([1, 2, 3]))
+        assert class_map.dtype == np.int64
+        assert class_map.tolist() == [2, 0, 1]
 
 
-@pytest.mark.parametrize("numbers", [[], [0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 3], [-1, 0, 1]])
+@pytest.mark.parametrize("numbers", [[], [0, 1, 1], [0, 1, 2, 3], [-1, 0, 1]])
 def test_a_map_that_is_no_permutation_is_refused(tmp_path, numbers):
     path = tmp_path / "map.txt"
     path.write_text(" ".join(map(str, numbers)))

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,15 +27,12 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Class folders with ``NATURAL`` training images, no two alike, and one test image of two classes."""
     folder = tmp_path_factory.mktemp("trees")
     random = np.random.default_rng(0)
-    for name, count in NATURAL.items():
-        (folder / "train" / name).mkdir(parents=True)
-        (folder / "test" / name).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
-                folder / "train" / name / f"{i}.png"
-            )
-    for name in ("ash", "birch"):
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "test" / name / "0.png")
+    for part, counts in (("train", NATURAL), ("test", {"ash": 1, "birch": 1, "cedar": 0, "dogwood": 0})):
+        for name, count in counts.items():
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
     return str(folder)
 
 
@@ -49,15 +45,10 @@ def test_without_a_cut_the_counts_are_natural(whole, trees):
     assert dict(zip(data.class_names, data.class_counts.tolist(), strict=True)) == NATURAL
     assert whole.class_counts.tolist() == [138, 142, 137, 143, 141, 142, 141, 139, 134, 140]
     assert data.val is None and whole.val is None
-
-
-def test_tensors_have_the_documented_types(whole):
-    assert (whole.class_counts.dtype, whole.class_counts.shape) == (torch.int64, (10,))
+    assert (whole.class_counts.dtype, whole.class_names) == (torch.int64, list("0123456789"))
     for images, targets in (whole.train, whole.test):
         assert (images.dtype, targets.dtype) == (torch.uint8, torch.int64)
-        assert images.shape == (len(targets), 8, 8, 3)
-        assert images.is_contiguous()
-    assert (whole.num_classes, whole.class_names) == (10, list("0123456789"))
+        assert images.shape == (len(targets), 8, 8, 3) and images.is_contiguous()
 
 
 @pytest.mark.parametrize("imb_type", ["exp", "step"])
@@ -147,14 +138,7 @@ def test_building_leaves_the_global_generators_alone():
     assert torch.equal(torch.get_rng_state(), torch_before)
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_nothing(trees, workers):
-    one, many = (build_data("folder", trees, image_size=12, imb_factor=0.5, workers=w) for w in (0, workers))
-    assert torch.equal(one.train.images, many.train.images)
-    assert torch.equal(one.test.images, many.test.images)
-
-
-@pytest.mark.parametrize(("asked", "side"), [(None, 32), (8, 8), (20, 20)])
+@pytest.mark.parametrize(("asked", "side"), [(None, 32), (20, 20)])
 def test_folders_are_scaled_to_the_size_asked_for(trees, asked, side):
     data = build_data("folder", trees, image_size=asked)
     assert data.train.images.shape == (21, side, side, 3)
@@ -171,9 +155,6 @@ def test_another_image_size_is_refused_for_cifar_before_anything_is_read(tmp_pat
 
 def test_the_number_of_classes_must_agree(trees):
     assert build_data("folder", trees, num_classes=4, image_size=8).num_classes == 4
-    with pytest.raises(DataError) as error:
-        build_data("folder", trees, num_classes=3, image_size=8)
-    assert str(error.value) == f"num_classes: 3, but folder in {trees} has 4"
     with pytest.raises(DataError, match=r"^num_classes: 100, but digits in .* has 10$"):
         build_data("digits", "", num_classes=100)
 
@@ -204,12 +185,6 @@ def test_the_loaders_of_a_data_set_use_its_row(whole):
     tests = list(whole.test_loader(CPU))
     assert torch.equal(torch.cat([images for images, _ in tests]), normalise(whole.test.images, spec.mean, spec.std))
     assert torch.equal(torch.cat([targets for _, targets in tests]), whole.test.targets)
-
-
-def test_a_tree_given_as_a_path_with_a_relative_part_is_found(trees, monkeypatch):
-    monkeypatch.chdir(Path(trees).parent)
-    data = build_data("folder", f"./{Path(trees).name}/../{Path(trees).name}", image_size=8)
-    assert data.class_counts.tolist() == list(NATURAL.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

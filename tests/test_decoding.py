@@ -95,7 +95,7 @@ def test_every_kind_of_image_comes_out_as_pil_converts_it(kind, decoder, tmp_pat
     assert_as_pil_converts_it(tmp_path / kind, decoder)
 
 
-@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("orientation", [0, 3, 6, 9])
 def test_an_exif_orientation_is_not_applied(orientation, decoder, tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -119,7 +119,7 @@ def test_a_damaged_exif_orientation_is_not_applied_either(decoder, tmp_path):
 @pytest.mark.parametrize("how", [{}, {"progressive": True}, {"optimize": True, "restart_marker_rows": 1}])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 def test_plain_jpeg_files_are_equal_pixel_by_pixel(subsampling, how, decoder, tmp_path):
-    for quality in (5, 50, 90, 100):
+    for quality in (5, 90):
         for size in [(53, 37), (64, 64), (1, 1), (17, 300), (2, 3)]:
             photo(*size).save(tmp_path / "plain.jpg", quality=quality, subsampling=subsampling, **how)
             assert_as_pil_converts_it(tmp_path / "plain.jpg", decoder)
@@ -149,7 +149,7 @@ def test_the_fast_decoder_decodes_plain_jpeg_files_and_no_others(tmp_path):
     assert {images[name].shape for name in fast} == {(3, 37, 53)}
 
 
-@pytest.mark.parametrize("before", [b"\xff\xdb", b"\xff\xc0", b"\xff\xda"])
+@pytest.mark.parametrize("before", [b"\xff\xdb", b"\xff\xda"])
 def test_a_jpeg_file_of_unusual_form_is_read_as_by_pil(before, decoder, tmp_path):
     """A marker may be filled up with further 0xFF."""
     photo().save(tmp_path / "filled.jpg")
@@ -175,9 +175,8 @@ def test_a_file_with_any_byte_damaged_is_named_or_read(decoder, tmp_path):
 
 
 def test_a_missing_image_is_named(decoder, tmp_path):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"gone\.jpg: no such image$"):
         open_rgb(str(tmp_path / "gone.jpg"), decoder)
-    assert str(caught.value) == f"{tmp_path / 'gone.jpg'}: no such image"
 
 
 def assert_unreadable(path: Path, decoder: str) -> None:
@@ -187,8 +186,8 @@ def assert_unreadable(path: Path, decoder: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.02, 0.3, 0.6, 0.9, 0.99])
-@pytest.mark.parametrize("kind", ["colour.jpg", "grey.jpg", "print.jpg", "colour.png", "one bit.png", "print.tif"])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.99])
+@pytest.mark.parametrize("kind", ["colour.jpg", "print.jpg", "colour.png", "print.tif"])
 def test_a_truncated_image_is_named(kind, share, decoder, tmp_path):
     mode, _, how = KINDS[kind]
     photo(200, 150).convert(mode).save(tmp_path / kind, **how)
@@ -201,6 +200,7 @@ def test_a_truncated_image_is_named(kind, share, decoder, tmp_path):
 def test_a_file_that_is_no_image_is_named(content, decoder, tmp_path):
     (tmp_path / "page.jpg").write_bytes(content)
     assert_unreadable(tmp_path / "page.jpg", decoder)
+    assert_unreadable(tmp_path, decoder)
 
 
 def test_an_image_with_a_damaged_part_in_the_middle_is_named(decoder, tmp_path):
@@ -211,10 +211,6 @@ def test_an_image_with_a_damaged_part_in_the_middle_is_named(decoder, tmp_path):
     assert_unreadable(tmp_path / "damaged.png", decoder)
 
 
-def test_a_folder_is_no_image(decoder, tmp_path):
-    assert_unreadable(tmp_path, decoder)
-
-
 def test_an_image_too_large_to_be_true_is_named(decoder, tmp_path, monkeypatch):
     photo().save(tmp_path / "huge.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 53 * 37 // 2 - 1)
@@ -222,7 +218,7 @@ def test_an_image_too_large_to_be_true_is_named(decoder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["colour.jpg", "colour.png"])
-@pytest.mark.parametrize("size", [(1, 1001), (1001, 1), (2, 2001)])
+@pytest.mark.parametrize("size", [(1, 1001), (2001, 2)])
 def test_an_image_that_scaling_would_blow_up_is_named(kind, size, decoder, tmp_path):
     """A thousand pixels take no memory; scaled until the short side has 256 they take as much as a bomb."""
     photo(*size).save(tmp_path / kind)
@@ -281,17 +277,6 @@ def test_the_limit_of_the_size_can_be_lifted(decoder, tmp_path, monkeypatch):
     photo().save(tmp_path / "huge.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert isinstance(open_rgb(str(tmp_path / "huge.jpg"), decoder), Image.Image if decoder == "pil" else Tensor)
-
-
-def test_torchcodec_decodes_where_it_is_installed(no_cached_decoder):
-    pytest.importorskip("torchcodec.decoders")
-    assert fast_decoder() == "torchcodec"
-
-
-def test_torchvision_decodes_where_torchcodec_is_not_installed(no_cached_decoder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchcodec", None)
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    assert fast_decoder() == "torchvision"
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_every_format_is_read_whatever_the_case_of_its_ending(tree, name):
     np.testing.assert_array_equal(train.images.read([place])[0], image)
 
 
-@pytest.mark.parametrize("name", ["a.dds", "b.TGA", "deeper/c.jp2"])
+@pytest.mark.parametrize("name", ["b.TGA", "deeper/c.jp2"])
 def test_images_of_other_formats_are_refused_by_name(tree, name):
     (tree / "train/cat" / name).parent.mkdir(exist_ok=True)
     (tree / "train/cat" / name).write_bytes(b"")
@@ -117,8 +117,7 @@ def test_the_order_is_that_of_torchvisions_image_folder(tree):
     assert train.targets.tolist() == theirs.targets
 
 
-@pytest.mark.parametrize("name", ["a.png", "b.JPG", "c.TIFF", "d.tga"])
-@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize(("part", "name"), [("train", "b.JPG"), ("test", "d.tga")])
 def test_an_image_in_no_class_folder_is_named_and_not_passed_over(tree, part, name):
     (tree / part / name).touch()
     (tree / part / "notes.txt").touch()
@@ -144,12 +143,6 @@ def test_files_that_are_no_images_of_a_class_are_skipped_and_counted(tree):
     assert note.startswith(f"data_path: {len(SKIPPED) + 4} hidden or other files and folders skipped, such as test/")
 
 
-def test_linked_folders_are_followed(tree):
-    save(tree / "elsewhere/y.png")
-    (tree / "train/cat/more").symlink_to(tree / "elsewhere")
-    assert np.bincount(read(tree).train.targets).tolist() == [3, 2]
-
-
 def test_a_link_that_leads_back_does_not_multiply_images(tree):
     (tree / "train/cat/again").symlink_to(tree / "train/cat")
     assert refusal(tree).startswith(f"{tree / 'train/cat/again'}: is a link to {tree / 'train/cat'}, which it lies in")
@@ -163,9 +156,9 @@ def test_the_name_of_a_class_is_text_whatever_its_folder_s_name(tree):
     assert source.train.images.read(np.arange(4)).shape == (4, 8, 8, 3)
 
 
-def test_a_path_that_the_system_does_not_take_is_refused(tmp_path):
-    for name in ("x" * 5000, "a\0b"):
-        assert "is no folder; expected are train/<class>/" in refusal(tmp_path / name)
+def test_a_path_that_is_no_folder_is_refused(tree):
+    for name in ("x" * 5000, "a\0b", "nowhere", "train/cat/0.png"):
+        assert refusal(tree / name).startswith(f"data_path: {tree / name / 'train'} is no folder; expected are train/")
 
 
 def test_a_folder_of_classes_that_cannot_be_read_is_named(tree, monkeypatch):
@@ -184,14 +177,6 @@ def test_images_come_in_the_order_asked_for_and_lossless(tree):
     assert chosen.dtype == np.uint8
     np.testing.assert_array_equal(chosen, [np.asarray(Image.open(paths[i])) for i in (3, 0, 3)])
     assert read(tree).train.images.read(np.array([], dtype=np.int64)).shape == (0, 8, 8, 3)
-
-
-@pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_nothing(tree, workers):
-    for i in range(20):
-        save(tree / f"train/cat/more {i}.jpg", noise(9 + i, 20))
-    one, many = (read(tree, 12, w).train.images.read(np.arange(24)) for w in (0, workers))
-    np.testing.assert_array_equal(one, many)
 
 
 @pytest.mark.parametrize(
@@ -217,20 +202,8 @@ def test_every_mode_becomes_rgb_as_pil_converts_it(tmp_path, mode, extension, st
     assert expected.shape == (8, 8, 3)
 
 
-def test_known_colours_of_grey_palette_and_transparent_images(tmp_path):
-    grey, palette, clear = (
-        Image.new("L", (4, 4), 77),
-        Image.new("P", (4, 4), 1),
-        Image.new("RGBA", (4, 4), (1, 2, 3, 0)),
-    )
-    palette.putpalette([0, 0, 0, 250, 128, 3])
-    for image, colour in ((grey, (77, 77, 77)), (palette, (250, 128, 3)), (clear, (1, 2, 3))):
-        pixels = image_folder.decode(str(save(tmp_path / "x.png", image)), 4)
-        np.testing.assert_array_equal(pixels, np.broadcast_to(colour, (4, 4, 3)))
-
-
-@pytest.mark.parametrize("width", [1, 7, 31, 32, 33, 49, 50, 103, 197, 640])  # 49 * (8 / 49) is less than 8
-@pytest.mark.parametrize("height", [1, 32, 33, 49, 67, 197])
+@pytest.mark.parametrize("width", [1, 32, 49, 640])  # 49 * (8 / 49) is less than 8
+@pytest.mark.parametrize("height", [1, 33, 49, 197])
 def test_any_image_fills_a_square_of_the_size_asked_for(tmp_path, width, height):
     path = save(tmp_path / "x.png", Image.new("RGB", (width, height), (9, 99, 199)))
     for size in (8, 32, 33):
@@ -239,19 +212,11 @@ def test_any_image_fills_a_square_of_the_size_asked_for(tmp_path, width, height)
         np.testing.assert_array_equal(pixels, np.broadcast_to((9, 99, 199), (size, size, 3)))
 
 
-@pytest.mark.parametrize(("width", "height"), [(128, 64), (64, 128), (64, 32), (96, 96), (16, 8), (160, 32)])
+@pytest.mark.parametrize(("width", "height"), [(128, 64), (64, 32), (96, 96), (8, 16)])
 def test_scaling_and_cutting_equal_torchvisions_resize_and_center_crop(tmp_path, width, height):
     path = save(tmp_path / "x.png", noise(width, height))
     transform = T.Compose([T.Resize(32), T.CenterCrop(32)])
     np.testing.assert_array_equal(image_folder.decode(str(path), 32), np.asarray(transform(Image.open(path))))
-
-
-@pytest.mark.parametrize("turned", [False, True])
-def test_the_middle_of_the_longer_side_is_kept(tmp_path, turned):
-    pixels = np.zeros((10, 30, 3), np.uint8)
-    pixels[:, 10:20] = (0, 200, 0)
-    path = save(tmp_path / "x.png", Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels))
-    np.testing.assert_array_equal(image_folder.decode(str(path), 10), np.broadcast_to((0, 200, 0), (10, 10, 3)))
 
 
 def flipped_bit(data: bytes, position: int) -> bytes:
@@ -267,14 +232,11 @@ def of_claimed_size(png: bytes, side: int) -> bytes:
 DAMAGED = {
     "truncated.png": encoded("PNG")[:600],
     "truncated.jpg": encoded("JPEG")[:-300],
-    "header.jpg": encoded("JPEG")[:30],
     "empty.png": b"",
     "text.jpeg": b"<html>404: no such image</html>\n" * 20,
-    "zeros.png": bytes(500),
     "wrong header length.png": flipped_bit(encoded("PNG"), 11),
     "wrong data length.png": encoded("PNG")[:33] + struct.pack(">I", 500) + encoded("PNG")[37:],
     "enormous.png": of_claimed_size(encoded("PNG"), 100_000),
-    "truncated tiff.png": encoded("TIFF")[:900],
     "truncated gif.jpg": encoded("GIF")[:300],
     "truncated webp.png": encoded("WEBP")[:200],
     "strange dds.png": b"DDS " + struct.pack("<7I", 124, 0x1007, 8, 8, 8, 0, 0) + bytes(444),
@@ -282,30 +244,16 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-@pytest.mark.parametrize("workers", [0, 3])
-def test_a_damaged_image_is_named_in_one_line(tree, name, workers):
+def test_a_damaged_image_is_named_in_one_line(tree, name):
     path = tree / "train/dog" / name
     path.write_bytes(DAMAGED[name])
-    assert refusal(tree, 8, workers).startswith(f"{path}: is no readable image (")
+    assert refusal(tree).startswith(f"{path}: is no readable image (")
 
 
 def test_a_link_to_nothing_is_named(tree):
     path = tree / "train/dog/moved.png"
     path.symlink_to(tree / "no longer here.png")
     assert refusal(tree) == f"{path}: no such image"
-
-
-def test_an_image_of_another_size_is_refused_where_there_is_one_size(tmp_path):
-    path = save(tmp_path / "wide.png", noise(33, 32))
-    with pytest.raises(DataError) as error:
-        image_folder.decode_exact(str(path), 32)
-    assert str(error.value).startswith(f"{path}: is 33x32 pixels, this data set has 32x32")
-    assert image_folder.decode_exact(str(save(path, noise(32, 32))), 32).shape == (32, 32, 3)
-
-
-def test_labels_are_known_without_decoding(tree):
-    (tree / "train/dog/0.png").write_bytes(b"")
-    assert read(tree).train.targets.tolist() == [0, 0, 1, 1]
 
 
 def move(part: str, to: str):
@@ -332,11 +280,6 @@ def test_a_wrong_layout_is_refused_by_the_name_of_the_folder(tree, damage, names
     assert message.startswith(f"data_path: {tree / names} ")
     if names != "test/wolf":
         assert f"expected are {image_folder.LAYOUT}" in message
-
-
-def test_a_path_that_is_missing_or_a_file_is_refused(tree):
-    for path in (tree / "nowhere", tree / "train/cat/0.png"):
-        assert refusal(path).startswith(f"data_path: {path / 'train'} is no folder; expected are train/<class>/")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +324,7 @@ def process_id(path: str, size: int) -> np.ndarray:
 @more_processes_than_cpus
 @pytest.mark.parametrize(
     ("images", "workers", "processes"),
-    [(MANY, 1, 1), (MANY, 3, 3), (MANY + 300, 2, 2), (MANY, 0, 0), (MANY - 1, 3, 0), (1, 3, 0)],
+    [(MANY, 1, 1), (MANY + 300, 2, 2), (MANY, 0, 0), (MANY - 1, 3, 0)],
 )
 def test_processes_decode_many_images_and_few_are_decoded_here(many, images, workers, processes):
     before = multiprocessing.active_children()

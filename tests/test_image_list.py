@@ -3,8 +3,8 @@
 import json
 import lzma
 import os
-import subprocess
-import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +12,14 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from datasets.class_order import class_map_for, legacy_order, stable_order
-from datasets.image_list import ImageLists, below_common, class_names, on_disk, read_image_list, scan_image_list
+from datasets.image_list import ImageLists, class_names, on_disk, read_image_list, scan_image_list
 from datasets.source import DataError
 from datasets.specs import SPECS
+from tests.bad_inputs import write
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "lists"
 PLACES = SPECS["places"].lists
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def touch(root: Path, *names: str) -> None:
@@ -63,8 +58,9 @@ def published(name: str) -> list[str]:
         ("Übung/ß 写真.jpg 1\n", ["Übung/ß 写真.jpg"], [1]),
         (b"\xef\xbb\xbfa/1.jpg 1\n", ["a/1.jpg"], [1]),
         (b"caf\xe9/1.jpg 1\n", [os.fsdecode(b"caf\xe9/1.jpg")], [1]),
+        ("./a..b/..1.jpg 1\n", ["./a..b/..1.jpg"], [1]),
     ],
-    ids=["plain", "no last newline", "CRLF", "blank lines", "spaces", "tab", "UTF-8", "byte order mark", "Latin-1"],
+    ids=["plain", "no last newline", "CRLF", "blank", "spaces", "tab", "UTF-8", "byte order mark", "Latin-1", "dots"],
 )
 def test_a_line_is_a_path_and_a_label(tmp_path, content, paths, labels):
     read_paths, read_labels = read_image_list(write(tmp_path / "x.txt", content), 3)
@@ -77,11 +73,9 @@ def test_a_line_is_a_path_and_a_label(tmp_path, content, paths, labels):
     ("line", "said"),
     [
         ("b/2.jpg", "'b/2.jpg' is not 'relative/path label'"),
-        ("b/2.jpg one", "'b/2.jpg one' is not 'relative/path label'"),
         ("b/2.jpg 1.5", "'b/2.jpg 1.5' is not 'relative/path label'"),
         ("b/2.jpg 1_0", "'b/2.jpg 1_0' is not 'relative/path label'"),
         ("b/2.jpg ٢", "'b/2.jpg ٢' is not 'relative/path label'"),
-        ("1", "'1' is not 'relative/path label'"),
         ("b/2.jpg 99999999999999999999", "'b/2.jpg 99999999999999999999' is not 'relative/path label'"),
         ("b/2.jpg 3", "label 3 is not one of 0 .. 2 (1 such labels)"),
         ("b/2.jpg -1", "label -1 is not one of 0 .. 2 (1 such labels)"),
@@ -99,31 +93,13 @@ def test_the_scan_goes_on_after_wrong_lines(tmp_path):
     assert rows.malformed == [(1, "nothing"), (4, "b"), (5, "c/3.jpg x")]
 
 
-@pytest.mark.parametrize(
-    "name", ["/etc/passwd", "//x/1.jpg", "../1.jpg", "a/../../1.jpg", "a/..", "a/../b.jpg", "a b/../../etc/1.jpg"]
-)
+@pytest.mark.parametrize("name", ["/etc/passwd", "../1.jpg", "a/..", "a b/../../etc/1.jpg"])
 def test_a_path_that_leaves_the_data_s_folder_is_refused(tmp_path, name):
     path = write(tmp_path / "x.txt", f"a/1.jpg 0\n{name} 1\n")
     said = f"{path}, line 2: {name!r} leaves data_path; paths are relative to it, without '..'"
     assert refusal(read_image_list, path, 3) == said
-    (row,) = [row for row in json.loads(annotations([(name, 1)]))["images"]]
-    assert row["file_name"] == name
     path = write(tmp_path / "x.json", annotations([("a/1.jpg", 0), (name, 1)]))
     assert "leaves data_path" in refusal(read_image_list, path, 3)
-
-
-@pytest.mark.parametrize("name", ["a..b/1.jpg", "..a/1.jpg", "a../1..jpg", "./1.jpg", ".../1.jpg", "~/1.jpg"])
-def test_dots_in_names_are_legal(tmp_path, name):
-    assert read_image_list(write(tmp_path / "x.txt", f"{name} 1\n"), 3)[0] == [name]
-
-
-def test_links_that_the_user_made_are_followed(tmp_path):
-    tree = data_set(tmp_path / "data", NESTED, FLAT, [])
-    touch(tmp_path / "disk", *(path for path, _ in NESTED + FLAT))
-    for folder in ("data_256", "val_256"):
-        (tree / folder).symlink_to(tmp_path / "disk" / folder)
-    source = PLACES.read(tree, 5)
-    assert all(os.path.isfile(source.train.images.path(i)) for i in range(len(NESTED)))
 
 
 @pytest.mark.parametrize("name", ["a\0.jpg", "a.jpg\0", "\ud800.jpg"])
@@ -132,10 +108,9 @@ def test_what_can_be_no_file_s_name_is_refused(tmp_path, name):
     assert refusal(read_image_list, path, 3) == f"{path}, line 2: {name!r} can be no file's name"
 
 
-@pytest.mark.parametrize("label", [0, 2])
-def test_an_image_that_is_listed_twice_is_refused_with_both_lines(tmp_path, label):
-    path = write(tmp_path / "x.txt", f"a/1.jpg 0\n\nb/2.jpg 1\na/1.jpg {label}\nb/2.jpg 1\n")
-    said = f"{path}, line 4: 'a/1.jpg' with label {label} is in line 1 already, with label 0 (2 such lines)"
+def test_an_image_that_is_listed_twice_is_refused_with_both_lines(tmp_path):
+    path = write(tmp_path / "x.txt", "a/1.jpg 0\n\nb/2.jpg 1\na/1.jpg 2\nb/2.jpg 1\n")
+    said = f"{path}, line 4: 'a/1.jpg' with label 2 is in line 1 already, with label 0 (2 such lines)"
     assert refusal(read_image_list, path, 3) == said
 
 
@@ -153,11 +128,10 @@ def test_an_empty_list_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["x.txt", "x.json"])
 def test_a_list_that_cannot_be_read_is_refused(tmp_path, name):
-    assert (
-        refusal(read_image_list, tmp_path / name, 3) == f"{tmp_path / name}: cannot be read: No such file or directory"
-    )
-    (tmp_path / name).mkdir()
-    assert refusal(read_image_list, tmp_path / name, 3) == f"{tmp_path / name}: cannot be read: Is a directory"
+    path = tmp_path / name
+    assert refusal(read_image_list, path, 3) == f"{path}: cannot be read: No such file or directory"
+    path.mkdir()
+    assert refusal(read_image_list, path, 3) == f"{path}: cannot be read: Is a directory"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,10 +164,8 @@ def test_annotations_equal_the_list(tmp_path):
         "[]",
         '{"images": [], "annotations": [{"image_id": 1, "category_id": 0}]}',
         '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1}]}',
-        '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "category_id": "x"}]}',
         '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "category_id": 1.7}]}',
         '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "category_id": true}]}',
-        '{"images": [{"id": 1, "file_name": 5}], "annotations": [{"image_id": 1, "category_id": 1}]}',
         '{"images": [{"id": 1, "file_name": null}], "annotations": [{"image_id": 1, "category_id": 1}]}',
         "[" * 200_000,
         b"\xff\xfe\xfd",
@@ -293,16 +265,6 @@ def in_one_folder_each(joint: str) -> tuple[list[tuple[str, int]], list[tuple[st
     return train, [(f"val/{folders[label]}/{os.path.basename(path)}", label) for path, label in FLAT]
 
 
-def test_the_two_layouts_of_places_in_this_file():
-    train, test = in_one_folder_each("-")
-    assert [path for path, _ in train[1:4]] == [
-        "train/arena-hockey/1.jpg",
-        "train/arena-hockey/2.jpg",
-        "train/underwater-ocean_deep/1.jpg",
-    ]
-    assert test[1:] == [("val/arena-hockey/v2.jpg", 0), ("val/underwater-ocean_deep/v3.jpg", 3)]
-
-
 def test_classes_are_numbered_by_frequency(tmp_path):
     source = PLACES.read(data_set(tmp_path, NESTED, FLAT, [path for path, _ in NESTED + FLAT]), 5)
     assert source.class_map.tolist() == [1, 2, 3, 0, 4]
@@ -346,15 +308,13 @@ def test_a_list_of_either_layout_finds_the_images_of_either(tmp_path, joint, lis
     assert source.test.targets.tolist() == [2, 1, 0]
 
 
-def test_paths_that_no_layout_explains_stay_as_they_are(tmp_path):
+def test_paths_that_lie_as_listed_or_that_no_layout_explains_stay_as_they_are(tmp_path):
     touch(tmp_path, "train/barn/1.jpg", "val/barn/v1.jpg")
+    assert on_disk(["train/barn/1.jpg"], tmp_path, PLACES.train_folders, False) == ["train/barn/1.jpg"]
     listed = ["data_256/b/barn/1.jpg", "data_256/c/cave/2.jpg"]
     assert on_disk(listed, tmp_path, PLACES.train_folders, False) == ["train/barn/1.jpg", "data_256/c/cave/2.jpg"]
     listed = ["val_256/v1.jpg", "val_256/v2.jpg"]
     assert on_disk(listed, tmp_path, PLACES.test_folders, True) == ["val/barn/v1.jpg", "val_256/v2.jpg"]
-    listed = ["other/b/barn/1.jpg"]
-    assert on_disk(listed, tmp_path, PLACES.train_folders, False) == listed
-    assert on_disk(["data_256/b/barn/1.jpg"], tmp_path, (), False) == ["data_256/b/barn/1.jpg"]
 
 
 def test_a_file_name_in_two_folders_is_refused_where_the_list_says_only_the_name(tmp_path):
@@ -365,25 +325,12 @@ def test_a_file_name_in_two_folders_is_refused_where_the_list_says_only_the_name
     assert on_disk(["val_256/v2.jpg"], tmp_path, PLACES.test_folders, True) == ["val/barn/v2.jpg"]
 
 
-def test_linked_class_folders_are_found_by_file_name_too(tmp_path):
-    touch(tmp_path, "disk/barn/v1.jpg")
-    (tmp_path / "val").mkdir()
-    (tmp_path / "val/barn").symlink_to(tmp_path / "disk/barn")
-    assert on_disk(["val_256/v1.jpg"], tmp_path, PLACES.test_folders, True) == ["val/barn/v1.jpg"]
-
-
 def test_paths_that_the_system_does_not_take_are_refused(tmp_path):
     long = "x" * 5000
     tree = data_set(tmp_path, [(f"{long}.jpg", 0)], FLAT, [])
     assert refusal(PLACES.read, tree, 5).endswith(f"the first image that {tree}/Places_LT_train.txt names")
     assert refusal(PLACES.find, tree, long).startswith(f"train_txt: there is no {long} nor")
     assert refusal(PLACES.find, tmp_path / long).startswith("train_txt: there is no ")
-
-
-def test_where_both_layouts_lie_here_the_list_s_own_is_read(tmp_path):
-    touch(tmp_path, "train/barn/1.jpg", "data_256/b/barn/1.jpg")
-    for listed in (["train/barn/1.jpg"], ["data_256/b/barn/1.jpg"]):
-        assert on_disk(listed, tmp_path, PLACES.train_folders, False) == listed
 
 
 def test_every_class_of_places_is_found_in_either_layout(tmp_path):
@@ -407,11 +354,6 @@ def test_images_that_lie_elsewhere_are_refused(tmp_path, split):
     assert refusal(PLACES.read, tree, 4) == said
 
 
-def test_labels_of_both_lists_are_checked(tmp_path):
-    tree = data_set(tmp_path, NESTED, [*FLAT, ("val_256/v4.jpg", 4)], [path for path, _ in NESTED + FLAT])
-    assert "Places_LT_test.txt, line 4: label 4" in refusal(PLACES.read, tree, 4)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of classes
 
@@ -423,20 +365,13 @@ def test_labels_of_both_lists_are_checked(tmp_path):
         (["t/Aves/1/a.jpg", "t/Insecta/2/b.jpg", "t/Aves/1/c.jpg"], ["Aves/1", "Insecta/2", "2"]),
         (["cat/a.jpg", "dog/b.jpg", "cat/c.jpg"], ["cat", "dog", "2"]),
         (["cat/a.jpg", "category/b.jpg", "cat/c.jpg"], ["cat", "category", "2"]),
-        (["./t/cat/a.jpg", "./t/dog/b.jpg", "t/cat/c.jpg"], ["cat", "dog", "2"]),
         (["/t/cat/a.jpg", "t/dog/b.jpg", "/t/cat/c.jpg"], ["cat", "dog", "2"]),
-        (["a.jpg", "b.jpg", "c.jpg"], ["0", "1", "2"]),
         (["a.jpg", "dog/b.jpg", "c.jpg"], ["0", "dog", "2"]),
         (["caf\udce9/a.jpg", "dog/b.jpg", "caf\udce9/c.jpg"], ["caf\\xe9", "dog", "2"]),
     ],
 )
 def test_a_class_is_named_after_its_folder(paths, names):
     assert class_names(paths, np.array([0, 1, 0]), 3) == names
-
-
-def test_no_images_give_no_names():
-    assert class_names([], np.array([], dtype=np.int64), 2) == ["0", "1"]
-    assert below_common([]) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,23 +419,8 @@ def test_published_test_lists_are_balanced(tmp_path, name, spec, per_class, firs
 # ---------------------------------------------------------------------------------------------------------------------
 # Size
 
-# The peak of this process alone: ru_maxrss starts from what the parent had when it forked.
-MEASURE = """
-import sys, time
-from pathlib import Path
-from datasets.specs import SPECS
-
-def peak():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-before, start = peak(), time.process_time()
-source = SPECS["ina2018"].lists.read(Path(sys.argv[1]), 8142)
-print(len(source.train.targets), len(source.class_names), time.process_time() - start, peak() - before)
-"""
-
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
 def test_the_largest_lists_take_linear_time_and_little_memory(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.minimum(rng.exponential(1500, 437_513).astype(np.int64), 8141)
@@ -509,9 +429,12 @@ def test_the_largest_lists_take_linear_time_and_little_memory(tmp_path):
         lines = [f"train_val2018/Plantae/{y}/{rng.bytes(16).hex()}.jpg {y}\n" for y in chosen]
         write(tmp_path / name, "".join(lines))
         touch(tmp_path, lines[0].split()[0])
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    images, classes, seconds, megabytes = map(float, done.stdout.split())
-    assert (images, classes) == (437_513, 8142)
-    assert seconds < 30  # 3 on a fast machine; anything quadratic would take hours
-    assert megabytes < 200
+    del lines
+    tracemalloc.start()
+    start = time.process_time()
+    source = SPECS["ina2018"].lists.read(tmp_path, 8142)
+    seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(source.train.targets), len(source.class_names)) == (437_513, 8142)
+    assert seconds < 60  # 3 on a fast machine without tracemalloc; anything quadratic would take hours
+    assert peak < 200 * 2**20

@@ -1,11 +1,7 @@
 """ImageNet-LT, iNaturalist 2018 and Places-LT end to end: configurations, class maps, the authors' commands."""
 
 import csv
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from datasets.class_order import class_map_for
 from models import build_model
 from tests.conftest import ROOT, assert_same_run, failure, train
 from tests.goldens.fill import fill_state_dict, wave_images
+from tests.scripts import ended, free_port, started
 from utils import build
 from utils.checkpoint import load_weights
 from utils.config import load_config
@@ -41,7 +38,6 @@ CONFIGS = {
 SMALL = ["batch_size", 8, "workers", 1, "num_epochs", 1]
 LINES = re.compile(r"^(?:\S+ \S+ )?(\* (?:Acc@1|ECE) .*)$", re.MULTILINE)
 IMAGENET = "config/imagenet/imagenet_resnet50_arbloss_ugcc_mixup.yaml"
-PLACES = "config/places/places_resnet50_arbloss_ugcc_mixup.yaml"
 
 
 def test_these_are_all_configurations():
@@ -79,27 +75,21 @@ def test_a_configuration_trains_with_two_processes_and_is_evaluated(name, lists,
         torch.save(weights, tmp_path / "weights.pth")
         options += ["pretrained", tmp_path / "weights.pth"]
     launch = ["-m", "torch.distributed.launch", "--nproc_per_node", 2, "--master_port", free_port()]
-    trained = script(*launch, "train_stage1.py", "--cfg", f"./config/{name}.yaml", *options, "save_dir", tmp_path)
+    training = ["train_stage1.py", "--cfg", f"./config/{name}.yaml", *options, "save_dir", tmp_path]
+    trained = said(tmp_path, *launch, *training)
     (tmp_path / "weights.pth").unlink(missing_ok=True)  # a checkpoint needs them no more
     (run,) = tmp_path.glob("*resnet*_2*")
-    evaluated = script("eval.py", "--cfg", run / "config.yaml", "resume", run / "ckps" / "current.pth.tar")
-    assert len(LINES.findall(evaluated)) == 2
-    assert LINES.findall(trained)[-2:] == LINES.findall(evaluated)
+    words = ["eval.py", "--cfg", run / "config.yaml", "resume", run / "ckps" / "current.pth.tar"]
+    evaluated = LINES.findall(said(tmp_path, *words))
+    assert len(evaluated) == 2
+    assert LINES.findall(trained)[-2:] == evaluated
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def script(*arguments: object) -> str:
-    """What a command that succeeds says."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def said(folder: Path, *words: object) -> str:
+    with started(folder, *words) as run:
+        done = ended(run, 500)
+    assert done.code == 0, done.err
+    return done.out
 
 
 def test_resume_matches_an_uninterrupted_run_with_any_number_of_workers(lists, tmp_path):
@@ -199,22 +189,6 @@ def test_options_of_lists_are_refused_for_other_data(capsys):
         )
         assert (bad.code, len(bad.lines)) == (2, 1)
         assert f"{option}: digits does not come as lists" in bad.said
-
-
-def test_bad_lists_and_images_end_in_one_line(lists, tmp_path, capsys):
-    base = ["--cfg", PLACES, "pretrained", False, "image_size", 32, "num_epochs", 1, "save_dir", tmp_path / "saved"]
-    bad = failure(capsys, train_stage1.main, *base, "data_path", tmp_path)
-    assert (bad.code, len(bad.lines)) == (2, 1)
-    assert "train_txt: there is no" in bad.said and "Places_LT_train.txt" in bad.said
-    broken = next((lists / "places" / "data_256").rglob("*.jpg")).read_bytes()[:300]
-    (tmp_path / "data_256").mkdir()
-    for i in range(4):
-        (tmp_path / "data_256" / f"{i}.jpg").write_bytes(broken)
-    for name in ("train", "test"):
-        (tmp_path / f"Places_LT_{name}.txt").write_text("".join(f"data_256/{i}.jpg {3 + i % 2}\n" for i in range(4)))
-    bad = failure(capsys, train_stage1.main, *base, "data_path", tmp_path, "batch_size", 4, "workers", 1)
-    assert (bad.code, len(bad.lines)) == (2, 1)
-    assert re.search(r"data_256/\d.jpg: is no readable image", bad.said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.scripts import closed_pipe, forked_scripts, script_of, until  # noqa: F401
+from tests.scripts import forked_scripts, script_of, until  # noqa: F401
 from utils.errors import DivergenceError, InputError
 from utils.run.folder import new_folder
 from utils.run.log import SCALAR_CLASSES, TIME, RunLog, count_lines, progress_line
@@ -53,12 +53,12 @@ def test_folders_made_at_the_same_time_are_never_the_same(tmp_path):
     assert all(re.fullmatch(r"run_\d{14}(_\d+)?", folder.name) for folder in folders)
 
 
-@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link"])
-def test_a_place_that_cannot_hold_folders_is_refused(tmp_path, kind):
-    place = tmp_path / "saved"
-    place.symlink_to(tmp_path / "nowhere") if kind == "dangling link" else place.write_text("")
+@pytest.mark.parametrize("name", ["file", "file/below", "dangling link"])
+def test_a_place_that_cannot_hold_folders_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"^save_dir: "):
-        new_folder(str(place / "deeper" if kind == "below a file" else place), "run")
+        new_folder(str(tmp_path / name), "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,14 +106,8 @@ def test_lines_that_a_resume_writes_again_are_dropped_and_all_others_stay(tmp_pa
     with RunLog(tmp_path, "x") as run:
         run.info("Epoch: [0][0/8] first")
         size = run.size()
-        for line in (
-            "Epoch: [0][4/8] later",
-            "note: mine",
-            "* Acc@1 5%",
-            "* ECE 3",
-            "Epoch: [0]\t7 logits",
-            "ä Epoch: [",
-        ):
+        repeated = ("Epoch: [0][4/8] later", "* Acc@1 5%", "* ECE 3", "Epoch: [0]\t7 logits")
+        for line in (repeated[0], "note: mine", *repeated[1:], "ä Epoch: ["):
             run.info(line)
     assert size == len((tmp_path / "logs" / "x.txt").read_bytes().splitlines(keepends=True)[0])
     with RunLog(tmp_path, "x", 0, size) as run:
@@ -209,25 +203,15 @@ LOGGING = """
 import sys, time
 from pathlib import Path
 from utils.run.log import RunLog
-time.sleep(0.2)  # until the reader has gone
 with RunLog(Path(sys.argv[1]), "x") as run:
-    for number in range(3):
-        run.info(f"line {number}")
-    while len(sys.argv) > 2:
-        time.sleep(1)
+    run.info("line")
+    time.sleep(60)
 """
 
 
-def test_when_nobody_reads_standard_output_any_more_the_log_goes_on(scripts, tmp_path):
-    script = script_of(tmp_path, LOGGING)
-    with closed_pipe(tmp_path / "pipe") as pipe, scripts.alive(tmp_path, script, tmp_path, out=pipe) as run:
-        assert (run.process.wait(30), run.err()) == (0, "")
-    assert lines(tmp_path) == [f"line {number}" for number in range(3)]
-
-
 def test_a_folder_that_another_process_writes_is_refused_until_that_ends(scripts, tmp_path):
-    with scripts.alive(tmp_path, script_of(tmp_path, LOGGING), tmp_path, "and waits") as other:
-        assert until(lambda: "line 2\n" in other.out(), other)
+    with scripts.alive(tmp_path, script_of(tmp_path, LOGGING), tmp_path) as other:
+        assert until(lambda: "line\n" in other.out(), other)
         with pytest.raises(InputError, match=f"^{tmp_path}: another process is training this run"):
             RunLog(tmp_path, "x")
         other.process.kill()
@@ -249,20 +233,13 @@ def test_counts_are_said_where_there_are_any():
 # Rows
 
 
-def test_rows_are_written_one_per_line_and_read_back(tmp_path):
+@pytest.mark.parametrize("start", [0, 2, 4, 9])
+def test_rows_are_written_one_per_line_and_no_epoch_is_there_twice_after_a_resume(tmp_path, start):
     with RunLog(tmp_path, "x") as run:
         assert run.history() == []
         for row in ROWS:
             run.write_epoch(row)
             assert stored_rows(tmp_path)[-1] == row
-        assert run.history() == ROWS
-
-
-@pytest.mark.parametrize("start", [0, 1, 2, 4, 9])
-def test_after_a_resume_no_epoch_is_there_twice(tmp_path, start):
-    with RunLog(tmp_path, "x") as run:
-        for row in ROWS:
-            run.write_epoch(row)
     with RunLog(tmp_path, "x", start_epoch=start) as run:
         assert run.history() == stored_rows(tmp_path) == ROWS[:start]
         for epoch in range(start, 4):
@@ -271,7 +248,7 @@ def test_after_a_resume_no_epoch_is_there_twice(tmp_path, start):
     assert [row["epoch"] for row in stored_rows(tmp_path) if "again" in row] == list(range(start, 4))
 
 
-@pytest.mark.parametrize("cut", [1, 12, 30])
+@pytest.mark.parametrize("cut", [1, 30])
 def test_a_last_line_cut_short_is_left_out_and_the_next_row_has_a_line_of_its_own(tmp_path, cut):
     lines = [json.dumps(row) for row in ROWS[:3]]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:2], lines[2][:cut]]))
@@ -292,19 +269,11 @@ def test_a_whole_last_line_without_its_line_end_is_kept(tmp_path):
 # TensorBoard
 
 
-def test_tensorboard_reads_the_scalars(tmp_path):
-    with RunLog(tmp_path, "x") as run:
-        for epoch in range(3):
-            run.scalars(epoch, {"top1/test": 10.0 * epoch, "lr": 0.5})
-            assert curve(tmp_path, "top1/test")[-1] == (epoch, 10.0 * epoch)  # while the run goes on
-    assert curve(tmp_path, "top1/test") == [(0, 0.0), (1, 10.0), (2, 20.0)]
-    assert curve(tmp_path, "lr") == [(0, 0.5), (1, 0.5), (2, 0.5)]
-
-
 def test_tensorboard_shows_no_epoch_twice_after_a_resume(tmp_path):
     with RunLog(tmp_path, "x") as run:
         for epoch in range(4):
             run.scalars(epoch, {"loss": float(epoch)})
+            assert curve(tmp_path, "loss")[-1] == (epoch, float(epoch))  # while the run goes on
     (events,) = (tmp_path / "tensorboard").iterdir()  # TensorBoard sorts files by the second they were made in
     events.rename(events.with_name("events.out.tfevents.1000000000.earlier"))
     with RunLog(tmp_path, "x", start_epoch=2) as run:

@@ -1,6 +1,7 @@
 """Several processes, end to end: the same gradients and metrics as one, both launchers, two nodes, and failures."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import train_stage1
+from datasets import Data
 from datasets.loaders import EvalLoader
-from tests.conftest import ARB, SHORT, manager_of
+from tests.conftest import ARB, ROOT, SHORT, manager_of
 from tests.scripts import (
     assert_nothing_left,
     completed,
@@ -25,6 +27,7 @@ from tests.scripts import (
     forked_scripts,  # noqa: F401
     free_port,
     ranks_of,
+    script_of,
     started,
     wait_for,
 )
@@ -63,6 +66,7 @@ SAME = {
 IMAGES = 35
 EVAL_BATCHES = (37, 200, 500)  # of 400 images: 11 batches, 2 and 1
 WORLDS = (4, 3, 2, 1)
+CFG = load_config(str(ROOT / DIGITS), ["image_size", "8", "backbone", "resnet8", "val_per_class", "2"])
 
 
 class Still(nn.Module):
@@ -103,9 +107,8 @@ def main(folder: Path, ports: list[str]) -> None:
 
 def work(path: Path) -> None:
     """One member's part in one group: its gradients, evaluations and buffers."""
-    cfg = load_config(DIGITS, ["image_size", "8", "backbone", "resnet8", "val_per_class", "2"])
     with distributed.processes("cpu") as device:
-        data = build.load_data(cfg, cfg.class_map, device)
+        data = digits(device)
         found = {"gradients": {}, "train": {}, "turn": turn(path.parent)}
         for name, (loss, counts, alpha, batch_size, arrangements) in SAME.items():
             for accumulate in (k for world_size, k in arrangements if world_size == distributed.world_size()):
@@ -114,8 +117,14 @@ def work(path: Path) -> None:
                 options = load_config(DIGITS, [*overrides, "backbone", "resnet8"])
                 key = (name, distributed.world_size(), accumulate)
                 found["train"][key], found["gradients"][key] = gradients(options, data, device, path.parent)
-        found |= evaluations(cfg, data, device)
+        found |= evaluations(CFG, data, device)
         torch.save(found, path)
+
+
+@functools.cache
+def digits(device: torch.device) -> Data:
+    """Read once by every process, in the first group."""
+    return build.load_data(CFG, CFG.class_map, device)
 
 
 def turn(folder: Path) -> tuple[int, int]:
@@ -197,10 +206,8 @@ def test_a_last_batch_with_fewer_images_than_processes_has_a_gradient(groups, na
 
 @pytest.mark.parametrize("name", SAME)
 def test_training_averages_are_those_of_the_global_batch(groups, name):
-    arrangements = SAME[name][-1]
-    first, *others = ([member["train"][name, w, k] for member in groups[w]] for w, k in arrangements)
-    for members in [first, *others]:
-        assert all(member == pytest.approx(first[0], rel=1e-9) for member in members)
+    found = [member["train"][name, w, k] for w, k in SAME[name][-1] for member in groups[w]]
+    assert all(row == pytest.approx(found[0], rel=1e-9) for row in found)
 
 
 def test_mixup_within_shares_is_not_mixup_of_the_whole(groups):
@@ -266,13 +273,14 @@ def only_run(save_dir: Path) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> SimpleNamespace:
-    """A run by torch.distributed.launch in two processes, as the originals' users start theirs."""
+def launched(scripts, tmp_path_factory) -> SimpleNamespace:
+    """A run of two processes with the argument that torch.distributed.launch appends; the environment decides."""
     folder = tmp_path_factory.mktemp("launched")
-    launcher = ["-m", "torch.distributed.launch", "--nproc_per_node", 2, "--master_port", free_port()]
-    done = completed(folder, *launcher, *of_digits(folder / "saved"))
-    assert done.code == 0, done.err
-    return SimpleNamespace(**vars(only_run(folder / "saved")), out=done.out)
+    script, *words = of_digits(folder / "saved")
+    with scripts.group(2, folder, script, "--local-rank=1", *words) as ranks:
+        done = [ended(rank) for rank in ranks]
+    assert [rank.code for rank in done] == [0, 0], [rank.err for rank in done]
+    return SimpleNamespace(**vars(only_run(folder / "saved")), out="".join(rank.out for rank in done))
 
 
 def assert_one_run_of_two_processes(run: SimpleNamespace, said: str) -> None:
@@ -287,11 +295,22 @@ def assert_one_run_of_two_processes(run: SimpleNamespace, said: str) -> None:
     assert (run.folder / "summary.json").is_file()
 
 
-def test_torch_distributed_launch_trains_one_run(launched):
+def test_two_processes_train_one_run(launched):
     assert_one_run_of_two_processes(launched, launched.out)
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["one process", "three processes"])
+@pytest.mark.slow
+def test_torch_distributed_launch_trains_the_same_run(launched, tmp_path):
+    """As the originals' users start theirs."""
+    launcher = ["-m", "torch.distributed.launch", "--nproc_per_node", 2, "--master_port", free_port()]
+    done = completed(tmp_path, *launcher, *of_digits(tmp_path / "saved"))
+    assert done.code == 0, done.err
+    run = only_run(tmp_path / "saved")
+    assert_one_run_of_two_processes(run, done.out)
+    assert run.rows == launched.rows
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)])
 def evaluated(request, scripts, launched, tmp_path_factory) -> SimpleNamespace:
     """What eval.py says and writes of that run's checkpoint."""
     folder = tmp_path_factory.mktemp("evaluated")
@@ -317,12 +336,17 @@ def test_eval_reports_what_the_training_did(launched, evaluated):
     assert (evaluated.report / "per_class.csv").read_text().count("\n") == 11
 
 
+def on_two_nodes(folder: Path) -> list[list[object]]:
+    """The commands of two launchers that meet on the loopback, one process each."""
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", folder.name]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, *meeting]
+    return [[*launcher, "--node_rank", rank, *of_digits(folder / "saved")] for rank in (0, 1)]
+
+
 @pytest.mark.slow
 def test_two_nodes_train_the_same_run(launched, tmp_path):
-    """Two launchers that meet on the loopback, one process each; what they train is what one node with two trains."""
-    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", tmp_path.name]
-    launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, *meeting]
-    commands = [[*launcher, "--node_rank", rank, *of_digits(tmp_path / "saved")] for rank in (0, 1)]
+    """What they train is what one node with two processes trains."""
+    commands = on_two_nodes(tmp_path)
     with started(tmp_path, *commands[0]) as first, started(tmp_path, *commands[1]) as second:
         for node in (first, second):
             assert node.process.wait(timeout=240) == 0, node.err()
@@ -336,11 +360,8 @@ def test_two_nodes_train_the_same_run(launched, tmp_path):
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_a_node_that_cannot_begin_ends_the_other_within_a_minute(tmp_path, wrong):
     """Its configuration lies on one node only; the other would wait for it to join. By ranks: test_distributed.py."""
-    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", tmp_path.name]
-    launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, *meeting]
-    commands = [[*launcher, "--node_rank", rank, *of_digits(tmp_path / "saved")] for rank in (0, 1)]
-    place = commands[wrong].index(f"./{ARB}")
-    commands[wrong][place] = "./config/absent.yaml"
+    commands = on_two_nodes(tmp_path)
+    commands[wrong][commands[wrong].index(f"./{ARB}")] = "./config/absent.yaml"
     began = time.monotonic()
     with started(tmp_path, *commands[0]) as first, started(tmp_path, *commands[1]) as second:
         nodes = (first, second)
@@ -403,11 +424,36 @@ def test_the_backbone_of_places_does_not_move_in_two_processes(scripts, lists, t
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 
 
+# The least that has a group: the imports of the trainer, three times, are most of what a real launch costs.
+STEPPING = """
+import sys, time
+import torch
+from utils import distributed
+from utils.command_line import exit_code
+def main():
+    with distributed.processes("cpu"):
+        for step in range(100_000):
+            distributed.all_reduce_sum(torch.ones(1))
+            if distributed.is_main() and step == 2:
+                print("Epoch: [0][2/4]", flush=True)
+            time.sleep(0.02)
+sys.exit(exit_code(main))
+"""
+
+
 @needs_proc
-@pytest.mark.parametrize("killed", [pytest.param("0", marks=pytest.mark.slow), "1"])
-def test_torchrun_trains_and_a_killed_rank_ends_all_within_a_minute(tmp_path, killed):
-    options = ["num_epochs", 100_000, "eval_every", 100_000]
-    with started(tmp_path, *TORCHRUN, *of_digits(tmp_path / "saved", *options)) as run:
+@pytest.mark.parametrize(
+    ("words", "killed"),
+    [
+        ((), "1"),
+        pytest.param(("num_epochs", 100_000, "eval_every", 100_000), "0", marks=pytest.mark.slow),
+        pytest.param(("num_epochs", 100_000, "eval_every", 100_000), "1", marks=pytest.mark.slow),
+    ],
+    ids=["steps alone", "training, the first", "training, the second"],
+)
+def test_torchrun_runs_two_processes_and_a_killed_rank_ends_all_within_a_minute(tmp_path, words, killed):
+    command = of_digits(tmp_path / "saved", *words) if words else [script_of(tmp_path, STEPPING)]
+    with started(tmp_path, *TORCHRUN, *command, PYTHONPATH=str(ROOT)) as run:
         wait_for(lambda: "Epoch: [0][2/4]" in run.out(), run)
         ranks = ranks_of(tmp_path, run.process.pid)
         assert {"0", "1"} <= ranks.keys()
@@ -428,7 +474,7 @@ def test_a_missing_image_ends_all_within_a_minute_with_its_name(scripts, tmp_pat
     order = generator(0, 0, "order").permutation(len(listed))
     missing = tree / listed[order[2 * 16 + 9]].split()[0]
     missing.unlink()
-    command = training(tree, tmp_path / "saved", "image_size", 32)
+    command = training(tree, tmp_path / "saved", "image_size", 8)
     with scripts.group(2, tmp_path, *command) as ranks:
         done = [ended(rank, 60) for rank in ranks]
         assert_nothing_left(tmp_path, 60)

@@ -111,10 +111,6 @@ FAULTS = {
         in_train(("data_256/a/attic/3.jpg 0\n", "\n")),
         [FEWER, "- train: largest class: published 6, here 5"],
     ),
-    "fewer test images": (
-        lambda tree: edit(tree / "Places_LT_test.txt", ("val_256/v6.jpg 3\n", "")),
-        ["- test: images: published 7, here 6"],
-    ),
     "another smallest class": (
         in_train(("data_256/b/barn/0.jpg 3\n", "")),
         [FEWER, "- train: smallest class: published 1, here 4"],
@@ -155,16 +151,6 @@ FAULTS = {
             f"    {line(9, 'data_256/a/arena/hockey/2.jpg', 0)}, most have 1 (a/arena/hockey)",
         ],
     ),
-    "mislabelled in the test list": (
-        lambda tree: (
-            edit(tree / "Places_LT_test.txt", ("val_256/v3.jpg 1", "data_256/a/arena/hockey/9.jpg 0"))
-            or save_image(tree / "data_256/a/arena/hockey/9.jpg", 99)
-        ),
-        [
-            "- test: images labelled unlike most of their folder: 1",
-            f"    {line(4, 'data_256/a/arena/hockey/9.jpg', 0)}, most have 1 (a/arena/hockey)",
-        ],
-    ),
     "two folders with one label": (
         in_train(("b/barn/0.jpg 3", "b/barn/0.jpg 1")),
         [
@@ -179,15 +165,7 @@ FAULTS = {
         + [f"    line {i + 1}: TREE/data_256/a/attic/{i}.jpg" for i in range(5)]
         + ["    and 1 more"],
     ),
-    "no more missing than are shown": (
-        lambda tree: [(tree / f"data_256/a/attic/{i}.jpg").unlink() for i in range(5)],
-        ["- train: missing or empty files: 5"] + [f"    line {i + 1}: TREE/data_256/a/attic/{i}.jpg" for i in range(5)],
-    ),
-    "missing in the test list": (
-        lambda tree: (tree / "val_256/v4.jpg").unlink(),
-        ["- test: missing or empty files: 1", "    line 5: TREE/val_256/v4.jpg"],
-    ),
-    "a folder and an empty file": (
+    "a folder and an empty file in the test list": (
         lambda tree: (
             (tree / "val_256/v4.jpg").unlink(),
             (tree / "val_256/v4.jpg").mkdir(),
@@ -208,26 +186,10 @@ def test_one_fault_is_one_problem_with_its_lines(tree, check, name):
     damage(tree)
     code, text = check()
     assert problems(text) == [line.replace("TREE", str(tree)) for line in expected]
-    assert code == (1 if expected else 0)
-
-
-def test_several_faults_are_reported_together(tree, check):
-    for name in ("no label", "missing in the test list"):
-        FAULTS[name][0](tree)
-    edit(tree / "Places_LT_train.txt", ("b/barn/0.jpg 3", "b/barn/0.jpg 33"))
-    code, text = check()
     assert code == 1
-    assert [line for line in problems(text) if line.startswith("- ")] == [
-        "- train: images: published 11, here 9",
-        "- train: smallest class: published 1, here 3",
-        "- train: lines that are not 'relative/path label': 1",
-        "- train: labels outside 0 .. 3: 1",
-        "- test: missing or empty files: 1",
-    ]
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("content", ["", "nothing\n"])
+@pytest.mark.parametrize(("split", "content"), [("train", ""), ("test", "nothing\n")])
 def test_a_list_without_images_is_a_problem(tree, check, split, content):
     (tree / f"Places_LT_{split}.txt").write_text(content)
     code, text = check()
@@ -261,11 +223,7 @@ def test_a_folder_s_images_of_both_lists_count(tree, check):
         f"    {line(4, 'train/n1/2.jpg', 0)}, most have 1 (n1)",
     ]
     relist(tree, train[:3], [("val/n0/3.jpg", 1), ("val/n1/3.jpg", 1)])
-    _, text = check()
-    assert label_problems(text) == [
-        "- test: images labelled unlike most of their folder: 1",
-        f"    {line(1, 'val/n0/3.jpg', 1)}, most have 0 (n0)",
-    ]
+    assert label_problems(check()[1])[0] == "- test: images labelled unlike most of their folder: 1"
 
 
 def test_a_folder_without_a_majority_is_not_judged(tree, check):
@@ -276,29 +234,15 @@ def test_a_folder_without_a_majority_is_not_judged(tree, check):
     assert "note: train: 2 images lie in no class folder; labels not checked\n" in text
 
 
-def test_a_flat_folder_is_no_class_folder_even_if_one_label_prevails(tree, check):
-    relist(tree, [("data_256/n0/1.jpg", 0), ("data_256/n1/1.jpg", 1)], [(f"val_256/{i}.jpg", i // 4) for i in range(5)])
-    _, text = check()
-    assert label_problems(text) == []
-    assert "note: test: 5 images lie in no class folder; labels not checked\n" in text
-
-
-def test_flat_folders_below_another_are_no_class_folders(tree, check):
-    rows = [("data_256/n0/1.jpg", 0), ("data_256/n1/1.jpg", 1)]
-    relist(tree, rows, [(f"val/{part}/{i}.jpg", i % 4) for part in "ab" for i in range(8)])
+@pytest.mark.parametrize("parts", ["", "ab"], ids=["flat", "below others"])
+def test_folders_of_several_labels_are_no_class_folders(tree, check, parts):
+    """Even if one label prevails."""
+    test = [(f"val/{part}/{i}.jpg", i % 4) for part in parts for i in range(8)]
+    test = test or [(f"val_256/{i}.jpg", i // 12) for i in range(16)]
+    relist(tree, [("data_256/n0/1.jpg", 0), ("data_256/n1/1.jpg", 1)], test)
     _, text = check()
     assert label_problems(text) == []
     assert "note: test: 16 images lie in no class folder; labels not checked\n" in text
-
-
-def test_labels_out_of_range_are_not_mislabelled_too(tree, check):
-    rows = [("train/n0/1.jpg", 0), ("train/n0/2.jpg", 0), ("train/n0/3.jpg", 9), ("train/n1/1.jpg", 1)]
-    relist(tree, rows, [("val/n0/4.jpg", 0), ("val/n1/2.jpg", 9), ("val/n1/3.jpg", 9)])
-    _, text = check()
-    assert [line for line in label_problems(text) if line.startswith("- ")] == [
-        "- train: labels outside 0 .. 3: 1",
-        "- test: labels outside 0 .. 3: 2",
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,43 +264,30 @@ def test_images_of_the_other_layout_are_looked_up_where_they_lie(tree, check):
     ]
 
 
-DAMAGED = ("data_256/a/attic/2.jpg", "val_256/v1.jpg")
-
-
-def damage(tree: Path) -> None:
-    for path in DAMAGED:
-        (tree / path).write_bytes((tree / path).read_bytes()[:-40])  # the header is whole
-
-
-def test_no_image_is_decoded_unless_asked(tree, check):
-    damage(tree)
-    assert check()[0] == 0
-
-
 @pytest.mark.parametrize("workers", ["0", "3"])
-def test_images_that_do_not_decode_fully_are_named(tree, check, workers):
-    damage(tree)
+def test_images_that_do_not_decode_fully_are_named_where_asked(tree, check, workers):
+    """A missing one is missing and not damaged too."""
+    damaged = ("data_256/a/attic/2.jpg", "val_256/v1.jpg")
+    for path in damaged:
+        (tree / path).write_bytes((tree / path).read_bytes()[:-40])  # the header is whole
+    assert check()[0] == 0
+    (tree / "data_256/a/attic/4.jpg").unlink()
     code, text = check("--images", "all", "workers", workers)
     assert code == 1
-    title, train, test_title, test = problems(text)
-    assert (title, test_title) == (
+    starts = [
+        "- train: missing or empty files: 1",
+        f"    line 5: {tree}/data_256/a/attic/4.jpg",
         "- train: images that cannot be decoded: 1",
+        f"    line 3: {tree / damaged[0]}: is no readable image (",
         "- test: images that cannot be decoded: 1",
-    )
-    assert train.startswith(f"    line 3: {tree / DAMAGED[0]}: is no readable image (")
-    assert test.startswith(f"    line 2: {tree / DAMAGED[1]}: is no readable image (")
-    assert "note: train: 11 of 11 images were decoded\nnote: test: 7 of 7 images were decoded\n" in text
+        f"    line 2: {tree / damaged[1]}: is no readable image (",
+    ]
+    assert all(found.startswith(start) for found, start in zip(problems(text), starts, strict=True)), text
+    assert "note: train: 10 of 11 images were decoded\nnote: test: 7 of 7 images were decoded\n" in text
     assert "no image was decoded" not in text
 
 
-def test_a_missing_image_is_missing_and_not_damaged_too(tree, check):
-    (tree / DAMAGED[0]).unlink()
-    _, text = check("--images", "all")
-    assert problems(text) == ["- train: missing or empty files: 1", f"    line 3: {tree / DAMAGED[0]}"]
-    assert "note: train: 10 of 11 images were decoded\n" in text
-
-
-@pytest.mark.parametrize(("number", "chosen"), [("1", [0]), ("2", [0, 10]), ("4", [0, 3, 7, 10]), ("50", range(11))])
+@pytest.mark.parametrize(("number", "chosen"), [("1", [0]), ("4", [0, 3, 7, 10]), ("50", range(11))])
 def test_some_images_are_evenly_spaced(tree, check, monkeypatch, number, chosen):
     looked = []
     monkeypatch.setattr(verify, "open_rgb", looked.append)
@@ -376,14 +307,6 @@ def test_one_content_in_train_and_test_is_noted(tree, check):
         f"train {line(3, 'data_256/a/attic/2.jpg', 0)}; test {line(2, 'val_256/v1.jpg', 0)}\n"
     ) in text
     assert "are the same" not in check()[1]
-
-
-def test_progress_is_shown_on_standard_error(tree, capsys):
-    verify.main(["--cfg", str(tree / "x.yaml"), "--images", "2"])
-    out, err = capsys.readouterr()
-    for title in ("train: looking up: 100%", "test: looking up: 100%", "train: decoding: 100%", "test: decoding: 100%"):
-        assert title in err
-        assert title not in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,7 +347,7 @@ def test_class_folders(folders, capsys):
         "",
         "problems: 0",
     ]
-    assert "train: decoding: 100%" in err
+    assert "train: decoding: 100%" in err and "100%" not in out
 
 
 def test_a_damaged_image_in_a_class_folder_ends_the_check(folders, capsys):
@@ -437,9 +360,8 @@ def test_a_damaged_image_in_a_class_folder_ends_the_check(folders, capsys):
 
 
 def test_another_number_of_classes_than_the_data_set_has_is_a_problem(folders, capsys):
-    size = 32
-    for name in ("train/cat/0", "train/cat/1", "train/dog/0", "test/cat/0"):
-        Image.new("RGB", (size, size)).save(folders / f"{name}.jpg")
+    for path in folders.rglob("*.jpg"):
+        Image.new("RGB", (32, 32)).save(path)
     assert exit_code(lambda: verify.main(["--cfg", str(folders / "x.yaml"), "dataset", "cifar10"])) == 1
     assert problems(capsys.readouterr().out) == ["- classes: cifar10 has 10, here 2"]
 
@@ -474,10 +396,7 @@ def test_the_command_as_a_process(tree):
         (["--cfg", "nowhere.yaml"], "error: nowhere.yaml: no such configuration file"),
         (["--cfg", "x.yaml", "dataset", "place"], "error: dataset: 'place' is unknown; known are cifar10, "),
         (["--cfg", "x.yaml", "data_path", "nowhere"], "error: train_txt: there is no nowhere/Places_LT_train.txt"),
-        (["--cfg", "x.yaml", "val_txt", "x.txt"], "error: val_txt: there is no x.txt nor "),
-        (["--cfg", "x.yaml", "--images", "none"], "error: command line: argument --images: must be all or a whole"),
         (["--cfg", "x.yaml", "--images", "0"], "error: command line: argument --images: must be all or a whole"),
-        (["--cfg", "x.yaml", "--images"], "error: command line: argument --images: expected one argument"),
         (["--images", "all"], "error: command line: the following arguments are required: --cfg"),
     ],
 )
