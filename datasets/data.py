@@ -140,7 +140,7 @@ def build_data(
     source = _read(spec, dataset, Path(data_path), image_size, workers, lists)
     targets, classes = source.train.targets, len(source.class_names)
     if num_classes not in (None, classes):
-        raise DataError(f"num_classes: {num_classes}, but {dataset} in {data_path} has {classes}")
+        raise DataError(f"num_classes: {num_classes}, but {dataset} in {data_path} has {classes}; set that, or null")
     chosen, held_out, tested = np.arange(len(targets)), np.arange(0), np.arange(len(source.test.targets))
     if val_per_class:
         chosen, held_out = hold_out(targets, val_per_class, source.class_names, subset_seed)

@@ -54,7 +54,9 @@ def build_model(
         pretrained = arrangement.pretrained
     if name in CIFAR_BACKBONES:
         if pretrained:
-            raise InputError(f"backbone: there are no pretrained weights for the CIFAR model {backbone!r}")
+            raise InputError(
+                f"pretrained: there are no weights for the CIFAR model {backbone!r}; use False, or a torchvision backbone"
+            )
         features = resnet_cifar.build(*CIFAR_BACKBONES[name])
     else:
         features = resnet.build(name, pretrained)

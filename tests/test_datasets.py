@@ -155,7 +155,7 @@ def test_another_image_size_is_refused_for_cifar_before_anything_is_read(tmp_pat
 
 def test_the_number_of_classes_must_agree(trees):
     assert build_data("folder", trees, num_classes=4, image_size=8).num_classes == 4
-    with pytest.raises(DataError, match=r"^num_classes: 100, but digits in .* has 10$"):
+    with pytest.raises(DataError, match=r"^num_classes: 100, but digits in .* has 10; set that"):
         build_data("digits", "", num_classes=100)
 
 

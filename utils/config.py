@@ -62,7 +62,10 @@ OPTIONS: dict[str, Option] = {
     ),
     "checkpoint_every_steps": Option(0, whole(0), "steps between checkpoints within an epoch; 0: none", "incidental"),
     "resume": Option(
-        "", text, "checkpoint to resume; auto: the newest of this run; any other file gives weights", "incidental"
+        "",
+        text,
+        "checkpoint to resume; auto: the newest of this run; MiSLAS's or ARBLOSS's: weights only",
+        "incidental",
     ),
     "fork": Option("", text, "checkpoint (ours) whose full state a new run starts from", "incidental"),
     # Diagnostics
@@ -78,7 +81,7 @@ OPTIONS: dict[str, Option] = {
     "train_txt": Option("", text, "list data sets: training list; empty: its usual name under data_path"),
     "val_txt": Option("", text, "list data sets: test list; empty: its usual name under data_path"),
     "class_map": Option(
-        "", text, "stable, legacy or a file; empty: the checkpoint's, else stable (legacy when resuming)", "incidental"
+        "", text, "stable, legacy or a file; empty: the checkpoint's (legacy if it has none), else stable", "incidental"
     ),
     "num_classes": Option(None, optional(whole(1)), "expected number of classes; null: any", "data"),
     "image_size": Option(
@@ -94,7 +97,9 @@ OPTIONS: dict[str, Option] = {
         0, whole(0, 2**32 - 1), "seed of the subsampling; 0: the images of MiSLAS and LDAM-DRW", "data"
     ),
     "val_per_class": Option(0, whole(0), "training images per class held out to select the best epoch", "data"),
-    "shots": Option(None, optional(choice("index", "count")), "many/medium/few by; null: count for folder, else index"),
+    "shots": Option(
+        None, optional(choice("index", "count")), "many / medium / few by; null: count for folder, else index"
+    ),
     "head_class_idx": Option(None, optional(class_range), "[first, last + 1] of many-shot classes; null: data set's"),
     "med_class_idx": Option(None, optional(class_range), "likewise, medium-shot"),
     "tail_class_idx": Option(None, optional(class_range), "likewise, few-shot"),
@@ -108,8 +113,10 @@ OPTIONS: dict[str, Option] = {
     "classifier": Option("linear", choice("linear", "cosine", "simplex"), "linear, cosine or fixed simplex", "network"),
     "cosine_scale": Option(30.0, number(0, above=True), "classifier: cosine multiplies cosines by this", "network"),
     # Method
-    "loss": Option("ce", text, "ce, arb, focal_arb, weighted_arb, las, logit_adjustment, ... (methods/method.py)"),
-    "class_counts": Option("batch", text, "ARB-Loss: counts n, global, batch, batch_synced, ... (methods/method.py)"),
+    "loss": Option("ce", text, "ce, arb, focal_arb, weighted_arb, las, logit_adjustment, ldam, dot_regression"),
+    "class_counts": Option(
+        "batch", text, "the n of ARB-Loss: batch, global, batch_synced, global_masked, batch_unmasked"
+    ),
     "logit_clamp": Option(30.0, optional(number(0, above=True)), "ARB-Loss: clamp logits to +-this; null: eq. 14"),
     "tau": Option(1.0, number(0), "arb and logit_adjustment add tau log n to the logits"),
     "post_hoc_tau": Option(0.0, number(0), "evaluation subtracts this times log(n / N) from the logits"),
@@ -257,7 +264,7 @@ def _pairs(overrides: Sequence[str]) -> dict:
     if len(overrides) % 2:
         raise ConfigError(
             "command line: overrides come in pairs, such as 'lr 0.05' or 'lr_steps [10,20]' (quote a list that has "
-            f"spaces); '{overrides[-1]}' stands alone"
+            f"spaces); '{overrides[-1]}' stands alone" + "; write a blank instead of =" * ("=" in overrides[-1])
         )
     pairs = {}
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):

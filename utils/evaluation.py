@@ -61,7 +61,7 @@ def predict(
     if not len(predictions.targets):
         raise InputError("the test set is empty: there is nothing to evaluate on")
     if not predictions.nll.isfinite().all():
-        raise DivergenceError("the model's logits are not finite on the images it was evaluated on; nothing was saved")
+        raise DivergenceError("the model's logits are not finite on the images it was evaluated on")
     return predictions
 
 

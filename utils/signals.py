@@ -56,7 +56,8 @@ class Signals:
         if not self._active:
             return
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Ignored after a signal: another one between here and the exit would change the exit code.
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         self._outbox.send(b"\0")  # no signal has this number
         self._thread.join()

@@ -61,6 +61,8 @@ def find_checkpoint(cfg: CfgNode) -> Origin:
         origin = Origin(cfg.resume, read_checkpoint(cfg.resume) if cfg.resume else None, [])
     if origin.content is not None or not cfg.fork:
         return origin
+    if cfg.fork == "auto":
+        raise CheckpointError("fork: auto is for resume; give a checkpoint, such as saved/<run>/ckps/epoch_180.pth.tar")
     content = read_checkpoint(cfg.fork)
     if not is_ours(content):
         raise CheckpointError(f"fork: {cfg.fork} is not this trainer's; a run can take its weights by resume")
@@ -170,7 +172,7 @@ def start(cfg: CfgNode, origin: Origin, data: Data, training: Training, steps: i
     settings |= {key: str(content["config"].get(key, "")) for key in kept}
     folder = fork(cfg, path, state) if forked else folder_of(path) or new_folder(cfg.save_dir, cfg.name)
     reached = f"{state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
-    notes = [*origin.notes, f"{path}: resuming after {reached}, in {folder}"]
+    notes = [*origin.notes, f"{path}: {'forked' if forked else 'resuming'} after {reached}, in {folder}"]
     notes += [f"{key} changes from {old} to {new}" for key, (old, new) in changed.items()]
     if state.step and not {"seed", "batch_size"}.isdisjoint(changed):
         state.step, state.sums, state.seconds = 0, None, 0.0  # of other steps

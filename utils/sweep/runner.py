@@ -217,7 +217,7 @@ class Scheduler:
         seconds = max(sum(left) / self.jobs, max(left, default=0.0))
         ended = sum(run.finished() for run in self.runs)
         end = datetime.now() + timedelta(seconds=seconds)
-        when = f", all will be by about {end:%Y-%m-%d %H:%M}" if left else ""
+        when = f", all will be by about {end:%Y-%m-%d %H:%M}" if ended < len(self.runs) else ""
         return f"{ended} of {len(self.runs)} runs are finished{when}"
 
     def _say(self, line: str) -> None:
