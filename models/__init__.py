@@ -55,7 +55,7 @@ def build_model(
     if name in CIFAR_BACKBONES:
         if pretrained:
             raise InputError(
-                f"pretrained: there are no weights for the CIFAR model {backbone!r}; use False, or a torchvision backbone"
+                f"pretrained: the CIFAR model {backbone!r} has no weights; use False, or a torchvision backbone"
             )
         features = resnet_cifar.build(*CIFAR_BACKBONES[name])
     else:

@@ -51,7 +51,7 @@ def test_unknown_names_list_the_known_ones():
 
 
 def test_cifar_models_have_no_pretrained_weights():
-    with pytest.raises(InputError, match="pretrained: there are no weights"):
+    with pytest.raises(InputError, match="pretrained: the CIFAR model"):
         build_model("cifar10", "resnet32", 10, pretrained=True)
 
 
