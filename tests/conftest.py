@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,9 +132,15 @@ def in_ranks(folder: Path, work: Callable[..., None], *arguments: object, world_
         door.bind(("127.0.0.1", 0))
         port = door.getsockname()[1]
     method = "spawn" if torch.cuda.is_available() else "fork"
-    torch.multiprocessing.start_processes(
-        _rank, (world_size, port, folder, work, arguments), nprocs=world_size, start_method=method
+    ranks = torch.multiprocessing.start_processes(
+        _rank, (world_size, port, folder, work, arguments), nprocs=world_size, join=False, start_method=method
     )
+    deadline = time.monotonic() + 120
+    while not ranks.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail("a rank has not ended within two minutes")
     return [(folder / f"{rank}.out").read_text() for rank in range(world_size)]
 
 
