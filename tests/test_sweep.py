@@ -430,7 +430,7 @@ def test_a_fork_of_a_run_that_failed_fails_too(tmp_path, capsys):
 
 
 def test_a_second_sweep_is_refused(copied, capsys):
-    with runner._claimed(copied / "saved/tiny"):
+    with runner.claimed(copied / "saved/tiny"):
         result = failure(capsys, main, copied / "tiny.yaml", "--save_dir", copied / "saved")
     assert (result.code, len(result.lines)) == (2, 1) and "another process works on this sweep" in result.said
     assert again(copied) == 0
@@ -454,7 +454,7 @@ def test_a_killed_sweep_leaves_no_orphans_and_is_locked_until_its_runs_have_ende
 
 
 def is_free(home: Path) -> bool:
-    with contextlib.suppress(InputError), runner._claimed(home):
+    with contextlib.suppress(InputError), runner.claimed(home):
         return True
     return False
 

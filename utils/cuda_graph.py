@@ -22,7 +22,7 @@ class GraphedStep(StepWrapper):
     def __init__(self, step: Step, record: Callable[[Callable[[], None]], Callable[[], None]] | None = None):
         """``record`` takes a function, may call it, and returns one that replays it; None: a CUDA graph."""
         if not all(group["fused"] for group in step.optimizer.param_groups):
-            raise ValueError("a recorded step needs a fused optimizer: the others read the learning rate on the CPU")
+            raise ValueError("a captured step needs a fused optimizer: the others read the learning rate on the CPU")
         super().__init__(step)
         self.captured = True
         self.record = record or capture_cuda_graph

@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.publish:
             return publish(sweep, runs, Path(args.sweep), args.images)
         home.mkdir(parents=True, exist_ok=True)
-        with Signals(runner.GRACE) as signals, signals.noted(), runner._claimed(home) as lock:
+        with Signals(runner.GRACE) as signals, signals.noted(), runner.claimed(home) as lock:
             failed = runner.Scheduler(sweep, runs, args.jobs, args.minutes, args.images, lock).work(signals)
         for name, why in failed.items():
             print(f"failed: {name}: {why}", file=sys.stderr)
-        runner._tell(f"{home / 'table.md'}\n\n{markdown(results_of(sweep, runs, failed, args.images))}")
+        runner.tell(f"{home / 'table.md'}\n\n{markdown(results_of(sweep, runs, failed, args.images))}")
     except OSError as error:
         raise InputError(f"{error.filename or home}: {error.strerror or error}") from None
     return 1 if failed else 0

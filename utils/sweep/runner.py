@@ -34,14 +34,14 @@ PAUSE = 1.0  # seconds between two looks at the runs
 OVERHEAD = 1.2  # of a run over its training, if only that was measured: evaluation, start
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     """Print; without a reader the sweep goes on all the same."""
     with discard_if_closed(sys.stdout):
         tqdm.write(text)
 
 
 @contextlib.contextmanager
-def _claimed(home: Path) -> Iterator[int]:
+def claimed(home: Path) -> Iterator[int]:
     """Keep other processes from working on this sweep; yield the lock's descriptor, which the runs inherit."""
     taken = f"{home}: another process works on this sweep, or runs that it has started; wait for it, or stop it"
     with lock_file(home / ".lock", taken, inheritable=True) as lock:
@@ -92,7 +92,7 @@ class Scheduler:
     def work(self, signals: Signals) -> dict[str, str]:
         """Run name -> reason, of what failed. Raises :class:`Interrupted` if a signal ends it."""
         total = sum(run.epochs() for run in self.runs)
-        _tell(f"{len(self.runs)} runs, {len(self.runs) - len(self.waiting)} finished before")
+        tell(f"{len(self.runs)} runs, {len(self.runs) - len(self.waiting)} finished before")
         with tqdm(total=total, unit="epoch", disable=not sys.stderr.isatty()) as bar:
             try:
                 while self._start_ready() or self.running:
@@ -113,7 +113,7 @@ class Scheduler:
                 write_results(self.sweep, self.runs, self.failed, self.images)
         left = sum(run.name not in self.failed and not run.finished() for run in self.runs)
         if left:
-            _tell(f"{left} runs are left for another time; the same command goes on")
+            tell(f"{left} runs are left for another time; the same command goes on")
         return self.failed
 
     def _start_ready(self) -> bool:
@@ -221,7 +221,7 @@ class Scheduler:
         return f"{ended} of {len(self.runs)} runs are finished{when}"
 
     def _say(self, line: str) -> None:
-        _tell(f"{datetime.now():%H:%M:%S} {line}")
+        tell(f"{datetime.now():%H:%M:%S} {line}")
 
 
 def environment(slot: int, jobs: int) -> dict[str, str]:
