@@ -350,7 +350,7 @@ def test_bad_input_ends_with_one_line(capsys, arguments, named):
     assert named in result.said
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_everything_with_compilation(tmp_path):
     done = in_a_process(
         *("cifar", "startup", "epoch", "--rounds", 1, "--steps", 2, "--images", 20, "--device", "cpu"),

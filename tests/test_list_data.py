@@ -60,8 +60,18 @@ def test_a_configuration_says_what_the_released_one_says(name):
 # The authors' commands
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+# One of the authors' commands per data set is slow, the others are soak.
+AUTHORS = (
+    "imagenet_resnet50_arbloss_ugcc_mixup",
+    "ina2018_resnet50_arbloss_ugcc_mixup",
+    "places_resnet50_arbloss_ugcc_mixup",
+)
+LAUNCHED = [
+    pytest.param(name, marks=pytest.mark.slow if name.endswith(AUTHORS) else pytest.mark.soak) for name in CONFIGS
+]
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_a_configuration_trains_with_two_processes_and_is_evaluated(name, lists, tmp_path):
     """Two of them at full size; the pretrained weights of Places are a file with any numbers."""
     dataset, full = (
