@@ -505,6 +505,7 @@ def assert_refused(failed: SimpleNamespace, run: Path, name: str, reason: str) -
 
 
 @needs_full
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Python 3.10's ZipFile.__del__
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_a_write_that_fails_is_said_in_one_line_and_the_run_resumes_later(half, two_epochs, capsys, name):
     if name == "ckps/model_best.pth.tar":
