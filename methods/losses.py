@@ -40,7 +40,8 @@ def log_probabilities(
     """
     logits = _at_least_float32(logits)
     if clamp is not None:
-        # Values and gradient of torch.clamp, whose mask makes the whole loss take half as long again.
+        # torch.clamp's mask would make the whole loss take half as long again. Only at exactly +-clamp the gradients
+        # differ: 0 here, 1 there.
         logits = F.hardtanh(logits, -clamp, clamp)
     if class_counts is not None:
         counts = class_counts.to(logits.device, torch.float64)
