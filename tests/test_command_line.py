@@ -1,6 +1,5 @@
 """Command lines and exit codes."""
 
-import signal
 from argparse import ArgumentTypeError
 
 import pytest
@@ -117,4 +116,3 @@ def test_the_exit_code_stays_if_standard_error_is_closed(scripts, tmp_path, erro
 def test_further_signals_do_not_change_the_exit_code(scripts, tmp_path):
     more = "atexit.register(lambda: [os.kill(os.getpid(), 15), time.sleep(0.1)])"
     assert scripts.run(script_of(tmp_path, SCRIPT.format(error="Interrupted(10)", more=more))).code == 138
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # of this process
