@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from utils.schedule import lr_at
+from utils.schedule import lr_at, step_epochs
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,13 @@ def test_factors_multiply_the_base_rate():
 def test_a_step_beyond_the_end_is_legal_and_never_reached():
     rates = [lr_at(epoch, 0.1, 200, False, (160, 240)) for epoch in range(160, 200)]
     assert rates == pytest.approx([0.01] * 40)
+
+
+def test_steps_below_1_are_fractions_of_the_training():
+    assert step_epochs([0.8, 0.9], 30) == [24, 27]
+    assert step_epochs([0, 0.5, 7], 10) == [0, 5, 7]
+    for epoch in range(200):
+        assert lr_at(epoch, 0.1, 200, False, (0.8, 0.9)) == lr_at(epoch, 0.1, 200, False, (160, 180))
 
 
 def test_no_steps_and_no_warm_up_leave_the_rate_constant():

@@ -21,6 +21,7 @@ from utils.legacy_config import OBSOLETE, OLD_SWITCHES, obsolete_notes, translat
 from utils.option_types import (
     choice,
     class_range,
+    epochs_or_fractions,
     flag,
     flag_or_path,
     folder_name,
@@ -148,7 +149,7 @@ OPTIONS: dict[str, Option] = {
     "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
     "weight_decay": Option(2e-4, number(0), "weight decay of SGD"),
     "cos": Option(False, flag, "cosine schedule without warm-up, instead of steps"),
-    "lr_steps": Option([160, 180], several(whole(0), increasing=True), "epochs (from 0) of the schedule's steps"),
+    "lr_steps": Option([160, 180], epochs_or_fractions, "epochs (from 0) of the schedule's steps, or fractions < 1"),
     "lr_step_factors": Option([0.1, 0.01], several(number(0, above=True)), "factors of the base rate, one per step"),
     "warmup_epochs": Option(5, whole(0), "linear warm-up (step schedule only)"),
 }

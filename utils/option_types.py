@@ -103,6 +103,17 @@ def class_range(value):
     return bounds
 
 
+def epochs_or_fractions(value):
+    """Epochs from 0, or all of them fractions of the training, in (0, 1); increasing."""
+    if isinstance(value, list | tuple) and any(isinstance(v, float) and 0 < v < 1 for v in value):
+        with contextlib.suppress(ValueError):
+            steps = several(number(0, above=True), increasing=True)(value)
+            if steps[-1] < 1:
+                return steps
+        raise ValueError("must be epochs alone, such as [160, 180], or increasing fractions alone, such as [0.8, 0.9]")
+    return several(whole(0), increasing=True)(value)
+
+
 def several(kind, increasing: bool = False):
     def parse(value):
         if not isinstance(value, list | tuple):

@@ -9,7 +9,7 @@ def lr_at(
     lr: float,
     num_epochs: int,
     cos: bool,
-    lr_steps: Sequence[int] = (160, 180),
+    lr_steps: Sequence[float] = (160, 180),
     lr_step_factors: Sequence[float] = (0.1, 0.01),
     warmup_epochs: int = 5,
 ) -> float:
@@ -17,7 +17,7 @@ def lr_at(
 
     Cosine: ``lr / 2 * (1 + cos(pi * epoch / num_epochs))``, without warm-up. Steps: ``lr * (epoch + 1) /
     warmup_epochs`` during warm-up, then ``lr`` times the factor of the last step reached (epoch >= step). Factors
-    multiply the base rate. ARBLOSS steps at (160, 240), MiSLAS and the paper at (160, 180); a step may lie beyond the
+    multiply the base rate; steps below 1 are fractions of ``num_epochs``, see :func:`step_epochs`. ARBLOSS steps at (160, 240), MiSLAS and the paper at (160, 180); a step may lie beyond the
     last epoch.
     """
     if cos:
@@ -25,7 +25,12 @@ def lr_at(
     if epoch < warmup_epochs:
         return lr * (epoch + 1) / warmup_epochs
     factor = 1.0
-    for step, step_factor in zip(lr_steps, lr_step_factors, strict=True):
+    for step, step_factor in zip(step_epochs(lr_steps, num_epochs), lr_step_factors, strict=True):
         if epoch >= step:
             factor = step_factor
     return lr * factor
+
+
+def step_epochs(lr_steps: Sequence[float], num_epochs: int) -> list[int]:
+    """Return ``lr_steps`` as epochs: 0.8 of 30 epochs is 24."""
+    return [round(step * num_epochs) if step < 1 else int(step) for step in lr_steps]

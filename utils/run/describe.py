@@ -14,6 +14,7 @@ from utils import distributed
 from utils.metrics import group_sizes
 from utils.report.text import group_line
 from utils.run.log import RunLog
+from utils.schedule import step_epochs
 from utils.step import Step, StepWrapper
 
 
@@ -134,8 +135,9 @@ def describe_schedule(cfg: CfgNode) -> str:
     if cfg.cos:
         steps = "cosine"
     else:
-        late = [step for step in cfg.lr_steps if step >= cfg.num_epochs]
-        steps = ", ".join(f"x{f:g} from epoch {s}" for s, f in zip(cfg.lr_steps, cfg.lr_step_factors, strict=True))
+        epochs = step_epochs(cfg.lr_steps, cfg.num_epochs)
+        late = [epoch for epoch in epochs if epoch >= cfg.num_epochs]
+        steps = ", ".join(f"x{f:g} from epoch {e}" for e, f in zip(epochs, cfg.lr_step_factors, strict=True))
         steps = f"{cfg.warmup_epochs} warm-up epochs, {steps}" + (f" ({late} never reached)" if late else "")
     passes = f" in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
     return (
