@@ -38,7 +38,7 @@ class Data:
     class_names: list[str]
     class_counts: Tensor  # int64 [C], training images per class after the cut
     train: Images
-    val: Images | None  # held-out training images, the same number of each class
+    val: Images | None  # select the best epoch: training images held out, the same number of each class, or a list's
     test: Images
     image_size: int
     class_map: Tensor | None = None  # int64 [C], label in the lists -> class; None: no lists
@@ -87,7 +87,7 @@ class Data:
         return self._eval_loader(self.test, device, rank, world_size)
 
     def val_loader(self, device: torch.device, rank: int = 0, world_size: int = 1) -> EvalLoader | None:
-        """None if nothing is held out."""
+        """None if the data have no validation images."""
         return self.val and self._eval_loader(self.val, device, rank, world_size)
 
     def _eval_loader(
@@ -118,6 +118,7 @@ def build_data(
     decoder: str = "pil",
     train_txt: str = "",
     val_txt: str = "",
+    test_txt: str = "",
     class_map: str | Sequence[int] = "",
     data_on_device: str | bool = "auto",
     device: torch.device = CPU,
@@ -125,23 +126,25 @@ def build_data(
     """Read a data set and cut it to a long tail. Raises :class:`DataError`.
 
     Args:
-        num_classes: as configured, or None.
+        num_classes: as configured, or None. For ``lists``, None counts the training list's labels.
         imb_factor: smallest / largest class; None leaves the counts as they are.
         subset_seed: 0 keeps the reference's images.
         workers: processes that decode, with ``decoder`` (see :func:`datasets.decoding.open_rgb`).
-        train_txt, val_txt, class_map: for data sets that come as lists.
+        train_txt, val_txt, test_txt, class_map: for data sets that come as lists.
         data_on_device: whether ``device`` keeps small images; "auto": if they fit into half of its memory.
     """
     spec = find_spec(dataset)
     if image_size not in (None, spec.image_size) and not spec.any_size:
         raise DataError(f"image_size: {image_size}, but images of {dataset} have {spec.image_size} pixels")
     image_size = image_size or spec.image_size
-    lists = {"train_txt": train_txt, "val_txt": val_txt, "class_map": class_map}
-    source = _read(spec, dataset, Path(data_path), image_size, workers, lists)
+    lists = {"train_txt": train_txt, "val_txt": val_txt, "test_txt": test_txt, "class_map": class_map}
+    source = _read(spec, dataset, Path(data_path), num_classes, image_size, workers, lists)
     targets, classes = source.train.targets, len(source.class_names)
     if num_classes not in (None, classes):
         raise DataError(f"num_classes: {num_classes}, but {dataset} in {data_path} has {classes}; set that, or null")
     chosen, held_out, tested = np.arange(len(targets)), np.arange(0), np.arange(len(source.test.targets))
+    if val_per_class and source.val:
+        raise DataError(f"val_per_class: {val_per_class}, but the images of val_txt select the best epoch; use 0")
     if val_per_class:
         chosen, held_out = hold_out(targets, val_per_class, source.class_names, subset_seed)
     if imb_factor is not None:
@@ -150,13 +153,16 @@ def build_data(
     size = (len(chosen) + len(held_out) + len(tested)) * image_size**2 * 3
     in_memory = _fits_on_device(data_on_device, dataset, spec, size, device)
     train, test = _select(source.train, chosen, in_memory), _select(source.test, tested, in_memory)
+    val = _select(source.train, held_out, in_memory) if val_per_class else None
+    if source.val:
+        val = _select(source.val, np.arange(len(source.val.targets)), in_memory)
     labelled = [([source.list_hash], train.targets.numpy()), ([], test.targets.numpy())]
     return Data(
         spec=spec,
         class_names=source.class_names,
         class_counts=torch.bincount(train.targets, minlength=classes),
         train=train,
-        val=_select(source.train, held_out, in_memory) if val_per_class else None,
+        val=val,
         test=test,
         image_size=image_size,
         class_map=None if source.class_map is None else torch.from_numpy(source.class_map),
@@ -167,10 +173,18 @@ def build_data(
     )
 
 
-def _read(spec: DatasetSpec, name: str, data_path: Path, image_size: int, workers: int, lists: dict) -> Source:
+def _read(
+    spec: DatasetSpec,
+    name: str,
+    data_path: Path,
+    num_classes: int | None,
+    image_size: int,
+    workers: int,
+    lists: dict,
+) -> Source:
     lists = {option: value for option, value in lists.items() if len(value)}
     if spec.lists is not None:
-        return spec.lists.read(data_path, spec.num_classes, **lists)
+        return spec.lists.read(data_path, spec.num_classes or num_classes, **lists)
     if lists:
         known = [other for other, row in SPECS.items() if row.lists]
         raise DataError(f"{next(iter(lists))}: {name} does not come as lists; only {', '.join(known)} do")

@@ -1,11 +1,13 @@
-"""Data sets that come as lists of ``relative/path label``: ImageNet-LT, iNaturalist 2018, Places-LT.
+"""Data sets that come as lists of ``relative/path label``: ImageNet-LT, iNaturalist 2018, Places-LT, your own.
 
 Classes are numbered from the most to the least frequent (:mod:`datasets.class_order`), as in MiSLAS. Reading takes
 O(images + classes log classes).
 """
 
+import codecs
 import json
 import os
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from datasets.class_order import class_map_for
 from datasets.folders import walk
 from datasets.source import DataError, ImageFiles, Source, Split, as_text, hash_labels
 
+LEADING = re.compile(r"^(?:\.?/)+")  # ``find .`` writes ./a.jpg, and many scripts /a.jpg
+
 
 class ListRows(NamedTuple):
     """The content of a list, unchecked."""
@@ -29,7 +33,7 @@ class ListRows(NamedTuple):
 
 
 def scan_image_list(path: str | Path) -> ListRows:
-    """Parse every line of a list without checking it; blank lines are skipped.
+    """Parse every line of a list without checking it. Blank lines are skipped; a leading ``./`` or ``/`` is dropped.
 
     A ``.json`` file is read as iNaturalist's official annotations, one "line" each. Raises :class:`DataError` if the
     file cannot be read.
@@ -42,9 +46,9 @@ def scan_image_list(path: str | Path) -> ListRows:
 
 def _lines(path: str | Path) -> ListRows:
     paths, labels, lines, malformed = [], array("q"), array("q"), []
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open(path, encoding=_encoding(path), errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
-            parts = line.rsplit(None, 1)
+            parts = line.strip().rsplit(None, 1)
             try:
                 name, label = parts
                 labels.append(_number(label))
@@ -52,9 +56,15 @@ def _lines(path: str | Path) -> ListRows:
                 if parts:
                     malformed.append((number, line.strip()))
                 continue
-            paths.append(name)
+            paths.append(LEADING.sub("", name))
             lines.append(number)
     return ListRows(paths, np.array(labels, dtype=np.int64), np.array(lines, dtype=np.int64), malformed)
+
+
+def _encoding(path: str | Path) -> str:
+    """UTF-8 with or without a byte-order mark; UTF-16, as Windows PowerShell writes it, has one."""
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _number(label: str) -> int:
@@ -85,10 +95,10 @@ def _annotations(path: str | Path) -> ListRows:
     return ListRows(paths, labels, np.arange(1, len(labels) + 1), [])
 
 
-def read_image_list(path: str | Path, num_classes: int) -> tuple[list[str], np.ndarray]:
+def read_image_list(path: str | Path, num_classes: int | None) -> tuple[list[str], np.ndarray]:
     """Read and check a list: (paths, labels int64 [N]), labels in 0 .. num_classes - 1.
 
-    Raises :class:`DataError` that names the first bad line.
+    ``num_classes`` None: as :func:`count_classes` finds. Raises :class:`DataError` that names the first bad line.
     """
     rows = scan_image_list(path)
     if rows.malformed:
@@ -96,16 +106,39 @@ def read_image_list(path: str | Path, num_classes: int) -> tuple[list[str], np.n
         raise DataError(f"{path}, line {number}: {text[:80]!r} is not 'relative/path label'")
     if not rows.paths:
         raise DataError(f"{path}: names no image")
+    num_classes = num_classes or count_classes(path, rows.labels)
     wrong = (rows.labels < 0) | (rows.labels >= num_classes)
     if wrong.any():
         first = int(wrong.argmax())
+        from_1 = (rows.labels.min(), rows.labels.max()) == (1, num_classes)
         raise DataError(
             f"{path}, line {rows.lines[first]}: label {rows.labels[first]} is not one of 0 .. {num_classes - 1} "
-            f"({int(wrong.sum())} such labels)"
+            f"({int(wrong.sum())} such labels)" + "; subtract 1 from every label, in every list" * from_1
         )
     _check_paths(path, rows)
     _refuse_duplicates(path, rows)
     return rows.paths, rows.labels
+
+
+def count_classes(path: str | Path, labels: np.ndarray) -> int:
+    """Return C of a training list whose labels ``[N]`` are all of 0 .. C - 1, each at least once.
+
+    Raises :class:`DataError` that says which labels there are, and how to renumber them.
+    """
+    present = np.unique(labels)
+    count = max(len(present), 1)
+    if not len(present) or (present[0], present[-1]) == (0, count - 1):
+        return count
+    runs = np.split(present, np.flatnonzero(np.diff(present) > 1) + 1)
+    shown = [str(run[0]) if len(run) == 1 else f"{run[0]} .. {run[-1]}" for run in runs]
+    if len(runs) == 1:
+        way = f"subtract {present[0]} from every one"
+    else:
+        way = f"renumber them in this order, or set num_classes {present[-1] + 1} if classes without images are meant"
+    raise DataError(
+        f"{path}: its {count} labels are {', '.join(shown[:5])}{', ...' * (len(shown) > 5)}, not 0 .. {count - 1}; "
+        f"in every list, {way}"
+    )
 
 
 def _check_paths(path: str | Path, rows: ListRows) -> None:
@@ -140,46 +173,60 @@ def _refuse_duplicates(path: str | Path, rows: ListRows) -> None:
 
 @dataclass(frozen=True)
 class ImageLists:
-    """Default names of a data set's two lists, and its top folders in the layouts that circulate."""
+    """Default names of a data set's lists, and its top folders in the layouts that circulate."""
 
     train: tuple[str, ...]  # names under data_path or data_path/data_txt; the first that exists is read
     test: tuple[str, ...]
     train_folders: tuple[str, ...] = ()  # top folders of the training images, one per layout
     test_folders: tuple[str, ...] = ()
 
-    def find(self, data_path: Path, train_txt: str = "", val_txt: str = "") -> tuple[Path, Path]:
-        """The paths of the two lists. ``train_txt``, ``val_txt``: as configured; empty for the default names."""
-        return (_find("train_txt", train_txt, self.train, data_path), _find("val_txt", val_txt, self.test, data_path))
+    def find(self, data_path: Path, train_txt: str = "", val_txt: str = "", test_txt: str = "") -> dict[str, Path]:
+        """The paths of the lists "train", "test" and, if ``test_txt`` is given, "val".
+
+        Options are as configured; empty for the default names. Without ``test_txt``, ``val_txt`` is the test list, as
+        in the reference.
+        """
+        lists = {"train": _find("train_txt", train_txt, self.train, data_path)}
+        if not test_txt:
+            return lists | {"test": _find("val_txt", val_txt, self.test, data_path)}
+        if not val_txt:
+            raise DataError(
+                f"val_txt: is empty, but test_txt is {test_txt}; name the list that selects the best epoch, or give "
+                "the test list as val_txt alone"
+            )
+        lists["val"] = _find("val_txt", val_txt, (), data_path)
+        return lists | {"test": _find("test_txt", test_txt, (), data_path)}
+
+    def on_disk(self, paths: list[str], data_path: Path, split: str) -> list[str]:
+        """Translate the ``paths`` of a list to the layout on this disk."""
+        if split == "train":
+            return on_disk(paths, data_path, self.train_folders, by_name=False)
+        return on_disk(paths, data_path, self.test_folders, by_name=True)
 
     def read(
         self,
         data_path: Path,
-        num_classes: int,
+        num_classes: int | None,
         train_txt: str = "",
         val_txt: str = "",
+        test_txt: str = "",
         class_map: str | Sequence[int] = "stable",
     ) -> Source:
-        """Read both lists without opening an image. ``class_map``: "stable", "legacy", a path or the map itself."""
-        splits, listed = [], []
-        lists = self.find(data_path, train_txt, val_txt)
-        for path, folders, by_name in zip(lists, (self.train_folders, self.test_folders), (False, True), strict=True):
-            paths, labels = read_image_list(path, num_classes)
-            listed.append((paths, labels))
-            splits.append((on_disk(paths, data_path, folders, by_name), labels))
-            first = data_path / splits[-1][0][0]
+        """Read the lists without opening an image. ``class_map``: "stable", "legacy", a path or the map itself."""
+        listed, files = {}, {}
+        for split, path in self.find(data_path, train_txt, val_txt, test_txt).items():
+            paths, labels = listed[split] = read_image_list(path, num_classes)
+            num_classes = num_classes or labels.max().item() + 1
+            files[split] = self.on_disk(paths, data_path, split)
+            first = data_path / files[split][0]
             if not os.path.isfile(first):
                 raise DataError(f"data_path: {first} does not exist, the first image that {path} names")
-        (train, train_labels), (test, test_labels) = splits
+        train_labels = listed["train"][1]
         chosen = class_map_for(class_map, np.bincount(train_labels, minlength=num_classes))
         names = np.empty(num_classes, dtype=object)
-        names[chosen] = class_names(train, train_labels, num_classes)
-        return Source(
-            Split(chosen[train_labels], ImageFiles.under(data_path, train)),
-            Split(chosen[test_labels], ImageFiles.under(data_path, test)),
-            class_names=names.tolist(),
-            class_map=chosen,
-            list_hash=hash_labels(listed),
-        )
+        names[chosen] = class_names(files["train"], train_labels, num_classes)
+        splits = {key: Split(chosen[listed[key][1]], ImageFiles.under(data_path, files[key])) for key in files}
+        return Source(**splits, class_names=names.tolist(), class_map=chosen, list_hash=hash_labels(listed.values()))
 
 
 def _find(option: str, given: str, names: Sequence[str], data_path: Path) -> Path:

@@ -66,7 +66,7 @@ class StoredImages:
 
 @dataclass(frozen=True)
 class Split:
-    """Training or test images, not decoded yet."""
+    """Training, validation or test images, not decoded yet."""
 
     targets: np.ndarray  # int64 [N]
     images: StoredImages | ImageFiles
@@ -79,6 +79,7 @@ class Source:
     train: Split
     test: Split
     class_names: list[str]  # [C]
+    val: Split | None = None  # validation images, where the data set has some of its own
     class_map: np.ndarray | None = None  # int64 [C], label in the lists -> class; None: labels are classes
     list_hash: str = ""  # of the lists; empty for data sets without lists
     notes: list[str] = field(default_factory=list)  # what the user should know, such as files that were skipped

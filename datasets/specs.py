@@ -17,12 +17,14 @@ Ranges = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Published:
-    """Published numbers of images, in all and per class."""
+    """Published numbers of images, in all and per class, and MiSLAS's lists."""
 
     train: int
     test: int
     largest: int  # training images of the most frequent class
     smallest: int
+    train_blob: str  # git's id of the list
+    test_blob: str
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class DatasetSpec:
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LARGE = {"ranked_cut": True, "any_size": True, "image_size": 224}
 INAT_MEAN, INAT_STD = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
 
 
 def _list_row(lists: ImageLists, mean: tuple, std: tuple, bounds: tuple[int, int, int], published: Published):
     """A data set that comes as lists; ``bounds``: where many, medium and few end."""
-    ranges, large = tuple(pairwise((0, *bounds))), {"ranked_cut": True, "any_size": True, "image_size": 224}
-    return DatasetSpec(None, mean, std, bounds[2], ranges, lists=lists, published=published, **large)
+    ranges = tuple(pairwise((0, *bounds)))
+    return DatasetSpec(None, mean, std, bounds[2], ranges, lists=lists, published=published, **LARGE)
 
 
 SPECS = {
@@ -59,26 +62,39 @@ SPECS = {
         digits.read, (0.305,) * 3, (0.376,) * 3, 10, ((0, 3), (3, 7), (7, 10)), flip=False, any_size=True
     ),
     "folder": DatasetSpec(image_folder.read, IMAGENET_MEAN, IMAGENET_STD, ranked_cut=True, any_size=True),
+    "lists": DatasetSpec(None, IMAGENET_MEAN, IMAGENET_STD, lists=ImageLists(("train.txt",), ("val.txt",)), **LARGE),
     "imagenet": _list_row(
         ImageLists(("ImageNet_LT_train.txt",), ("ImageNet_LT_test.txt",)),
         IMAGENET_MEAN,
         IMAGENET_STD,
         (390, 835, 1000),
-        Published(115_846, 50_000, 1280, 5),
+        Published(
+            *(115_846, 50_000, 1280, 5),
+            "a063f095fcd475db4cf8b0658c4b73955535bbf9",
+            "76a2fb9749d6cd29e765cc4f8c270f2504131e2f",
+        ),
     ),
     "ina2018": _list_row(
         ImageLists(("iNaturalist18_train.txt", "train2018.json"), ("iNaturalist18_val.txt", "val2018.json")),
         INAT_MEAN,
         INAT_STD,
         (842, 4543, 8142),
-        Published(437_513, 24_426, 1000, 2),
+        Published(
+            *(437_513, 24_426, 1000, 2),
+            "4accdb7584d2f0a5106c40a33ed6afa392189bcc",
+            "4c23900857fd0f5adcd4cc0dffef345039eeb05f",
+        ),
     ),
     "places": _list_row(
         ImageLists(("Places_LT_train.txt",), ("Places_LT_test.txt",), ("data_256", "train"), ("val_256", "val")),
         IMAGENET_MEAN,
         IMAGENET_STD,
         (131, 288, 365),
-        Published(62_500, 36_500, 4980, 5),
+        Published(
+            *(62_500, 36_500, 4980, 5),
+            "1d608b558c25c271da75c06f1e5e3625a4ebcb79",
+            "d43400ac9bc2275baa058456da40b20abb50b108",
+        ),
     ),
 }
 

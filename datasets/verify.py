@@ -4,6 +4,7 @@ Exit code 0: no problems; 1: problems; 2: it cannot be read at all (no such list
 """
 
 import hashlib
+import itertools
 import os
 import stat
 import sys
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from datasets.decoding import open_rgb
-from datasets.image_list import ListRows, class_names, on_disk, scan_image_list
+from datasets.image_list import ImageLists, ListRows, class_names, count_classes, scan_image_list
 from datasets.source import DataError
 from datasets.specs import DatasetSpec, find_spec
 from utils.command_line import exit_code, parse, positive
@@ -105,49 +106,70 @@ def _evenly(total: int, wanted: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Listed:
-    """One of the two lists, with N lines."""
+    """One of the lists, with N lines."""
 
     title: str
     rows: ListRows
     files: list[str]  # [N], in the layout on this disk, relative to data_path
     labels: np.ndarray  # int64 [N], C where a label is out of range
 
+    @classmethod
+    def of(cls, title: str, rows: ListRows, root: Path, lists: ImageLists, classes: int) -> "Listed":
+        files = lists.on_disk(rows.paths, root, title) if rows.paths else []
+        return cls(title, rows, files, np.where((rows.labels >= 0) & (rows.labels < classes), rows.labels, classes))
+
     def line(self, index: int) -> str:
         return f"line {self.rows.lines[index]}: {self.rows.paths[index]}, label {self.rows.labels[index]}"
 
 
 def check_lists(spec: DatasetSpec, cfg: CfgNode, images: int, report: Report) -> None:
-    root, classes = Path(cfg.data_path), spec.num_classes
+    root = Path(cfg.data_path)
     say(f"{cfg.dataset} in {root}")
-    paths = spec.lists.find(root, cfg.train_txt, cfg.val_txt)
-    train = _read("train", paths[0], root, spec.lists.train_folders, classes)
-    test = _read("test", paths[1], root, spec.lists.test_folders, classes)
+    paths = spec.lists.find(root, cfg.train_txt, cfg.val_txt, cfg.test_txt)
+    rows = {title: scan_image_list(path) for title, path in paths.items()}
+    classes = spec.num_classes or cfg.num_classes or count_classes(paths["train"], rows["train"].labels)
+    splits = [Listed.of(title, rows[title], root, spec.lists, classes) for title in paths]
+    train = splits[0]
     known = np.flatnonzero(train.labels < classes)
     names = class_names([train.rows.paths[i] for i in known], train.labels[known], classes)
-    for split, path in ((train, paths[0]), (test, paths[1])):
+    for split in splits:
         counts = np.bincount(split.labels, minlength=classes + 1)[:classes]
-        say("", f"{split.title}: {path}", *_numbers(counts, names))
-        _compare_with_published(split.title, counts, spec, report)
+        say("", f"{split.title}: {paths[split.title]}", *_numbers(counts, names))
+        if spec.published:
+            say(_compare_with_mislas(split.title, paths[split.title], spec))
+            _compare_with_published(split.title, counts, spec, report)
         _check_lines(split, classes, report)
-    first = {file: i for i, file in enumerate(train.files)}
-    both = [(first[file], i) for i, file in enumerate(test.files) if file in first]
-    report.check("images in train and test", both, lambda pair: _both_lines(train, test, *pair))
-    _check_labels((train, test), names, report)
-    contents = [_check_files(split, root, images, max(cfg.workers, 1), report) for split in (train, test)]
-    same = sorted((contents[0][content], i) for content, i in contents[1].items() if content in contents[0])
-    if same:
-        example = _both_lines(train, test, *same[0])
-        report.notes.append(f"{len(same)} decoded files are the same in train and test, such as {example}")
+    for one, other in itertools.combinations(splits, 2):
+        first = {file: i for i, file in enumerate(one.files)}
+        both = [(first[file], i) for i, file in enumerate(other.files) if file in first]
+        report.check(
+            f"images in {one.title} and {other.title}", both, lambda pair, a=one, b=other: _both_lines(a, b, *pair)
+        )
+    _check_labels(splits, names, report)
+    contents = [_check_files(split, root, images, max(cfg.workers, 1), report) for split in splits]
+    for (one, in_one), (other, in_other) in itertools.combinations(zip(splits, contents, strict=True), 2):
+        same = sorted((in_one[content], i) for content, i in in_other.items() if content in in_one)
+        if same:
+            example = _both_lines(one, other, *same[0])
+            report.notes.append(
+                f"{len(same)} decoded files are the same in {one.title} and {other.title}, such as {example}"
+            )
 
 
-def _both_lines(train: Listed, test: Listed, i: int, j: int) -> str:
-    return f"train {train.line(i)}; test {test.line(j)}"
+def _both_lines(one: Listed, other: Listed, i: int, j: int) -> str:
+    return f"{one.title} {one.line(i)}; {other.title} {other.line(j)}"
 
 
-def _read(title: str, path: Path, root: Path, folders: Sequence[str], classes: int) -> Listed:
-    rows = scan_image_list(path)
-    files = on_disk(rows.paths, root, folders, by_name=title == "test") if rows.paths else []
-    return Listed(title, rows, files, np.where((rows.labels >= 0) & (rows.labels < classes), rows.labels, classes))
+def _compare_with_mislas(title: str, path: Path, spec: DatasetSpec) -> str:
+    name, blob = {
+        "train": (spec.lists.train[0], spec.published.train_blob),
+        "test": (spec.lists.test[0], spec.published.test_blob),
+    }[title]
+    content = path.read_bytes()
+    here = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    if here == blob:
+        return f"  this is MiSLAS's {name}, byte for byte"
+    return f"  this is not MiSLAS's {name}, byte for byte (as a git blob that is {blob[:10]}, this one {here[:10]})"
 
 
 def _compare_with_published(title: str, counts: np.ndarray, spec: DatasetSpec, report: Report) -> None:
@@ -176,10 +198,10 @@ def _check_lines(split: Listed, classes: int, report: Report) -> None:
     )
 
 
-def _check_labels(splits: tuple[Listed, Listed], names: Sequence[str], report: Report) -> None:
+def _check_labels(splits: Sequence[Listed], names: Sequence[str], report: Report) -> None:
     """Images labelled unlike most of their class folder, and labels that several class folders share.
 
-    A folder is a class folder if more than half of its images, of both lists, share a label.
+    A folder is a class folder if more than half of its images, of all lists, share a label.
     """
     index: dict[str, int] = {}  # class folder -> its number
     named = [[index.setdefault(folder, len(index)) for folder in map(_class_folder, s.files)] for s in splits]

@@ -12,7 +12,7 @@ CIFAR_BACKBONES = {
 }
 BACKBONES = (*CIFAR_BACKBONES, *resnet.CONSTRUCTORS)
 # Data set -> arrangement of backbone and classifier.
-MODELS = dict.fromkeys(("cifar10", "cifar100", "digits", "folder", "imagenet", "ina2018"), Model) | {
+MODELS = dict.fromkeys(("cifar10", "cifar100", "digits", "folder", "lists", "imagenet", "ina2018"), Model) | {
     "places": PlacesModel
 }
 

@@ -261,7 +261,7 @@ BAD_VALUES = {  # (value, what is said of it): options
     ("..", "folder's name"): "name",
     ('"a\\nb"', "folder's name"): "name",
     ("7", "must be text"): "name save_dir dataset backbone train_txt",
-    ("[a, b]", "must be text"): "fork data_path class_counts val_txt class_map",
+    ("[a, b]", "must be text"): "fork data_path class_counts val_txt test_txt class_map",
     ("True", "must be text"): "resume loss",
     ("-1", "whole number >= 0"): "diagnostics seed workers eval_last subset_seed val_per_class drw_epoch warmup_epochs",
     ("-2", "whole number >= 0"): "checkpoint_every_steps",

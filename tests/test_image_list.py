@@ -5,12 +5,14 @@ import lzma
 import os
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from datasets import build_data
 from datasets.class_order import class_map_for, legacy_order, stable_order
 from datasets.image_list import ImageLists, class_names, on_disk, read_image_list, scan_image_list
 from datasets.source import DataError
@@ -58,9 +60,14 @@ def published(name: str) -> list[str]:
         ("Übung/ß 写真.jpg 1\n", ["Übung/ß 写真.jpg"], [1]),
         (b"\xef\xbb\xbfa/1.jpg 1\n", ["a/1.jpg"], [1]),
         (b"caf\xe9/1.jpg 1\n", [os.fsdecode(b"caf\xe9/1.jpg")], [1]),
-        ("./a..b/..1.jpg 1\n", ["./a..b/..1.jpg"], [1]),
+        ("./a..b/..1.jpg 1\n", ["a..b/..1.jpg"], [1]),
+        ("/a/1.jpg 1\n  .//b/2.jpg   2", ["a/1.jpg", "b/2.jpg"], [1, 2]),
+        ("é/1.jpg 0\r\nb c/2.jpg\t2\r\n".encode("utf-16"), ["é/1.jpg", "b c/2.jpg"], [0, 2]),
     ],
-    ids=["plain", "no last newline", "CRLF", "blank", "spaces", "tab", "UTF-8", "byte order mark", "Latin-1", "dots"],
+    ids=[
+        *("plain", "no last newline", "CRLF", "blank", "spaces", "tab", "UTF-8", "byte order mark", "Latin-1", "dots"),
+        *("leading slash", "UTF-16"),
+    ],
 )
 def test_a_line_is_a_path_and_a_label(tmp_path, content, paths, labels):
     read_paths, read_labels = read_image_list(write(tmp_path / "x.txt", content), 3)
@@ -93,13 +100,40 @@ def test_the_scan_goes_on_after_wrong_lines(tmp_path):
     assert rows.malformed == [(1, "nothing"), (4, "b"), (5, "c/3.jpg x")]
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../1.jpg", "a/..", "a b/../../etc/1.jpg"])
+@pytest.mark.parametrize("name", ["../1.jpg", "a/..", "a b/../../etc/1.jpg"])
 def test_a_path_that_leaves_the_data_s_folder_is_refused(tmp_path, name):
     path = write(tmp_path / "x.txt", f"a/1.jpg 0\n{name} 1\n")
     said = f"{path}, line 2: {name!r} leaves data_path; paths are relative to it, without '..'"
     assert refusal(read_image_list, path, 3) == said
     path = write(tmp_path / "x.json", annotations([("a/1.jpg", 0), (name, 1)]))
     assert "leaves data_path" in refusal(read_image_list, path, 3)
+
+
+def test_an_absolute_path_in_annotations_is_refused(tmp_path):
+    path = write(tmp_path / "x.json", annotations([("a/1.jpg", 0), ("/etc/passwd", 1)]))
+    assert "leaves data_path" in refusal(read_image_list, path, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ((1, 2, 3, 3), "its 3 labels are 1 .. 3, not 0 .. 2; in every list, subtract 1 from every one"),
+        (
+            (0, 2, 5, 6),
+            "its 4 labels are 0, 2, 5 .. 6, not 0 .. 3; in every list, renumber them in this order, or set "
+            "num_classes 7 if classes without images are meant",
+        ),
+    ],
+)
+def test_labels_that_do_not_count_from_0_are_said_with_a_way_out(tmp_path, labels, said):
+    path = write(tmp_path / "x.txt", "".join(f"{i}.jpg {label}\n" for i, label in enumerate(labels)))
+    assert refusal(read_image_list, path, None) == f"{path}: {said}"
+    assert read_image_list(path, 7)[1].tolist() == list(labels)
+
+
+def test_labels_from_1_of_a_known_number_of_classes_are_recognised(tmp_path):
+    path = write(tmp_path / "x.txt", "a.jpg 1\nb.jpg 2\nc.jpg 3\n")
+    assert refusal(read_image_list, path, 3).endswith("(1 such labels); subtract 1 from every label, in every list")
 
 
 @pytest.mark.parametrize("name", ["a\0.jpg", "a.jpg\0", "\ud800.jpg"])
@@ -206,25 +240,25 @@ LISTS = ImageLists(("train.txt", "train.json"), ("test.txt",))
 @pytest.mark.parametrize("train", ["train.txt", "train.json"])
 def test_lists_have_default_places(tmp_path, folder, train):
     touch(tmp_path / folder, train, "test.txt")
-    assert LISTS.find(tmp_path) == (tmp_path / folder / train, tmp_path / folder / "test.txt")
+    assert LISTS.find(tmp_path) == {"train": tmp_path / folder / train, "test": tmp_path / folder / "test.txt"}
 
 
 def test_the_first_of_the_default_places_is_taken(tmp_path):
     touch(tmp_path, "train.json", "data_txt/train.txt", "test.txt", "data_txt/test.txt")
-    assert LISTS.find(tmp_path) == (tmp_path / "data_txt/train.txt", tmp_path / "test.txt")
+    assert LISTS.find(tmp_path) == {"train": tmp_path / "data_txt/train.txt", "test": tmp_path / "test.txt"}
     touch(tmp_path, "train.txt")
-    assert LISTS.find(tmp_path)[0] == tmp_path / "train.txt"
+    assert LISTS.find(tmp_path)["train"] == tmp_path / "train.txt"
 
 
 def test_lists_may_be_given(tmp_path, monkeypatch):
     touch(tmp_path, "data/train.txt", "data/test.txt", "data/my/a.txt", "elsewhere/b.txt", "here/c.txt")
     monkeypatch.chdir(tmp_path / "here")
-    data = tmp_path / "data"
-    assert LISTS.find(data, "my/a.txt", str(tmp_path / "elsewhere/b.txt")) == (
-        data / "my/a.txt",
-        tmp_path / "elsewhere/b.txt",
-    )
-    assert LISTS.find(data, "", "c.txt") == (data / "train.txt", Path("c.txt"))
+    data, b = tmp_path / "data", tmp_path / "elsewhere/b.txt"
+    assert LISTS.find(data, "my/a.txt", str(b)) == {"train": data / "my/a.txt", "test": b}
+    assert LISTS.find(data, "", "c.txt") == {"train": data / "train.txt", "test": Path("c.txt")}
+    three = {"train": data / "train.txt", "val": Path("c.txt"), "test": b}
+    assert LISTS.find(data, "", "c.txt", str(b)) == three
+    assert "name the list that selects the best epoch" in refusal(LISTS.find, data, "", "", str(b))
 
 
 def test_missing_lists_are_refused_with_every_place_that_was_tried(tmp_path):
@@ -438,3 +472,41 @@ def test_the_largest_lists_take_linear_time_and_little_memory(tmp_path):
     assert (len(source.train.targets), len(source.class_names)) == (437_513, 8142)
     assert seconds < 60  # 3 on a fast machine without tracemalloc; anything quadratic would take hours
     assert peak < 200 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A user's own lists
+
+
+def own(root: Path) -> Path:
+    """Three classes, and lists as people write them."""
+    lists = {"train": "./a 1.jpg\t0\r\na2.jpg 0\r\nb1.jpg 1\r\nb2.jpg 1\r\nb3.jpg 1\r\nc.jpg 2"}
+    lists |= {"val": "/v.jpg 1\n", "test": "t1.jpg 0\nt2.jpg 2\n"}
+    for name, text in lists.items():
+        write(root / f"{name}.txt", text)
+    touch(root, "a 1.jpg", "a2.jpg", "b1.jpg", "b2.jpg", "b3.jpg", "c.jpg", "v.jpg", "t1.jpg", "t2.jpg")
+    return root
+
+
+def test_own_lists_say_how_many_classes_there_are(tmp_path):
+    data = build_data("lists", str(own(tmp_path)))
+    assert data.class_counts.tolist() == [3, 2, 1]
+    assert data.class_map.tolist() == [1, 0, 2]
+    assert (data.test.targets.tolist(), data.val) == ([0], None)
+    assert (data.num_classes, data.image_size, data.spec.shot_ranges) == (3, 224, None)
+
+
+def test_a_third_list_makes_the_second_one_select_the_epoch(tmp_path):
+    data = build_data("lists", str(own(tmp_path)), val_txt="val.txt", test_txt="test.txt", num_classes=4)
+    assert (data.val.targets.tolist(), data.test.targets.tolist()) == ([0], [1, 2])
+    assert data.class_counts.tolist() == [3, 2, 1, 0]
+    options = {"val_txt": "val.txt", "test_txt": "test.txt"}
+    assert data.label_hash != build_data("lists", str(tmp_path), val_txt="test.txt").label_hash
+    said = refusal(partial(build_data, "lists", str(tmp_path), val_per_class=1, **options))
+    assert said == "val_per_class: 1, but the images of val_txt select the best epoch; use 0"
+
+
+def test_the_other_lists_labels_are_among_the_training_list_s(tmp_path):
+    write(own(tmp_path) / "val.txt", "v.jpg 3\n")
+    said = f"{tmp_path / 'val.txt'}, line 1: label 3 is not one of 0 .. 2 (1 such labels)"
+    assert refusal(build_data, "lists", str(tmp_path)) == said

@@ -459,7 +459,7 @@ def test_held_out_images_choose_the_best_model_of_the_evaluated_epochs(tmp_path,
     assert ["test" in row for row in rows] == [False, True, True]
     scores = {row["epoch"]: row["val"]["top1"] for row in rows if "val" in row}
     assert rows[1]["val"]["samples"] == 100
-    assert best["selected_on"] == "held-out training images"
+    assert best["selected_on"] == "held-out images"
     assert best["epoch"] == max(scores, key=scores.get) + 1  # the first of them
     assert "chosen on held-out images" in capsys.readouterr().out
 

@@ -1,5 +1,6 @@
 """Checks of data sets: small trees of real images with one thing wrong at a time."""
 
+import lzma
 import os
 import shutil
 import subprocess
@@ -16,8 +17,10 @@ from datasets.specs import SPECS, Published
 from utils.command_line import exit_code
 
 ROOT = Path(__file__).parents[1]
+LISTS = Path(__file__).parents[2] / "shared" / "data" / "lists"
 TRAIN = [*(("a/attic", i, 0) for i in range(6)), *(("a/arena/hockey", i, 1) for i in range(4)), ("b/barn", 0, 3)]
 TEST = [0, 0, 0, 1, 1, 1, 3]  # labels; label 2 has no image
+BLOBS = ("b013e207347f5999123136ca47ab9dc0ee3e8b89", "5f40c9525b80a790c4e1b445d938e3447a874a91")  # git hash-object
 
 
 def save_image(path: Path, seed: int) -> None:
@@ -29,7 +32,8 @@ def save_image(path: Path, seed: int) -> None:
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Path:
     """Places with four classes and eleven training images, as its published figures then say."""
-    row = replace(SPECS["places"], num_classes=4, published=Published(len(TRAIN), len(TEST), largest=6, smallest=1))
+    published = Published(len(TRAIN), len(TEST), largest=6, smallest=1, train_blob=BLOBS[0], test_blob=BLOBS[1])
+    row = replace(SPECS["places"], num_classes=4, published=published)
     monkeypatch.setitem(SPECS, "places", row)
     train = [(f"data_256/{folder}/{i}.jpg", label) for folder, i, label in TRAIN]
     test = [(f"val_256/v{i}.jpg", label) for i, label in enumerate(TEST)]
@@ -82,12 +86,14 @@ def test_a_data_set_without_fault(tree, check):
         "  classes with images: 3 of 4",
         "  largest class: 6 images, label 0 (a/attic)",
         "  smallest class: 1 images, label 3 (b/barn)",
+        "  this is MiSLAS's Places_LT_train.txt, byte for byte",
         "",
         f"test: {tree}/Places_LT_test.txt",
         "  images: 7",
         "  classes with images: 3 of 4",
         "  largest class: 3 images, label 0 (a/attic)",
         "  smallest class: 1 images, label 3 (b/barn)",
+        "  this is MiSLAS's Places_LT_test.txt, byte for byte",
         "",
         "note: test: 7 images lie in no class folder; labels not checked",
         "note: no image was decoded; use --images all or --images N",
@@ -95,6 +101,27 @@ def test_a_data_set_without_fault(tree, check):
         "problems: 0",
     ]
     assert code == 0
+
+
+def test_a_list_with_other_bytes_than_mislas_s_is_said(tree, check):
+    path = tree / "Places_LT_test.txt"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    code, text = check()
+    assert f"  this is not MiSLAS's Places_LT_test.txt, byte for byte (as a git blob that is {BLOBS[1][:10]}," in text
+    assert (code, problems(text)) == (0, [])
+
+
+def test_the_published_lists_are_known_by_their_ids(tmp_path):
+    for name in ("places", "imagenet", "ina2018"):
+        spec = SPECS[name]
+        for title, list_name in (("train", spec.lists.train[0]), ("test", spec.lists.test[0])):
+            packed = LISTS / f"{list_name}.xz"
+            if packed.is_file():
+                (tmp_path / list_name).write_bytes(lzma.decompress(packed.read_bytes()))
+                said = verify._compare_with_mislas(title, tmp_path / list_name, spec)
+                assert said == f"  this is MiSLAS's {list_name}, byte for byte"
+    if not any(tmp_path.iterdir()):
+        pytest.skip(f"{LISTS} is not here")
 
 
 def line(number: int, path: str, label: int) -> str:
@@ -311,6 +338,26 @@ def test_one_content_in_train_and_test_is_noted(tree, check):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets without lists, and the command itself
+
+
+def test_own_lists_need_no_published_figures(tree, check):
+    shutil.copy(tree / "Places_LT_test.txt", tree / "val.txt")
+    edit(tree / "val.txt", ("val_256/v6.jpg 3\n", ""), ("val_256/v0.jpg 0", "data_256/a/attic/0.jpg 0"))
+    edit(tree / "Places_LT_train.txt", ("b/barn/0.jpg 3", "b/barn/0.jpg 2"))
+    options = ["dataset", "lists", "train_txt", "Places_LT_train.txt", "val_txt", "val.txt"]
+    code, text = check(*options)
+    assert (code, problems(text)[0]) == (1, "- images in train and test: 1")
+    assert "MiSLAS" not in text
+    edit(tree / "val.txt", ("data_256/a/attic/0.jpg 0\n", ""))
+    write = (tree / "test.txt").write_text
+    write("val_256/v6.jpg 2\nval_256/v0.jpg 0\n")
+    code, text = check(*options, "test_txt", "test.txt", "--images", "all")
+    assert (code, problems(text)) == (0, [])
+    assert [line.split(":")[0] for line in text.splitlines() if ".txt" in line] == ["train", "val", "test"]
+    write("val_256/v1.jpg 0\n")
+    assert problems(check(*options, "test_txt", "test.txt")[1])[0] == "- images in val and test: 1"
+    edit(tree / "Places_LT_train.txt", ("b/barn/0.jpg 2", "b/barn/0.jpg 4"))
+    assert check(*options)[0] == 2
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from utils.step import ProfiledStep, Step, StepWrapper, compile_model
 # Options that ``build_data`` and ``build_method`` take under the same names.
 DATA_OPTIONS = (
     "dataset", "data_path", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class",
-    "decoder", "train_txt", "val_txt", "data_on_device",
+    "decoder", "train_txt", "val_txt", "test_txt", "data_on_device",
 )  # fmt: skip
 METHOD_OPTIONS = (
     "drw_epoch", "drw_beta", "nc_within", "nc_between", "nc_start_epoch", "nc_means_lr", "seed", "tau", "focal_alpha",
@@ -43,7 +43,7 @@ class Loaders(NamedTuple):
 
     train: TrainLoader
     test: EvalLoader
-    val: EvalLoader | None  # held-out training images
+    val: EvalLoader | None  # select the best epoch
     plain: EvalLoader  # the training images without augmentation
 
 

@@ -77,10 +77,11 @@ OPTIONS: dict[str, Option] = {
     "nc_every": Option(0, whole(0), "epochs between measurements of neural collapse; 0: off", "incidental"),
     "decompose": Option(False, flag, "eval.py: compare the classifier with others on the same features", "incidental"),
     # Data
-    "dataset": Option("cifar10", text, "cifar10, cifar100, imagenet, ina2018, places, digits or folder", "data"),
+    "dataset": Option("cifar10", text, "cifar10, cifar100, imagenet, ina2018, places, digits, folder or lists", "data"),
     "data_path": Option("./data", text, "folder of the data set", "incidental"),
     "train_txt": Option("", text, "list data sets: training list; empty: its usual name under data_path"),
     "val_txt": Option("", text, "list data sets: test list; empty: its usual name under data_path"),
+    "test_txt": Option("", text, "list data sets: test list; val_txt is then a validation list, for the best epoch"),
     "class_map": Option(
         "", text, "stable, legacy or a file; empty: the checkpoint's (legacy if it has none), else stable", "incidental"
     ),
@@ -99,7 +100,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "val_per_class": Option(0, whole(0), "training images per class held out to select the best epoch", "data"),
     "shots": Option(
-        None, optional(choice("index", "count")), "many / medium / few by; null: count for folder, else index"
+        None, optional(choice("index", "count")), "many / medium / few by; null: count for folder and lists, else index"
     ),
     "head_class_idx": Option(None, optional(class_range), "[first, last + 1] of many-shot classes; null: data set's"),
     "med_class_idx": Option(None, optional(class_range), "likewise, medium-shot"),

@@ -17,8 +17,8 @@ def lr_at(
 
     Cosine: ``lr / 2 * (1 + cos(pi * epoch / num_epochs))``, without warm-up. Steps: ``lr * (epoch + 1) /
     warmup_epochs`` during warm-up, then ``lr`` times the factor of the last step reached (epoch >= step). Factors
-    multiply the base rate; steps below 1 are fractions of ``num_epochs``, see :func:`step_epochs`. ARBLOSS steps at (160, 240), MiSLAS and the paper at (160, 180); a step may lie beyond the
-    last epoch.
+    multiply the base rate; steps may be fractions, see :func:`step_epochs`, or lie beyond the last epoch. ARBLOSS steps
+    at (160, 240), MiSLAS and the paper at (160, 180).
     """
     if cos:
         return 0.5 * lr * (1.0 + math.cos(math.pi * epoch / num_epochs))

@@ -73,5 +73,5 @@ def provenance(data: Data, settings: Mapping, device: torch.device) -> dict:
         "class_names": data.class_names,  # [C]
         "fingerprint": data.label_hash,
         "environment": environment(device),
-        "selected_on": "held-out training images" if settings["val_per_class"] else "test set",
+        "selected_on": "held-out images" if data.val else "test set",
     }

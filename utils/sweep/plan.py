@@ -168,7 +168,7 @@ def _check_held_out(sweep: Sweep, run: Run) -> None:
         f"{run.arm}.val": f"{run.arm}.val" in terms_of(compared),
     }
     what = next((what for what, is_wanted in wanted.items() if is_wanted), None)
-    if what and not run.cfg.val_per_class:
+    if what and not (run.cfg.val_per_class or run.cfg.test_txt):
         raise InputError(f"{sweep.name}: {what} needs val_per_class above 0, and {run.arm} has none")
 
 
