@@ -496,6 +496,8 @@ def test_runs_share_processors_and_take_turns_on_gpus(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert [runner.environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["5", "MIG-7", "5"]
     assert runner.environment(0, 3)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 1)
+    assert runner.environment(1, 3)["CUDA_VISIBLE_DEVICES"] == "MIG-7"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

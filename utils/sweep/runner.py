@@ -233,7 +233,8 @@ def environment(slot: int, jobs: int) -> dict[str, str]:
     gpus = torch.cuda.device_count()
     if gpus:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        variables["CUDA_VISIBLE_DEVICES"] = (visible or [str(n) for n in range(gpus)])[slot % gpus]
+        cards = visible or [str(number) for number in range(gpus)]
+        variables["CUDA_VISIBLE_DEVICES"] = cards[slot % len(cards)]  # CUDA counts one MIG instance, whatever is visible
     threads = str(max(1, distributed.workers_here(sys.maxsize) // jobs))
     return {"OMP_NUM_THREADS": threads} | variables if jobs > 1 else variables
 
