@@ -234,7 +234,7 @@ def environment(slot: int, jobs: int) -> dict[str, str]:
     if gpus:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         cards = visible or [str(number) for number in range(gpus)]
-        variables["CUDA_VISIBLE_DEVICES"] = cards[slot % len(cards)]  # CUDA counts one MIG instance, whatever is visible
+        variables["CUDA_VISIBLE_DEVICES"] = cards[slot % len(cards)]  # of MIG instances CUDA counts one
     threads = str(max(1, distributed.workers_here(sys.maxsize) // jobs))
     return {"OMP_NUM_THREADS": threads} | variables if jobs > 1 else variables
 
