@@ -27,11 +27,12 @@ from utils.run.folder import read_rows, write_rows
 from utils.run.provenance import commit, machine
 from utils.sweep.contrasts import Row
 from utils.sweep.plan import Run, non_defaults, plan
-from utils.sweep.results import ORIGIN
+from utils.sweep.results import ENGINE, ORIGIN, ROOT, published, write_published
 from utils.sweep.runner import claimed, tell
 from utils.sweep.spec import read_sweep
 
 ARM = "classic"  # of the usual loop's rows
+MARGIN = 1.0  # points
 METHOD = {"loss": "arb", "class_counts": "batch", "mixup": True}  # all that the usual loop has
 HONOURED = {
     *(*METHOD, "alpha", *build.DATA_OPTIONS, "seed", "backbone", "batch_size", "num_epochs"),
@@ -41,14 +42,15 @@ HONOURED = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     prog, description = "python -m utils.bench.engine", "Train an arm of a sweep by the usual loop, to compare engines."
-    hint = f" (usage: {prog} SWEEP.yaml --arm ARM [--seeds N ...] [--save_dir FOLDER] [key value ...])"
+    hint = f" (usage: {prog} SWEEP.yaml --arm ARM [--seeds N,N] [--save_dir FOLDER] [--publish] [key value ...])"
     parser = Parser(prog=prog, description=description, hint=hint)
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="YAML file, see config/sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
     parser.add_argument("--arm", required=True, metavar="ARM", help="an arm with ARB-Loss of batch counts and mixup")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="all of the arm's by default")
+    parser.add_argument("--seeds", type=whole_numbers, metavar="N,N", help="all of the arm's by default")
+    parser.add_argument("--publish", action="store_true", help="train nothing: publish what is done beside the sweep")
     parser.add_argument("--save_dir", type=Path, default="saved", metavar="FOLDER", help="holds the results' folder")
     args = parser.parse_intermixed_args(arguments)
     sweep = read_sweep(args.sweep)
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not runs:
         raise InputError(f"command line: {sweep.name} has no run of --arm {args.arm} with these --seeds")
     check(runs[0])
+    if args.publish:
+        return publish(sweep.name, runs, read_rows(home / "rows.jsonl"))
     home.mkdir(parents=True, exist_ok=True)
     with claimed(home), distributed.processes(runs[0].cfg.device) as device:
         rows = read_rows(home / "rows.jsonl")
@@ -65,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not any((row["run"], row["hash"]) == (name_of(run), run.hash) for row in rows):
                 rows.append(train(run, device))
                 write_rows(home / "rows.jsonl", rows)
+    return 0
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def name_of(run: Run) -> str:
@@ -114,6 +123,26 @@ def train(run: Run, device: torch.device) -> Row:
         "seconds": round(seconds, 1),
         "last": last,
     }
+
+
+def publish(sweep: str, runs: Sequence[Run], rows: Sequence[Row], root: Path = ROOT) -> int:
+    """Publish the rows of ``runs`` by both engines as the results of a sweep with two arms.
+
+    The trainer's are those that are published of ``sweep``.
+    """
+    before, planned, arm = published(sweep, root), {run.hash for run in runs}, runs[0].arm
+    if before is None:
+        raise InputError(f"{sweep}: nothing of it is published to compare with; publish the sweep first")
+    theirs = [row for row in rows if row["hash"] in planned]
+    ours = [row for row in before["runs"] if row["hash"] in planned and row["arm"] == arm]
+    if not theirs:
+        raise InputError(f"{sweep}: no run of {arm} by the usual loop has ended; there is nothing to publish")
+    seeds = sorted({run.seed for run in runs})
+    compared = {"arms": [arm, ARM], "seeds": {arm: seeds, ARM: seeds}, "against": arm, "pairs": [], "waterfall": {}}
+    claims = {"engines are equivalent": {"pair": [ARM, arm], "within": MARGIN}}
+    counts = {"planned": 2 * len(runs), "failed": {}, "choose": False}
+    name = {"sweep": ENGINE + sweep}
+    return write_published({**before, **name, **compared, **counts, "claims": claims, "runs": [*ours, *theirs]}, root)
 
 
 if __name__ == "__main__":
