@@ -17,7 +17,9 @@ target of -100 has loss 0 where the loss is made of log-probabilities, as in :fu
 """
 
 import math
-from collections.abc import Sequence
+import reprlib
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ def count_classes(targets: Tensor, num_classes: int, ignore_index: int = -100) -
     """Labels per class, int64 [C]. Unlike ``bincount`` it does not synchronise with the device."""
     counted = targets.flatten() != ignore_index
     labels = torch.where(counted, targets.flatten(), 0)
-    counts = torch.zeros(num_classes, dtype=torch.int64, device=targets.device)
+    counts = targets.new_zeros(num_classes, dtype=torch.int64)  # unlike torch.zeros, one per sample under vmap
     return counts.scatter_add_(0, labels, counted.to(torch.int64))
 
 
@@ -150,36 +152,58 @@ def dot_regression(logits: Tensor, targets: Tensor) -> Tensor:
 def arb_loss(
     logits: Tensor,
     targets: Tensor,
-    class_counts: Tensor,
+    class_counts: Tensor | None = None,
     reduction: str = "mean",
     clamp: float | None = 30.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """ARB-Loss (Xie et al. 2023, eq. 14).
+    """ARB-Loss (Xie et al. 2023, eq. 14), with the shapes of :func:`torch.nn.functional.cross_entropy`.
 
     Args:
-        logits: [B, C], or dense [B, C, H, W].
-        targets: int64 [B], or [B, H, W]; entries equal to ``ignore_index`` have no label and loss 0.
-        class_counts: [C], any real dtype, of the batch or of the training set; 0 = absent. The loss of a label whose
-            class is absent is infinite, as in eq. 14; counts that are all 0 mean no prior.
-        reduction: "mean" (over labelled entries; 0 without any), "sum" or "none" (shape of ``targets``).
+        logits: [B, C], dense [B, C, H, W], or [C] of a single sample.
+        targets: labels of any integer type, [B], [B, H, W] or []; those equal to ``ignore_index`` have loss 0. Or class
+            probabilities, floats of the logits' shape, if ``class_counts`` are given.
+        class_counts: [C], any real dtype, of the training set; None: of this batch. 0 = absent. The loss of a label
+            whose class is absent is infinite, as in eq. 14; counts that are all 0 mean no prior.
+        reduction: "mean" (over labelled entries; 0 without any), "sum" or "none" (one loss per label).
         clamp: 30 is the released code; None is eq. 14 as printed.
+
+    Raises ``ValueError`` for arguments that do not fit each other and, on the CPU, for labels out of range.
     """
     _check_reduction(reduction)
-    if class_counts.shape != logits.shape[1:2]:
-        raise ValueError(f"class_counts: shape {tuple(class_counts.shape)} does not fit {logits.shape[1]} classes")
-    if targets.shape != logits.shape[:1] + logits.shape[2:]:
-        raise ValueError(f"targets: shape {tuple(targets.shape)} does not fit logits of shape {tuple(logits.shape)}")
+    rows, labels, shape = _as_rows("arb_loss", logits, targets, ignore_index)
+    soft = labels.ndim == 2
+    if class_counts is None:
+        if soft:
+            raise ValueError("arb_loss: class probabilities have no batch counts; they need class_counts")
+        class_counts = count_classes(labels, rows.shape[1])
+    if class_counts.shape != rows.shape[1:]:
+        raise ValueError(
+            f"arb_loss: class_counts of shape {tuple(class_counts.shape)} do not fit {rows.shape[1]} classes"
+        )
+    class_counts = class_counts.double()
     # A batch without a label has no class at all: the softmax over none would be NaN.
-    class_counts = torch.where((class_counts > 0).any(), class_counts, torch.ones_like(class_counts))
-    ignored = targets == ignore_index
-    flat = logits.movedim(1, -1).flatten(0, -2)  # [B H W, C]
-    losses = arb(flat, targets.masked_fill(ignored, -100).reshape(1, -1), class_counts, clamp).view_as(targets)
-    return _reduce(losses, reduction, (~ignored).sum())
+    class_counts = class_counts + ~class_counts.any()
+    log_probs = log_probabilities(rows, class_counts, clamp)
+    if soft:
+        absent = (labels == 0) & (log_probs == -torch.inf)  # 0 * inf would be NaN
+        losses = -(labels.to(log_probs.dtype) * log_probs.masked_fill(absent, 0)).sum(dim=1)
+        labelled = torch.ones_like(losses, dtype=torch.bool)
+    else:
+        losses, labelled = _nll(log_probs, labels[None])[0], labels != -100
+    return _reduce(losses.view(shape), reduction, labelled)
 
 
 class ARBLoss(nn.Module):
-    """:func:`arb_loss` as a module; ``class_counts=None``: each batch's own counts (the paper's CIFAR protocol)."""
+    """:func:`arb_loss` as a module; ``class_counts=None``: each batch's own counts (the paper's CIFAR protocol).
+
+    ``class_counts`` are copied, and no conversion of the module changes their type: float16 ends at 65,504 images.
+    ``load_state_dict`` replaces counts by counts; a criterion without any stays without, and the other way round, with
+    a warning.
+
+    Raises ``ValueError`` for counts that are not finite, negative or all 0. ``forward`` also does so for a label whose
+    class has count 0, on the CPU; elsewhere its loss is infinite, as a check would synchronise every step.
+    """
 
     def __init__(
         self,
@@ -189,21 +213,100 @@ class ARBLoss(nn.Module):
         ignore_index: int = -100,
     ):
         super().__init__()
-        self.register_buffer("class_counts", None if class_counts is None else torch.as_tensor(class_counts))
+        _check_reduction(reduction)
+        self.register_buffer("class_counts", None if class_counts is None else _checked_counts(class_counts))
         self.reduction, self.clamp, self.ignore_index = reduction, clamp, ignore_index
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        loss = arb_loss(logits, targets, self.class_counts, self.reduction, self.clamp, self.ignore_index)
+        if self.class_counts is not None and _fails(loss, lambda: (loss < torch.inf).all()):
+            # Without logits, the loss is infinite for absent classes alone.
+            prior = arb_loss(torch.zeros_like(logits), targets, self.class_counts, "none", None, self.ignore_index)
+            if (absent := prior.isinf()).any():
+                soft = targets.is_floating_point()
+                named = "a probability above 0" if soft else f"label {int(targets.long()[absent][0])}"
+                raise ValueError(f"ARBLoss: {named} is of a class that has count 0 in class_counts")
+        return loss
+
+    def _apply(self, fn, recurse=True):
         counts = self.class_counts
-        if counts is None:
-            counts = count_classes(targets, logits.shape[1], self.ignore_index)
-        return arb_loss(logits, targets, counts, self.reduction, self.clamp, self.ignore_index)
+        super()._apply(fn, recurse)
+        if counts is not None and self.class_counts.dtype != counts.dtype:
+            self.class_counts = counts.to(self.class_counts.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key, own = f"{prefix}class_counts", self.class_counts
+        if own is None and key in state_dict:
+            warnings.warn(
+                "ARBLoss: the state_dict's class_counts are not used: this criterion counts each batch", stacklevel=2
+            )
+            state_dict = {name: value for name, value in state_dict.items() if name != key}
+        elif own is not None and key not in state_dict:
+            warnings.warn("ARBLoss: the state_dict has no class_counts: this criterion keeps its own", stacklevel=2)
+            state_dict = {**state_dict, key: own}
+        elif own is not None:  # an integer buffer would cut frequencies down to 0
+            state_dict = {**state_dict, key: _checked_counts(state_dict[key])}
+            self.class_counts = own.to(state_dict[key].dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def label_aware_smoothing(logits: Tensor, targets: Tensor, smoothing: Tensor, reduction: str = "mean") -> Tensor:
-    """Label-aware smoothing (MiSLAS): ``logits [B, C]``, ``targets [B]``, ``smoothing [C]`` in [0, 1]."""
+def label_aware_smoothing(
+    logits: Tensor, targets: Tensor, smoothing: Tensor, reduction: str = "mean", ignore_index: int = -100
+) -> Tensor:
+    """Label-aware smoothing (MiSLAS): ``smoothing [C]`` in [0, 1]; for labels as :func:`arb_loss` takes them."""
     _check_reduction(reduction)
-    losses = smoothed_cross_entropy(logits, targets[None], smoothing)[0]
-    return _reduce(losses, reduction, torch.tensor(len(targets)))
+    rows, labels, shape = _as_rows("label_aware_smoothing", logits, targets, ignore_index)
+    if labels.ndim == 2:
+        raise ValueError("label_aware_smoothing: targets are probabilities; it smooths labels")
+    labelled = labels != -100
+    losses = smoothed_cross_entropy(rows, torch.where(labelled, labels, 0)[None], smoothing)[0]
+    return _reduce(losses.where(labelled, 0).view(shape), reduction, labelled)
+
+
+def _as_rows(loss: str, logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, torch.Size]:
+    """Logits [N, C]; labels, int64 [N], -100 if ignored, or probabilities [N, C]; the shape of the N losses."""
+    class_dim = min(logits.ndim, 2) - 1
+    shape = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+    soft = targets.is_floating_point()
+    if not logits.is_floating_point() or logits.ndim == 0 or targets.shape != (logits.shape if soft else shape):
+        raise ValueError(
+            f"{loss}: targets ({targets.dtype}, {tuple(targets.shape)}) do not fit logits ({logits.dtype}, "
+            f"{tuple(logits.shape)}): labels are integers {tuple(shape)}, probabilities floats of the logits' shape"
+        )
+    classes = logits.shape[class_dim]
+    rows = logits.movedim(class_dim, -1).reshape(-1, classes)
+    if soft:
+        return rows, targets.movedim(class_dim, -1).reshape(-1, classes), shape
+    labels = targets.reshape(-1).long()
+    ignored = labels == ignore_index
+    if _fails(labels, lambda: torch.equal(kept := labels.masked_fill(ignored, 0), kept.clamp(0, classes - 1))):
+        wrong = labels[~ignored & (labels != labels.clamp(0, classes - 1))]
+        raise ValueError(f"{loss}: label {wrong[0]} is neither 0 to {classes - 1} nor ignore_index, {ignore_index}")
+    return rows, labels.masked_fill(ignored, -100), shape
+
+
+def _fails(tensor: Tensor, condition: Callable[[], Tensor | bool]) -> bool:
+    """Whether ``condition`` is known not to hold; unknown where reading it would synchronise or break a graph."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    try:
+        return not condition()
+    except RuntimeError:  # under vmap it has no single value
+        return False
+
+
+def _checked_counts(class_counts: Tensor | Sequence[float]) -> Tensor:
+    """A copy as a tensor [C]."""
+    try:
+        counts = torch.as_tensor(class_counts).detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        counts = torch.tensor(torch.nan)
+    numbers = counts.double()  # unsigned integers do not compare
+    if counts.ndim != 1 or not (counts.is_meta or ((numbers >= 0) & numbers.isfinite()).all() & numbers.any()):
+        given = reprlib.repr(class_counts)
+        raise ValueError(f"ARBLoss: class_counts {given} are not [C] finite numbers, none negative and not all 0")
+    return counts
 
 
 def _check_reduction(reduction: str) -> None:
@@ -211,10 +314,10 @@ def _check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: {reduction!r} is unknown; known are {', '.join(REDUCTIONS)}")
 
 
-def _reduce(losses: Tensor, reduction: str, count: Tensor) -> Tensor:
+def _reduce(losses: Tensor, reduction: str, labelled: Tensor) -> Tensor:
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / count.clamp(min=1)
+    return losses.sum() if reduction == "sum" else losses.sum() / labelled.sum().clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """The losses against their formulas, at the edges, in half precision and by gradcheck."""
 
 import ast
+import copy
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from methods import losses
 from methods.losses import (
@@ -127,10 +130,8 @@ def test_reductions():
     torch.testing.assert_close(arb_loss(logits, targets, COUNTS), each.mean())
     with pytest.raises(ValueError, match=r"'avg' is unknown; known are none, mean, sum"):
         arb_loss(logits, targets, COUNTS, "avg")
-    with pytest.raises(ValueError, match="does not fit 5 classes"):
-        arb_loss(logits, targets, COUNTS[:3])
-    with pytest.raises(ValueError, match=r"targets: shape \(11,\) does not fit logits of shape \(12, 5\)"):
-        arb_loss(logits, targets[1:], COUNTS)
+    with pytest.raises(ValueError, match="'avg' is unknown"):
+        ARBLoss(reduction="avg")
 
 
 def test_the_module_counts_the_batch_or_takes_the_given_counts():
@@ -141,6 +142,177 @@ def test_the_module_counts_the_batch_or_takes_the_given_counts():
     assert torch.equal(module(logits, targets), arb_loss(logits, targets, COUNTS, "sum", clamp=None))
     assert "class_counts" in module.state_dict()
     assert torch.equal(ARBLoss([50, 20, 0, 7, 1])(logits, targets), arb_loss(logits, targets, COUNTS))
+    assert torch.equal(arb_loss(logits, targets), arb_loss(logits, targets, batch))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In other people's code
+
+CRITERIA = pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda z, y, **options: ARBLoss(**options)(z, y),
+        lambda z, y, **options: ARBLoss([50, 20, 0, 7, 1], **options)(z, y),
+        lambda z, y, **options: label_aware_smoothing(z, y, torch.linspace(0, 0.3, 5), **options),
+    ],
+    ids=["batch counts", "given counts", "las"],
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16])
+@CRITERIA
+def test_labels_of_any_integer_type(criterion, dtype):
+    logits, targets = example()
+    assert torch.equal(criterion(logits, targets.to(dtype)), criterion(logits, targets))
+    maps, pixels = logits.T.reshape(1, 5, 3, 4), targets.reshape(1, 3, 4).clone()
+    pixels[0, 0] = 255
+    kept = (pixels != 255).flatten()
+    for labels in (pixels, pixels.to(dtype)):
+        loss = criterion(maps, labels, ignore_index=255)
+        torch.testing.assert_close(loss, criterion(logits[kept], targets[kept]))
+
+
+@CRITERIA
+def test_a_sample_alone_is_a_batch_of_one(criterion):
+    logits, targets = example()
+    for reduction in losses.REDUCTIONS:
+        loss = criterion(logits[0], targets[0], reduction=reduction)
+        assert loss.shape == ()
+        assert loss == criterion(logits[:1], targets[:1], reduction=reduction)
+
+
+@pytest.mark.parametrize("label", [5, -1, 255])
+@CRITERIA
+def test_a_label_out_of_range_is_named(criterion, label):
+    logits, targets = example()
+    targets[7] = label
+    with pytest.raises(ValueError, match=rf": label {label} is neither 0 to 4 nor ignore_index, -100"):
+        criterion(logits, targets)
+
+
+@CRITERIA
+def test_no_value_is_read_on_other_devices_than_the_cpu(criterion):
+    """Which on CUDA would synchronise, and on this device is impossible."""
+    logits, targets = (tensor.to("meta") for tensor in example())
+    assert criterion(logits, targets).is_meta
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda z, y: (z, y.double()),
+        lambda z, y: (z, F.one_hot(y, 5)),
+        lambda z, y: (z, y[:, None]),
+        lambda z, y: (z, y[1:]),
+        lambda z, y: (z.mean(), y[0]),
+        lambda z, y: (z.long(), y),
+        lambda z, y: (y, z),
+    ],
+    ids=["float labels", "one-hot", "column", "too few", "no logits", "integer logits", "swapped"],
+)
+@CRITERIA
+def test_targets_that_do_not_fit_are_refused(criterion, wrong):
+    logits, targets = wrong(*example())
+    with pytest.raises(
+        ValueError, match=r"(arb_loss|label_aware_smoothing): targets .* do not fit logits .*: labels are"
+    ):
+        criterion(logits, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_class_probabilities_are_mixed_labels(dtype):
+    """A class that is absent from the counts has probability 0, and no part in the loss."""
+    logits, targets = example()
+    both = torch.stack([targets, targets.roll(1)])
+    mixed = (0.75 * F.one_hot(both[0], 5) + 0.25 * F.one_hot(both[1], 5)).to(dtype)
+    first, second = losses.arb(logits, both, COUNTS)
+    for reduction, reduced in {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}.items():
+        loss = ARBLoss(COUNTS, reduction)(logits, mixed)
+        torch.testing.assert_close(loss, reduced(0.75 * first + 0.25 * second))
+    maps = [x.T.reshape(1, 5, 3, 4) for x in (logits, mixed)]
+    torch.testing.assert_close(arb_loss(*maps, COUNTS), arb_loss(logits, mixed, COUNTS))
+    assert torch.autograd.gradcheck(lambda z: arb_loss(z, mixed, COUNTS), logits.requires_grad_())
+
+
+def test_class_probabilities_need_given_counts():
+    logits, targets = example()
+    soft = F.one_hot(targets, 5).double()
+    with pytest.raises(ValueError, match="arb_loss: class probabilities have no batch counts; they need class_counts"):
+        ARBLoss()(logits, soft)
+    with pytest.raises(ValueError, match="label_aware_smoothing: targets are probabilities; it smooths labels"):
+        label_aware_smoothing(logits, soft, torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[5, -1], [5, math.nan], [5, math.inf], [[5, 1]], 5, [], [0, 0], "51", ["5", "1"], {0: 5, 1: 1}],
+    ids=repr,
+)
+def test_impossible_counts_are_refused_when_the_loss_is_made(counts):
+    with pytest.raises(
+        ValueError, match=r"ARBLoss: class_counts .* are not \[C\] finite numbers, none negative and not"
+    ):
+        ARBLoss(counts)
+
+
+def test_counts_for_other_classes_are_refused():
+    logits, targets = example()
+    with pytest.raises(ValueError, match=r"class_counts of shape \(3,\) do not fit 5 classes"):
+        ARBLoss(COUNTS[:3])(logits, targets)
+
+
+def test_a_label_whose_count_is_0_is_refused_by_the_module_and_infinite_for_the_function():
+    logits, targets = example()
+    ARBLoss(COUNTS)(logits.fill_(math.nan), targets)  # not finite for another reason
+    logits.zero_()
+    targets[3] = 2
+    assert arb_loss(logits, targets, COUNTS, "none").isinf().tolist() == (targets == 2).tolist()
+    for labels, named in (
+        (targets.to(torch.uint8), "label 2"),
+        (F.one_hot(targets, 5).float(), "a probability above 0"),
+    ):
+        for reduction in losses.REDUCTIONS:
+            with pytest.raises(ValueError, match=f"ARBLoss: {named} is of a class that has count 0 in class_counts"):
+                ARBLoss(COUNTS, reduction)(logits, labels)
+    assert ARBLoss(COUNTS, ignore_index=2)(logits, targets).isfinite()
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.half)])
+def test_conversions_of_the_module_leave_the_counts_alone(convert):
+    logits, targets = example()
+    counts = [100_001.0, 20.0, 0.0, 7.0, 1.0]
+    criterion = convert(nn.ModuleList([ARBLoss(counts)]))[0]
+    assert criterion.class_counts.tolist() == counts and criterion.class_counts.dtype == torch.float32
+    assert torch.equal(criterion(logits, targets), ARBLoss(counts)(logits, targets))
+    assert convert(ARBLoss()).class_counts is None
+    assert ARBLoss(counts).to("meta").class_counts.is_meta
+
+
+def test_the_module_has_a_copy_of_the_counts():
+    given = COUNTS.clone()
+    criterion = ARBLoss(given)
+    given.zero_()
+    for copied in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert torch.equal(copied.class_counts, COUNTS)
+
+
+def test_state_dicts_with_and_without_counts_load_into_each_other():
+    def loaded(into, source):
+        model = nn.ModuleDict({"criterion": into})
+        assert str(model.load_state_dict(nn.ModuleDict({"criterion": source}).state_dict())).startswith("<All keys")
+        return into.class_counts
+
+    with pytest.warns(UserWarning, match="ARBLoss: the state_dict has no class_counts: this criterion keeps its own"):
+        assert torch.equal(loaded(ARBLoss(COUNTS), ARBLoss()), COUNTS)
+    with pytest.warns(UserWarning, match="ARBLoss: the state_dict's class_counts are not used: this criterion counts"):
+        assert loaded(ARBLoss(), ARBLoss(COUNTS)) is None
+    assert loaded(ARBLoss([1, 2]), ARBLoss([0.25, 0.75])).tolist() == [0.25, 0.75]  # no integers
+    with pytest.raises(RuntimeError, match=r"size mismatch for criterion\.class_counts"):
+        loaded(ARBLoss([1, 2]), ARBLoss(COUNTS))
+    broken = ARBLoss([1.0, 2.0])
+    broken.class_counts[0] = math.inf  # as of a module that was converted to float16
+    with pytest.raises(ValueError, match=r"ARBLoss: class_counts tensor\(\[inf, 2\.\]\) are not"):
+        loaded(ARBLoss([1, 2]), broken)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,14 +511,46 @@ def test_double_backward_in_float64(clamp, classes):
 
 
 @pytest.mark.parametrize("classes", [5, 1001])
-def test_function_transforms(classes):
-    """torch.func.grad gives the gradient; under vmap that of each batch."""
+@pytest.mark.parametrize("given", [True, False], ids=["given counts", "batch counts"])
+def test_function_transforms(given, classes):
+    """torch.func.grad gives the gradient; under vmap that of each batch, or each sample, with its own labels."""
     (first, targets), counts = example(classes=classes), torch.arange(1, classes + 1)
-    batches = torch.stack([first, first.roll(1)])
-    gradient, leaf = torch.func.grad(lambda z: arb_loss(z, targets, counts)), batches.clone().requires_grad_()
-    sum(arb_loss(logits, targets, counts) for logits in leaf).backward()
-    torch.testing.assert_close(gradient(first), leaf.grad[0])
-    torch.testing.assert_close(torch.func.vmap(gradient)(batches), leaf.grad)
+    criterion = ARBLoss(counts if given else None)
+    batches, labels = torch.stack([first, first.roll(1)]), torch.stack([targets, targets.flip(0)])
+    leaf = batches.clone().requires_grad_()
+    sum(map(criterion, leaf, labels)).backward()
+    gradient = torch.func.grad(criterion)
+    torch.testing.assert_close(gradient(first, targets), leaf.grad[0])
+    torch.testing.assert_close(torch.func.vmap(gradient)(batches, labels), leaf.grad)
+    samples = torch.func.vmap(gradient)(first, targets)
+    torch.testing.assert_close(samples, torch.stack(list(map(gradient, first, targets))))
+    hessian = torch.func.hessian(criterion)(first[:2], targets[:2])
+    torch.testing.assert_close(
+        hessian, torch.autograd.functional.hessian(lambda z: criterion(z, targets[:2]), first[:2])
+    )
+
+
+class Step(nn.Module):
+    """A network with its loss."""
+
+    def __init__(self, criterion):
+        super().__init__()
+        self.linear, self.criterion = nn.Linear(8, 5), criterion
+
+    def forward(self, features, targets):
+        return self.criterion(self.linear(features), targets)
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS], ids=["batch counts", "given counts"])
+def test_a_step_can_be_exported_and_compiled_as_one_graph(counts):
+    features, targets = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), example()[1]
+    step, batch = Step(ARBLoss(counts)), torch.export.Dim("batch")
+    program = torch.export.export(step, (features, targets), dynamic_shapes=({0: batch}, {0: batch})).module()
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    for size in (12, 3):
+        expected = step(features[:size], targets[:size])
+        torch.testing.assert_close(program(features[:size], targets[:size]), expected)
+        torch.testing.assert_close(compiled(features[:size], targets[:size]), expected)
 
 
 @pytest.mark.parametrize("target", range(5))
