@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from utils import distributed
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
+from utils.option_types import user_path
 from utils.signals import NAMES
 
 
@@ -41,6 +43,14 @@ def positive(kind: type, **words: int) -> Callable[[str], float]:
         raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}")
 
     return parse_number
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path, with ``~`` and ``$VARIABLES`` replaced as in a configuration."""
+    try:
+        return Path(user_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
 def parse(
