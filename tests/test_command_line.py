@@ -1,11 +1,14 @@
 """Command lines and exit codes."""
 
+import io
+import sys
 from argparse import ArgumentTypeError
+from pathlib import Path
 
 import pytest
 
 from tests.scripts import closed_pipe, forked_scripts, script_of  # noqa: F401
-from utils.command_line import exit_code, parse, positive
+from utils.command_line import exit_code, parse, positive, say
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
 
 SCRIPT = """
@@ -116,3 +119,34 @@ def test_the_exit_code_stays_if_standard_error_is_closed(scripts, tmp_path, erro
 def test_further_signals_do_not_change_the_exit_code(scripts, tmp_path):
     more = "atexit.register(lambda: [os.kill(os.getpid(), 15), time.sleep(0.1)])"
     assert scripts.run(script_of(tmp_path, SCRIPT.format(error="Interrupted(10)", more=more))).code == 138
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs
+
+
+def test_output_takes_any_character(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert exit_code(lambda: say("写真", "plain")) == 0
+    assert raw.getvalue() == b"\\u5199\\u771f\nplain\n"
+
+
+def test_output_that_the_caller_has_closed_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert exit_code(lambda: say("a line")) == 0
+    assert exit_code(failing) == 2
+
+
+def failing():
+    raise InputError("wrong")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is full is /dev/full")
+def test_a_full_standard_output_is_said_once_and_ends_nothing(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert exit_code(lambda: [say("1"), say("2")].count(0)) == 0
+    said = "warning: standard output cannot be written (No space left on device); what follows is discarded\n"
+    assert capsys.readouterr().err == said

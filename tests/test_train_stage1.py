@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.tensorboard import SummaryWriter
 
 import train_stage1
 from datasets import build_data
@@ -50,6 +51,7 @@ from utils import build
 from utils.config import load_config
 from utils.errors import DivergenceError, Interrupted
 from utils.precision import new_scaler
+from utils.run import describe, provenance, record
 from utils.run.log import RunLog
 from utils.step import Step
 
@@ -602,3 +604,18 @@ def test_evaluated_are_every_so_many_th_epoch_and_each_of_the_last():
     assert epochs(5, 3) == [4, 9, 10, 11]
     assert epochs(20, 99) == list(range(12))
     assert epochs(0, 3) == []
+
+
+def test_what_only_describes_a_run_cannot_end_it(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise LookupError("no package metadata")
+
+    for module, name in ((record, "machine"), (provenance, "environment"), (describe, "describe_method")):
+        monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    with pytest.warns(UserWarning, match="is left out") as said:
+        folder = train(tmp_path, "num_epochs", 1)
+    what = {str(warning.message).partition(" is left out")[0] for warning in said}
+    described = {"the run's description", "the machine in starts.jsonl", "the environment in checkpoints"}
+    assert described | {"TensorBoard's curves"} <= what
+    assert (folder / "summary.json").is_file()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -77,6 +78,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
 
     2: bad input, or numbers that are not finite. 1: another process of the run has failed. 128 + signal: stopped by it.
     """
+    for name in ("stdout", "stderr"):
+        _prepare(name)
     try:
         return main() or 0
     except (InputError, DivergenceError, LostProcessError) as error:
@@ -97,12 +100,33 @@ def _print_error(line: str) -> None:
         print(" ".join(line.split()), file=sys.stderr)
 
 
+def say(*lines: str) -> None:
+    """Print ``lines`` to standard output, see :func:`discard_if_closed`."""
+    with discard_if_closed(sys.stdout):
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
 @contextlib.contextmanager
 def discard_if_closed(stream: TextIO) -> Iterator[None]:
-    """Flush ``stream`` after the block; once its reader (a pipe, a terminal) has gone, its output is discarded."""
+    """Flush ``stream`` after the block; once it cannot be written, its output is discarded.
+
+    A reader that has gone (a pipe, a terminal) is no news; any other reason is said on standard error.
+    """
     try:
         yield
         stream.flush()
-    except OSError:
+    except OSError as error:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
+        if error.errno not in (errno.EPIPE, errno.EIO) and stream is not sys.stderr:
+            _print_error(f"warning: standard output cannot be written ({error.strerror}); what follows is discarded")
+
+
+def _prepare(name: str) -> None:
+    """Make ``sys.stdout`` or ``sys.stderr`` take any character, and exist even if the caller has closed it."""
+    stream = getattr(sys, name)
+    if stream is None:
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lasts)
+    elif hasattr(stream, "reconfigure"):
+        with contextlib.suppress(OSError):  # a closed pipe
+            stream.reconfigure(errors="backslashreplace")

@@ -7,7 +7,6 @@ import math
 import os
 import re
 
-
 VARIABLE = re.compile(r"\$\w+|\$\{\w+\}")
 
 

@@ -11,6 +11,7 @@ from datasets import Data
 from datasets.decoding import fast_decoder
 from methods.component_meter import chosen_rows
 from utils import distributed
+from utils.errors import describing
 from utils.metrics import group_sizes
 from utils.report.text import group_line
 from utils.run.log import RunLog
@@ -18,6 +19,7 @@ from utils.schedule import step_epochs
 from utils.step import Step, StepWrapper
 
 
+@describing("the run's description")
 def describe_run(
     run: RunLog, cfg: CfgNode, data: Data, groups: dict, step: Step | StepWrapper, notes: Sequence[str]
 ) -> None:

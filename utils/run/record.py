@@ -12,6 +12,7 @@ from methods.component_meter import ComponentMeter
 from utils import distributed
 from utils.checkpoint import TrainState
 from utils.config import dump_config
+from utils.errors import describing
 from utils.evaluation import Evaluation
 from utils.files import write_text
 from utils.metrics import GROUPS, class_accuracy, group_sizes
@@ -48,12 +49,12 @@ class Recorder:
         start = {
             "epoch": self.state.epoch,
             "step": self.state.step,
-            "commit": commit(),
             "processes": distributed.world_size(),
             "data": self.data.content_hash(),
             "class_counts": self.data.class_counts.tolist(),
-            **machine(device),
         }
+        with describing("the machine in starts.jsonl"):
+            start |= {"commit": commit(), **machine(device)}
         with (self.log.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
 
