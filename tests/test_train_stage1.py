@@ -119,7 +119,11 @@ def test_the_log_begins_with_what_is_trained_and_has_mislas_lines(finished):
     first = log.splitlines()[0]
     for words in ("ARB-Loss with batch class counts", "mixup alpha 1", "imbalance factor 0.05", "2 epochs", "seed 0"):
         assert words in first
-    assert "x0.1 from epoch 30, x0.01 from epoch 36 ([30, 36] never reached)" in first
+    assert "x0.1 from epoch 30, x0.01 from epoch 36" in first
+    assert "warning: lr_steps [30, 36]: not all of it is reached in 2 epochs\n" in log
+    assert log.rstrip().endswith(
+        f"tensorboard --logdir {finished}; figures: python -m utils.compare {finished} --out page.html"
+    )
     assert len(re.findall(r"Epoch: \[[01]\]\[[04]/8\]\tTime .+\tLoss .+ \(.+\)\tAcc@1 .+\tAcc@5 .+", log)) == 4
     last = history(finished)[-1]["test"]
     assert f"* Acc@1 {last['top1']:.3f}% Acc@5 {last['top5']:.3f}% HAcc {last['many']:.3f}%" in log
@@ -619,3 +623,11 @@ def test_what_only_describes_a_run_cannot_end_it(tmp_path, monkeypatch):
     described = {"the run's description", "the machine in starts.jsonl", "the environment in checkpoints"}
     assert described | {"TensorBoard's curves"} <= what
     assert (folder / "summary.json").is_file()
+
+
+def test_classes_without_training_images_are_counted_by_group():
+    counts = torch.tensor([5, 0, 3, 0, 0])
+    masks = {"many": counts > 3, "medium": counts == 3, "few": counts == 0}
+    (line,) = describe.empty_classes(counts, {"count": masks, "index": {}})
+    assert line.startswith("3 of 5 classes have no training image (0 of 1 many, 0 of 1 medium, 3 of 3 few);")
+    assert describe.empty_classes(counts + 1, {"count": masks}) == []

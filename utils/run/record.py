@@ -1,6 +1,7 @@
 """What a run writes besides checkpoints: config.yaml, starts.jsonl, metrics, predictions, diagnostics, summary.json."""
 
 import json
+import shlex
 from collections.abc import Mapping
 
 import numpy as np
@@ -102,6 +103,10 @@ class Recorder:
         write_summary(self.log.folder / "summary.json", summary)
         sizes = group_line(group_sizes(self.groups))
         self.log.info(f"\n{summary_table(summary)}\n\n{sizes} (in the table: by {headline})")
+        folder = shlex.quote(str(self.log.folder))
+        self.log.info(
+            f"curves: tensorboard --logdir {folder}; figures: python -m utils.compare {folder} --out page.html"
+        )
 
     def finish_again(self, evaluation: Evaluation) -> None:
         """Log the evaluation and the summary of a finished run that was resumed."""
