@@ -139,31 +139,25 @@ def build_data(
     image_size = image_size or spec.image_size
     lists = {"train_txt": train_txt, "val_txt": val_txt, "test_txt": test_txt, "class_map": class_map}
     source = _read(spec, dataset, Path(data_path), num_classes, image_size, workers, lists)
-    targets, classes = source.train.targets, len(source.class_names)
-    if num_classes not in (None, classes):
-        raise DataError(f"num_classes: {num_classes}, but {dataset} in {data_path} has {classes}; set that, or null")
-    chosen, held_out, tested = np.arange(len(targets)), np.arange(0), np.arange(len(source.test.targets))
-    if val_per_class and source.val:
+    train, val, test, classes = source.train, source.val, source.test, len(source.class_names)
+    if val_per_class and val:
         raise DataError(f"val_per_class: {val_per_class}, but the images of val_txt select the best epoch; use 0")
     if val_per_class:
-        chosen, held_out = hold_out(targets, val_per_class, source.class_names, subset_seed)
+        rest, held_out = hold_out(train.targets, val_per_class, source.class_names, subset_seed)
+        train, val = train.select(rest), train.select(held_out)
     if imb_factor is not None:
-        counts = cut_counts(np.bincount(targets[chosen], minlength=classes), imb_type, imb_factor, spec.ranked_cut)
-        chosen = chosen[long_tail_indices(targets[chosen], counts, subset_seed)]
-    size = (len(chosen) + len(held_out) + len(tested)) * image_size**2 * 3
+        counts = cut_counts(np.bincount(train.targets, minlength=classes), imb_type, imb_factor, spec.ranked_cut)
+        train = train.select(long_tail_indices(train.targets, counts, subset_seed))
+    size = sum(len(split.targets) for split in (train, val, test) if split) * image_size**2 * 3
     in_memory = _fits_on_device(data_on_device, dataset, spec, size, device)
-    train, test = _select(source.train, chosen, in_memory), _select(source.test, tested, in_memory)
-    val = _select(source.train, held_out, in_memory) if val_per_class else None
-    if source.val:
-        val = _select(source.val, np.arange(len(source.val.targets)), in_memory)
-    labelled = [([source.list_hash], train.targets.numpy()), ([], test.targets.numpy())]
+    labelled = [([source.list_hash], train.targets), ([], test.targets)]
     return Data(
         spec=spec,
         class_names=source.class_names,
-        class_counts=torch.bincount(train.targets, minlength=classes),
-        train=train,
-        val=val,
-        test=test,
+        class_counts=torch.from_numpy(np.bincount(train.targets, minlength=classes)),
+        train=_images(train, in_memory),
+        val=val and _images(val, in_memory),
+        test=_images(test, in_memory),
         image_size=image_size,
         class_map=None if source.class_map is None else torch.from_numpy(source.class_map),
         workers=workers,
@@ -182,15 +176,20 @@ def _read(
     workers: int,
     lists: dict,
 ) -> Source:
+    """Read the labels; ``num_classes``: as configured, or None. ``lists``: options that only lists have."""
     lists = {option: value for option, value in lists.items() if len(value)}
-    if spec.lists is not None:
-        return spec.lists.read(data_path, spec.num_classes or num_classes, **lists)
-    if lists:
+    if lists and spec.lists is None:
         known = [other for other, row in SPECS.items() if row.lists]
         raise DataError(f"{next(iter(lists))}: {name} does not come as lists; only {', '.join(known)} do")
-    source = spec.read(data_path, image_size, workers)
-    if spec.num_classes not in (None, len(source.class_names)):
-        raise DataError(f"data_path: {data_path} has {len(source.class_names)} classes, {name} has {spec.num_classes}")
+    if spec.lists is None:
+        source = spec.read(data_path, image_size, workers)
+    else:
+        source = spec.lists.read(data_path, spec.num_classes or num_classes, **lists)
+    found = len(source.class_names)
+    if spec.num_classes not in (None, found):
+        raise DataError(f"data_path: {data_path} has {found} classes, {name} has {spec.num_classes}")
+    if num_classes not in (None, found):
+        raise DataError(f"num_classes: {num_classes}, but {name} in {data_path} has {found}; set that, or null")
     return source
 
 
@@ -218,6 +217,6 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // distributed.processes_here()
 
 
-def _select(split: Split, chosen: np.ndarray, in_memory: bool) -> Images:
-    images, targets = split.images.select(chosen), torch.from_numpy(split.targets[chosen])
-    return Images(torch.from_numpy(np.ascontiguousarray(images.read())) if in_memory else images, targets)
+def _images(split: Split, in_memory: bool) -> Images:
+    images = torch.from_numpy(np.ascontiguousarray(split.images.read())) if in_memory else split.images
+    return Images(images, torch.from_numpy(split.targets))

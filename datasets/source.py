@@ -71,6 +71,10 @@ class Split:
     targets: np.ndarray  # int64 [N]
     images: StoredImages | ImageFiles
 
+    def select(self, chosen: np.ndarray) -> "Split":
+        """The images at positions ``chosen [n]``."""
+        return Split(self.targets[chosen], self.images.select(chosen))
+
 
 @dataclass(frozen=True)
 class Source:

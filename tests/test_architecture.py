@@ -32,11 +32,15 @@ def room(name: str) -> str:
 
 
 def may_import(part: str) -> set[str]:
-    """One way: utils <- datasets, methods, models (apart) <- joints <- scripts; tools see all but scripts."""
+    """One way: utils <- datasets, methods, models (apart) <- joints <- scripts; tools see all but scripts and tools.
+
+    The bench trains arms of sweeps.
+    """
     parts = {"datasets", "methods", "models", "utils"}
     if part in parts:
         return {part, "utils"}
-    return parts | set(JOINTS) | ({part} if part in TOOLS else set())
+    others = {"utils.bench": {"utils.sweep"}}.get(part, set())
+    return parts | set(JOINTS) | others | ({part} if part in TOOLS else set())
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -186,6 +186,7 @@ def test_both_loops_train_the_same_network_as_the_configuration_says():
     assert trainer.precision == bound.precision == "bf16"
     sizes = [sum(p.numel() for p in one.parameters()) for one in (classic.model, trainer.step.model, bound.model)]
     assert len(set(sizes)) == 1
+    classic.train()
     settings = [one.param_groups[0] for one in (classic.optimizer, trainer.step.optimizer)]
     assert all(settings[0][key] == settings[1][key] for key in ("lr", "momentum", "weight_decay"))
 

@@ -1,10 +1,13 @@
-"""Student's t intervals: against scipy's own, against a table's values of t, and against what intervals promise."""
+"""Student's t intervals: against scipy's own, against a table's values of t, and against what intervals promise.
+
+And the smallest difference that some values can show: against published sample sizes, and by trying.
+"""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from utils.sweep.intervals import estimate, prediction_interval
+from utils.sweep.intervals import detectable, estimate, prediction_interval
 
 SAMPLES = [
     [70.1, 71.3],
@@ -22,6 +25,8 @@ def test_the_mean_s_interval_is_the_one_that_scipy_s_t_test_gives(sample):
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12)
     assert (found.mean, found.deviation) == pytest.approx((np.mean(sample), np.std(sample, ddof=1)), rel=1e-12)
     assert found.count == len(sample)
+    found, theirs = estimate(sample, 0.9), stats.ttest_1samp(sample, 0).confidence_interval(0.9)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=len)
@@ -78,3 +83,15 @@ def test_without_deviation_an_interval_is_a_point():
 )
 def test_an_end_at_zero_does_not_exclude_it(low, high, excludes):
     assert estimate([1.0, 2.0])._replace(low=low, high=high).excludes_zero is excludes
+
+
+@pytest.mark.parametrize(("effect", "count"), [(0.2, 199), (0.5, 34), (0.8, 15)])
+def test_the_smallest_difference_needs_as_many_pairs_as_g_power_says(effect, count):
+    """Two-sided paired t-test, level 0.05, power 0.8: Cohen's small, medium and large effect, in deviations."""
+    assert detectable(1.0, count) <= effect < detectable(1.0, count - 1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_the_smallest_difference_is_shown_by_80_of_100_samples(count):
+    draws = np.random.default_rng(count).normal(detectable(3.0, count), 3, (20_000, count))
+    assert (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.012)  # four s.e.

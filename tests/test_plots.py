@@ -72,6 +72,8 @@ def draw_figure(name, classes=10, runs=2):
         return plots.reliability_figure(confidences, guessed, targets, LONG)
     if name == "imbalance":
         return plots.imbalance_figure(over_imbalance(runs))
+    if name == "runs":
+        return plots.runs_figure(single_runs(runs))
     if name == "waterfall":
         return plots.waterfall_figure(*WATERFALLS["large steps"])
     weight = np.random.default_rng(0).normal(size=(classes, 16))
@@ -87,7 +89,7 @@ def draw_figure(name, classes=10, runs=2):
 
 
 FIGURES = ["accuracy", "confusion", "reliability", "similarity", "components"]  # that depend on the number of classes
-FIGURES += ["collapse", "learning", "tau", "imbalance", "waterfall"]
+FIGURES += ["collapse", "learning", "tau", "imbalance", "waterfall", "runs"]
 
 
 def over_imbalance(arms, half=1.0):
@@ -98,6 +100,17 @@ def over_imbalance(arms, half=1.0):
         means = [90.0 - 2 * number - 3 * k for k in range(5)]
         ends = {key: [*(mean + sign * half for mean in means[:4]), None] for key, sign in (("lows", -1), ("highs", 1))}
         found[f"arm_{number}_{LONG}"] = {"ratios": ratios, "means": means, **ends}
+    return found
+
+
+def single_runs(arms):
+    """So many arms with long names; the last one has a single run, and the first a published figure."""
+    found = {}
+    for number in range(arms):
+        mean, one = 80.0 + number, number == arms - 1
+        interval = {"low": None, "high": None} if one else {"low": mean - 2, "high": mean + 2}
+        runs = {"runs": [mean] if one else [mean - 1, mean, mean + 1], "published": [83.3] if number == 0 else []}
+        found[f"arm_{number}_{LONG}"] = {"mean": mean, **interval, **runs}
     return found
 
 
@@ -394,6 +407,22 @@ def test_arms_beyond_the_colours_look_otherwise():
     lines = plots.imbalance_figure(over_imbalance(12)).axes[0].get_lines()
     curves = [line for line in lines if line.get_marker() != "None"]
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in curves}) == 12
+
+
+def test_single_runs_are_drawn_with_mean_interval_and_published_figure():
+    arms = single_runs(3)
+    figure = plots.runs_figure(arms)
+    (axis,) = figure.axes
+    points, lines = axis.collections[::2], axis.collections[1::2]
+    for row, (data, own, published) in enumerate(zip(arms.values(), points, lines, strict=True)):
+        assert own.get_offsets()[:, 0].tolist() == data["runs"] and set(own.get_offsets()[:, 1]) == {row - 0.15}
+        assert [segment[:, 0].tolist() for segment in published.get_segments()] == [[x, x] for x in data["published"]]
+    drawn = [line.get_xdata() for line in axis.get_lines()]
+    assert [list(x) for x in drawn] == [[80.0], [78.0, 82.0], [81.0], [79.0, 83.0], [82.0]]
+    assert [len(axis.get_yticklabels()), axis.yaxis_inverted()] == [3, True]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a run", "mean, 95 % interval", "published"]
+    unpublished = plots.runs_figure({"a": {**data, "published": []}})
+    assert len(unpublished.legends[0].get_texts()) == 2
 
 
 def test_a_waterfall_s_bars_stand_on_what_came_before():

@@ -25,7 +25,7 @@ PAGES = [TOP, *(page for room in ROOMS for name in ("README.md", "EXACT.md") for
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
 CONFIGURED = ("train_stage1.py", "eval.py", "datasets.verify")  # their arguments: --cfg FILE ... [key value ...]
-TOOLS = ("datasets.verify", "utils.sweep", "utils.compare", "utils.bench")
+TOOLS = ("datasets.verify", "utils.sweep", "utils.compare", "utils.bench", "utils.bench.engine")
 # A run's own, a placeholder, and a file that the released code lacks.
 NO_FILES = {"config.yaml", "SWEEP.yaml", "methods.py"}
 ANY_RUN = "config/digits/digits_imb005.yaml"  # for saved/<run>/config.yaml

@@ -523,6 +523,28 @@ def test_the_figure_over_imbalance_is_of_the_ratios(tiny):
     assert drawn["arb"].get_xdata() == pytest.approx([10, 20], rel=0.02) and set(drawn) == {"plain", "arb", "late"}
 
 
+def test_the_figure_of_single_runs_has_what_is_published_of_an_arm_at_a_point(tiny, monkeypatch):
+    asked, runs, _ = of_tiny(tiny)
+    results, drawn = sweep.results_of(asked, runs), []
+    monkeypatch.setattr(sweep.plots, "runs_figure", drawn.append)
+    claim = {"arm": "arb", "published": [50, 60]}
+    claims = {
+        "here": claim,
+        "there": {**claim, "published": 70.0, "at": {"lr": 0.2}},
+        "pair": {"pair": ["arb", "plain"]},
+    }
+    for row in results["runs"]:
+        row["axes"] = {"lr": 0.1}
+    results |= {"axes": {"lr": [0.1, 0.2]}, "claims": claims, "waterfall": {}}
+    assert [name for name, _ in sweep.figures(results)] == ["runs_lr0.1"]
+    (arms,) = drawn
+    assert list(arms) == ["plain", "arb", "late"]
+    assert [list(data["published"]) for data in arms.values()] == [[], [50, 60], []]
+    top1 = [row["last"]["top1"] for row in results["runs"] if row["arm"] == "arb"]
+    assert arms["arb"]["runs"] == top1 and arms["arb"]["low"] == estimate(top1).low
+    assert arms["late"]["low"] is None
+
+
 def test_the_figure_s_intervals_are_over_cuts_where_there_are_several_like_the_table_s(tiny):
     asked, runs, _ = of_tiny(tiny)
     results = sweep.results_of(asked, runs)
@@ -564,7 +586,9 @@ def test_publishing_puts_results_beside_the_sweep_and_tables_into_the_page(repos
     assert json.loads(target.read_text()) == json.loads((home / "results.json").read_text())
     assert Image.open(target.with_name("tiny_waterfall.png")).size[0] == 1650
     readme = (repository / sweep.PAGE).read_text()
-    part = f"<!-- results of tiny -->\n\n{markdown(json.loads(target.read_text()))}\n<!-- end of results -->"
+    pictures = "".join(f"![{name}](results/{name}.png)\n\n" for name in ("tiny_runs", "tiny_waterfall"))
+    shown = pictures + markdown(json.loads(target.read_text()))
+    part = f"<!-- results of tiny -->\n\n{shown}\n<!-- end of results -->"
     assert readme.count(part) == 2 and "\nold\n" not in readme
     assert readme.startswith("# Title\n") and "<!-- not a marker -->" in readme
     assert sweep.filled_page(repository) == readme

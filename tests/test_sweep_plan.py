@@ -183,6 +183,7 @@ REFUSED = {
     "claims: c: published: 'high' must be a number": {"claims": {"c": {"arm": "arb", "published": "high"}}},
     "c: published: [9, 1] must be a number or [low": {"claims": {"c": {"arm": "arb", "published": [9, 1]}}},
     "claims: c: pair: ['arb'] must be [arm, another arm]": {"claims": {"c": {"pair": ["arb"], "at_least": 1}}},
+    "c: within: 0 must be": {"claims": {"c": {"pair": ["arb", "plain"], "within": 0}}},
     "claims: c: at: {'lr': 1} must be {axis: one": {"claims": {"c": {"arm": "arb", "published": 1, "at": {"lr": 1}}}},
     "'x' is compared and is no arm; there are plain, arb": {"waterfall": WATERFALL | {"steps": {"s": {"x": 1}}}},
     "waterfall: end: 'worst' must be one of last, cross_fitted, best, val": {"waterfall": WATERFALL | {"end": "worst"}},

@@ -15,6 +15,7 @@ from utils.config import OPTIONS
 from utils.errors import InputError
 from utils.sweep import results as sweep
 from utils.sweep.contrasts import contrast, pairs, values, waterfall
+from utils.sweep.intervals import detectable
 from utils.sweep.plan import plan
 from utils.sweep.spec import read_sweep
 from utils.sweep.tables import (
@@ -91,7 +92,9 @@ def test_two_arms_are_compared_by_their_paired_difference():
     (line,) = pair_table(results(NONE_COMMON), {}).rows
     test = stats.ttest_rel(NONE_COMMON["both"], NONE_COMMON["none"])
     low, high = test.confidence_interval(0.95)
-    assert line == ["both - none", "3", f"{5 + 0:+.2f}", f"[{low:+.2f}, {high:+.2f}]"]
+    assert line[:4] == ["both - none", "3", f"{5 + 0:+.2f}", f"[{low:+.2f}, {high:+.2f}]"]
+    deviation = np.std(np.subtract(NONE_COMMON["both"], NONE_COMMON["none"]), ddof=1)
+    assert line[4:] == [f"{value:.2f}" for value in (deviation, *(detectable(deviation, n) for n in (3, 5, 10)))]
 
 
 def test_pairs_are_of_one_seed_one_subset_seed_and_the_same_images():
@@ -115,7 +118,7 @@ def test_pairs_are_formed_within_a_point_of_the_grid():
     cells = (("none", 0.1, 80), ("none", 0.01, 70), ("both", 0.01, 74))
     found = results([row(arm, 0, top1, {"imb_factor": factor}) for arm, factor, top1 in cells], axes=axes)
     assert pair_table(found, {"imb_factor": 0.1}) is None
-    assert pair_table(found, {"imb_factor": 0.01}).rows == [["both - none", "1", "+4.00", "-"]]
+    assert pair_table(found, {"imb_factor": 0.01}).rows == [["both - none", "1", "+4.00", *"-----"]]
     captions = [table.caption for table in tables(found)]
     for caption, factor in zip(captions, (0.1, 0.01, 0.01), strict=True):
         assert f", imb_factor {factor}" in caption
@@ -186,6 +189,27 @@ def test_a_difference_matters_where_it_is_certain_and_large_enough(differences, 
     said = claimed(rows, pair=["b", "a"], at_least=0.5)
     assert said.split(" (")[0] == verdict
     assert "the 95 % interval of b - a excludes 0 and the mean is at least 0.5 points" in said
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([0.2, -0.3, 0.1], "yes"),
+        ([0.4, -0.5, 0.4], "yes"),  # the 95 % interval would not lie within it
+        ([0.5, -0.6, 0.4], "not shown"),  # uncertain
+        ([1.2, 1.3, 1.2], "not shown"),  # certain, and too large
+        ([0.0, 0.0, 0.0], "not shown"),  # alike by chance
+        ([0.1], "not decided"),
+    ],
+)
+def test_two_arms_are_equivalent_where_the_90_percent_interval_lies_within_the_margin(differences, verdict):
+    rows = {"a": [64.0] * len(differences), "b": [64.0 + difference for difference in differences]}
+    said = claimed(rows, pair=["b", "a"], within=1.0)
+    assert said.split(" (")[0] == verdict
+    assert "rule: the 90 % interval of b - a lies between -1 and +1" in said
+    if len(differences) > 1:
+        low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.9)
+        assert f"[{low:+.2f}, {high:+.2f}], 3 pairs" in said or len(set(differences)) == 1
 
 
 CLAIMS = {"c": {"arm": "b", "published": 70.0}, "d": {"pair": ["a", "b"], "at_least": 0.5}}
@@ -340,7 +364,7 @@ def test_runs_of_one_cut_are_not_independent_where_there_are_several():
     found = results(rows, subset_seeds=[0, 7])
     (line,) = pair_table(found, {}).rows
     low, high = stats.ttest_1samp([0.3, 1.0], 0).confidence_interval(0.95)
-    assert line == ["both - none", "2", "+0.65", f"[{low:+.2f}, {high:+.2f}]"]
+    assert line[:5] == ["both - none", "2", "+0.65", f"[{low:+.2f}, {high:+.2f}]", "0.49"]
     table = arm_table(found, {})
     assert table.rows[0][1] == "2" and "over n cuts" in table.caption
 
@@ -467,6 +491,10 @@ def test_only_what_stands_between_markers_changes():
     assert fill_page(filled, by_name) == filled
     assert fill_page("no marker", by_name) == "no marker"
     assert fill_page(PAGE, lambda name: None) == PAGE.replace("what was there\n", "")  # nothing is published
+    pictured = fill_page(PAGE, by_name, lambda name: [f"results/{name}_runs.png"])
+    assert pictured == filled.replace(one, f"![one_runs](results/one_runs.png)\n\n{one}").replace(
+        two, f"![two-b_runs](results/two-b_runs.png)\n\n{two}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -491,7 +519,9 @@ def test_the_page_has_the_published_tables():
     page = (ROOT / sweep.PAGE).read_text(encoding="utf-8")
     assert sweep.filled_page() == page, "python -m utils.sweep ... --publish brings it up to date"
     assert {path.stem for path in published()} <= set(places(page))
-    assert set(places(page)) <= {path.stem for path in (ROOT / sweep.SWEEPS).glob("*.yaml")}
+    assert {place.removeprefix(sweep.ENGINE) for place in places(page)} <= {
+        path.stem for path in (ROOT / sweep.SWEEPS).glob("*.yaml")
+    }
 
 
 def test_a_number_that_was_changed_by_hand_is_caught(tmp_path):
@@ -542,6 +572,16 @@ def check_published(path: Path, root: Path = ROOT) -> None:
         assert one["epochs"] == planned[one["run"]].cfg.num_epochs and one["data"] and one["commit"]
 
 
+def check_engine(path: Path, root: Path = ROOT) -> None:
+    """The trainer's runs there are those that are published of the sweep, the usual loop's of its configuration."""
+    name = path.stem.removeprefix(sweep.ENGINE)
+    found, whole = sweep.published(path.stem, root), sweep.published(name, root)
+    planned = plan(read_sweep(root / sweep.SWEEPS / f"{name}.yaml"), Path("saved"))
+    hashes, (ours, theirs) = {run.hash for run in planned if run.arm == found["arms"][0]}, found["arms"]
+    assert all(row in whole["runs"] for row in found["runs"] if row["arm"] == ours)
+    assert all(row["hash"] in hashes for row in found["runs"] if row["arm"] == theirs)
+
+
 @pytest.mark.parametrize("path", published(), ids=lambda path: path.stem)
 def test_what_is_published_is_of_the_sweeps_as_they_are_today(path):
-    check_published(path)
+    (check_engine if path.stem.startswith(sweep.ENGINE) else check_published)(path)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from yacs.config import CfgNode
 
 from datasets import Data, Images, find_spec
 from datasets.long_tail import long_tail_counts
@@ -62,29 +63,32 @@ class PILImages(Dataset):
 class Classic:
     """The usual loop: a DataLoader over PIL images, eager float32, the default layout, ``.item()`` at every step."""
 
-    def __init__(self, data: Data, device: torch.device):
-        cfg, _ = read_config(CIFAR)
-        self.device, self.alpha, self.classes = device, cfg.alpha, data.num_classes
-        self.model = build_model(cfg.dataset, cfg.backbone, data.num_classes).to(device)
-        lr = cfg.lr / cfg.warmup_epochs
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr, cfg.momentum, weight_decay=cfg.weight_decay)
+    def __init__(self, data: Data, device: torch.device, cfg: CfgNode | None = None):
+        """``cfg``: by default the CIFAR configuration, with as many workers as are of use."""
         on_cuda = device.type == "cuda"
-        self.workers = distributed.workers_here(8 if on_cuda else sys.maxsize)
-        loader = partial(
-            DataLoader, batch_size=cfg.batch_size, num_workers=self.workers, persistent_workers=True, pin_memory=on_cuda
-        )
-        augmentation = (transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip())
+        self.cfg = cfg or read_config(CIFAR, ["workers", str(8 if on_cuda else sys.maxsize)])[0]
+        self.device, self.classes = device, data.num_classes
+        self.model = build_model(self.cfg.dataset, self.cfg.backbone, data.num_classes).to(device)
+        options = {"momentum": self.cfg.momentum, "weight_decay": self.cfg.weight_decay}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), self.cfg.lr, **options)
+        self.workers = distributed.workers_here(self.cfg.workers)
+        kept = {"num_workers": self.workers, "persistent_workers": self.workers > 0, "pin_memory": on_cuda}
+        loader = partial(DataLoader, batch_size=self.cfg.batch_size, **kept)
+        flips = (transforms.RandomHorizontalFlip(),) if data.spec.flip else ()
+        augmentation = (transforms.RandomCrop(data.image_size, padding=4), *flips)
         conversion = (transforms.ToTensor(), transforms.Normalize(data.spec.mean, data.spec.std))
         self.train_loader = loader(PILImages(data.train, *augmentation, *conversion), shuffle=True)
         self.test_loader = loader(PILImages(data.test, *conversion))
 
-    def train(self) -> None:
-        """One epoch with mixup and ARB-Loss of batch counts."""
+    def train(self, epoch: int = 0) -> float:
+        """One epoch with mixup and ARB-Loss of batch counts; returns its mean loss."""
+        build.set_lr(self.optimizer, self.cfg, epoch)
         self.model.train()
         loss_sum, hits = 0.0, 0
         for images, targets in self.train_loader:
             images, targets = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-            lam, partner = np.random.beta(self.alpha, self.alpha), torch.randperm(len(images), device=self.device)
+            lam = np.random.beta(self.cfg.alpha, self.cfg.alpha)
+            partner = torch.randperm(len(images), device=self.device)
             logits = self.model(lam * images + (1 - lam) * images[partner])
             counts = torch.bincount(targets, minlength=self.classes).float()
             loss = lam * published_arb(logits, targets, counts)
@@ -94,16 +98,17 @@ class Classic:
             self.optimizer.step()
             loss_sum += loss.item() * len(images)
             hits += (logits.argmax(dim=1) == targets).sum().item()
+        return loss_sum / len(self.train_loader.dataset)
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Accuracy on the test images."""
+    def evaluate(self) -> Tensor:
+        """The most probable class of every test image, int64 [N] on the CPU."""
         self.model.eval()
-        hits = 0
-        for images, targets in self.test_loader:
+        found = []
+        for images, _ in self.test_loader:
             logits = self.model(images.to(self.device, non_blocking=True))
-            hits += (logits.argmax(dim=1) == targets.to(self.device, non_blocking=True)).sum().item()
-        return hits / len(self.test_loader.dataset)
+            found.append(logits.argmax(dim=1).cpu())
+        return torch.cat(found)
 
 
 class Trainer:

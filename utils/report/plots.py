@@ -352,6 +352,32 @@ def imbalance_figure(arms: Mapping[str, Mapping[str, Sequence[float | None]]]) -
 
 
 @style.styled()
+def runs_figure(arms: Mapping[str, Mapping[str, ArrayLike | float | None]]) -> Figure:
+    """Plot the accuracy of every run, one row per arm, with the arm's mean and 95 % interval and published figures.
+
+    ``arms``: "runs" [N], "mean", "low", "high" and "published" [K], in percent; a low of None omits the interval.
+    """
+    figure, (axis,) = style.panels(1, 1.5 + 0.4 * len(arms), 8.0)
+    mean, published = {"color": style.COLOURS[0], "marker": "D", "markersize": 5}, {"color": style.COLOURS[1]}
+    for row, data in enumerate(arms.values()):
+        axis.scatter(data["runs"], [row - 0.15] * len(data["runs"]), s=16, color="grey")
+        axis.plot([data["mean"]], [row + 0.15], **mean)
+        if data["low"] is not None:
+            axis.plot([data["low"], data["high"]], [row + 0.15] * 2, color=mean["color"])
+        axis.vlines(data["published"], row - 0.4, row + 0.4, linestyles="--", **published)
+    axis.set_yticks(range(len(arms)), [style.shortened(arm, 40) for arm in arms])
+    axis.set(ylim=(len(arms) - 0.5, -0.5), title="Single runs", xlabel="last-epoch top-1 (%)")
+    handles = [
+        Line2D([], [], color="grey", marker="o", markersize=4, linestyle="none", label="a run"),
+        Line2D([], [], **mean, label="mean, 95 % interval"),
+    ]
+    if any(len(data["published"]) for data in arms.values()):
+        handles.append(Line2D([], [], **published, linestyle="--", label="published"))
+    style.legend(figure, handles)
+    return figure
+
+
+@style.styled()
 def waterfall_figure(
     bars: Sequence[tuple[str, float, float | None, float | None]], published: float | None = None
 ) -> Figure:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from utils.errors import InputError
 from utils.files import write_text
 from utils.report import plots
@@ -19,6 +21,7 @@ from utils.sweep.tables import BEGIN, END, PAGE, fill_page, latex, markdown, pla
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = Path("config/sweeps")  # under ROOT
 PUBLISHED = SWEEPS / "results"
+ENGINE = "engine_"  # and a sweep's name: what utils.bench.engine publishes
 RESULTS = {  # the keys of results.json
     *("sweep", "images", "overridden", "arms", "seeds", "subset_seeds", "axes", "against", "pairs", "claims"),
     *("waterfall", "choose", "planned", "failed", "defaults", "runs"),
@@ -93,8 +96,10 @@ def write_results(sweep: Sweep, runs: Sequence[Run], failed: Mapping[str, str], 
 
 
 def figures(results: Results) -> Iterator[tuple[str, plots.Figure]]:
-    """(name, figure): the arms over the imbalance ratio if that is an axis, and the waterfall if there is one."""
+    """(name, figure): the arms, over the imbalance ratio if that is an axis, and the waterfall if there is one."""
     points = cells(results)
+    for point in [] if "imb_factor" in results["axes"] else points:
+        yield _named("runs", point), plots.runs_figure(_single_runs(results, point))
     rest = [{key: value for key, value in point.items() if key != "imb_factor"} for point in points]
     if "imb_factor" in results["axes"]:
         for number, point in enumerate(rest):
@@ -120,6 +125,18 @@ def _over_imbalance(results: Results, point: Mapping[str, Any]) -> dict[str, dic
     return curves
 
 
+def _single_runs(results: Results, point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arm -> its runs, for :func:`utils.report.plots.runs_figure`."""
+    arms, claims = {}, [claim for claim in results["claims"].values() if claim.get("at", {}).items() <= point.items()]
+    for arm in results["arms"]:
+        if found := values(results, arm, point):
+            top1 = estimate(independent(found))
+            published = [np.atleast_1d(claim["published"]) for claim in claims if claim.get("arm") == arm]
+            interval = {"mean": top1.mean, "low": top1.low, "high": top1.high}
+            arms[arm] = {"runs": list(found.values()), **interval, "published": np.concatenate([[], *published])}
+    return arms
+
+
 def _named(kind: str, point: Mapping[str, Any]) -> str:
     return "_".join([kind, *(f"{key}{short(value)}" for key, value in point.items())])
 
@@ -131,19 +148,24 @@ def publish(sweep: Sweep, runs: Sequence[Run], path: Path, images: str | None, r
     """
     if path.resolve().parent != (root / SWEEPS).resolve():
         raise InputError(f"{path}: only sweeps in {SWEEPS} are published")
-    _check_places(sweep.name, root)
-    results, target = results_of(sweep, runs, images=images), root / PUBLISHED / f"{sweep.name}.json"
-    before = published(sweep.name, root)
+    results, before = results_of(sweep, runs, images=images), published(sweep.name, root)
     if before:
         _add_earlier(results, before, runs)
     if not results["runs"]:
         raise InputError(f"{runs[0].home}: has no finished run of {sweep.name}; there is nothing to publish")
+    return write_published(results, root)
+
+
+def write_published(results: Results, root: Path = ROOT) -> int:
+    """Write results and their figures beside the sweeps, and all published tables into the page."""
+    _check_places(results["sweep"], root)
+    target = root / PUBLISHED / f"{results['sweep']}.json"
     target.parent.mkdir(exist_ok=True)
     write_text(target, json.dumps(results, indent=1) + "\n")
     for name, figure in figures(results):
-        plots.save_png(figure, target.with_name(f"{sweep.name}_{name}.png"))
+        plots.save_png(figure, target.with_name(f"{target.stem}_{name}.png"))
     write_text(root / PAGE, filled_page(root))
-    print(f"{target}: {len(results['runs'])} of {len(runs)} runs; {PAGE} is up to date")
+    print(f"{target}: {len(results['runs'])} of {results['planned']} runs; {PAGE} is up to date")
     return 0
 
 
@@ -164,7 +186,7 @@ def _check_places(name: str, root: Path) -> None:
     """The page has a place for the sweep's tables, and for no tables of a sweep that does not exist."""
     found = places((root / PAGE).read_text(encoding="utf-8"))
     for place in found:
-        if not (root / SWEEPS / f"{place}.yaml").is_file():
+        if not (root / SWEEPS / f"{place.removeprefix(ENGINE)}.yaml").is_file():
             raise InputError(f"{PAGE}: has a place for results of {place}, which is no sweep in {SWEEPS}")
     if name not in found:
         raise InputError(
@@ -173,8 +195,12 @@ def _check_places(name: str, root: Path) -> None:
 
 
 def filled_page(root: Path = ROOT) -> str:
-    """The sweeps' page with the tables of everything that is published. Raises :class:`InputError`."""
-    return fill_page((root / PAGE).read_text(encoding="utf-8"), lambda name: published(name, root))
+    """The sweeps' page with the tables and figures of everything that is published. Raises :class:`InputError`."""
+
+    def pictures(name: str) -> list[str]:
+        return sorted(str(file.relative_to(root / SWEEPS)) for file in (root / PUBLISHED).glob(f"{name}_*.png"))
+
+    return fill_page((root / PAGE).read_text(encoding="utf-8"), lambda name: published(name, root), pictures)
 
 
 def published(name: str, root: Path = ROOT) -> dict[str, Any] | None:

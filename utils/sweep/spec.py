@@ -160,7 +160,8 @@ def _arm(value: Any) -> dict[str, Any]:
 
 
 def claim(value):
-    return (DIFFERENCE if isinstance(value, dict) and "pair" in value else REPRODUCTION)(value)
+    keys = value if isinstance(value, dict) else ()
+    return (EQUIVALENCE if "within" in keys else DIFFERENCE if "pair" in keys else REPRODUCTION)(value)
 
 
 # Every key, once; config/sweeps/README.md says what each means.
@@ -171,6 +172,7 @@ ARM = {
 }  # beside options
 POINT = mapping(lambda value: value, least=1)
 REPRODUCTION = fields({"arm": config.text, "published": figure}, at=POINT)
+EQUIVALENCE = fields({"pair": pair, "within": config.number(0, above=True)}, at=POINT)
 DIFFERENCE = fields({"pair": pair, "at_least": real}, at=POINT)
 STEPS = mapping(mapping(real, least=1), least=1)
 KEYS = fields(

@@ -4,7 +4,7 @@ So a published table can be made again from the file beside it.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from utils import table
@@ -12,10 +12,11 @@ from utils.errors import InputError
 from utils.metrics import GROUPS
 from utils.sweep import contrasts
 from utils.sweep.contrasts import MEASURES, Results, Row
-from utils.sweep.intervals import Estimate, estimate, prediction_interval
+from utils.sweep.intervals import EQUIVALENCE_LEVEL, POWER, Estimate, detectable, estimate, prediction_interval
 from utils.table import Table
 
 PAGE = Path("config/sweeps/README.md")  # of the project: where the published tables stand
+PAIRS = (3, 5, 10)  # whose power the tables show
 BEGIN, END = "<!-- results of ", "<!-- end of results -->"
 MARKS = re.compile(rf"^({BEGIN}(?P<name>[\w-]+) -->\n).*?^{END}$", re.DOTALL | re.MULTILINE)
 
@@ -43,15 +44,24 @@ def arm_table(results: Results, cell: Mapping) -> Table:
 
 
 def pair_table(results: Results, cell: Mapping) -> Table | None:
-    """Paired differences of the last epoch's top-1, bold where the interval excludes 0; None where nothing pairs."""
+    """Paired differences of the last epoch's top-1, bold where the interval excludes 0; None where nothing pairs.
+
+    Beside them their deviation, and the smallest difference that ``PAIRS`` pairs would show.
+    """
     rows, bold = [], set()
     for first, second in contrasts.pairs(results):
         if change := contrasts.estimated(results, {first: 1.0, second: -1.0}, cell):
             bold |= {(len(rows), column) for column in (0, 2, 3)} if change.excludes_zero else set()
             interval = _interval(change, signed=True)
-            rows.append([f"{first} - {second}", str(change.count), f"{change.mean:+.2f}", interval])
-    caption = f"Paired differences{_at(cell)}, top-1 of the last epoch, in points; bold: the interval excludes 0"
-    return Table(["difference", "n", "mean", "95 % interval"], rows, caption, bold) if rows else None
+            shown = [change.deviation, *(change.deviation and detectable(change.deviation, pairs) for pairs in PAIRS)]
+            cells = [f"{value:.2f}" if value else "-" for value in shown]
+            rows.append([f"{first} - {second}", str(change.count), f"{change.mean:+.2f}", interval, *cells])
+    head = ["difference", "n", "mean", "95 % interval", "deviation", *(f"{pairs} pairs" for pairs in PAIRS)]
+    caption = (
+        f"Paired differences{_at(cell)}, top-1 of the last epoch, in points; bold: the interval excludes 0; last "
+        f"columns: the smallest difference that so many pairs show with power {POWER:g}"
+    )
+    return Table(head, rows, caption, bold) if rows else None
 
 
 def waterfall_table(results: Results, cell: Mapping) -> Table | None:
@@ -78,7 +88,8 @@ def claims(results: Results) -> list[str]:
     for cell in contrasts.cells(results):
         for name, claim in results["claims"].items():
             if all(cell.get(axis) == value for axis, value in claim.get("at", {}).items()):
-                verdict, why = (_reproduced if "arm" in claim else _matters)(results, claim, cell)
+                judge = _reproduced if "arm" in claim else _equivalent if "within" in claim else _matters
+                verdict, why = judge(results, claim, cell)
                 lines.append(f"{name}{_at(cell)}: {verdict} ({why})")
     return lines
 
@@ -99,15 +110,34 @@ def _reproduced(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, s
 
 def _matters(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, str]:
     (first, second), least = claim["pair"], claim["at_least"]
-    found = contrasts.contrast(results, {first: 1.0, second: -1.0}, cell)
+    found, count = _paired(results, claim, cell)
     rule = f"rule: the 95 % interval of {first} - {second} excludes 0 and the mean is at least {least:g} points"
     if len(found) < 2:
-        return "not decided", f"{_counted(len(found), 'pair')}; {rule}"
-    change = estimate(contrasts.independent(found))
+        return "not decided", f"{count}; {rule}"
+    change = estimate(found)
     verdict = "yes" if change.excludes_zero and change.mean >= least else "no"
-    seeds = set.intersection(*(set(results["seeds"][contrasts.arm_of(term)]) for term in claim["pair"]))
-    count = _of(len(found), len(seeds), results, "pair")
     return verdict, f"{change.mean:+.2f} {_interval(change, signed=True)}, {count}; {rule}"
+
+
+def _equivalent(results: Results, claim: Mapping, cell: Mapping) -> tuple[str, str]:
+    (first, second), margin = claim["pair"], claim["within"]
+    found, count = _paired(results, claim, cell)
+    rule = f"rule: the 90 % interval of {first} - {second} lies between -{margin:g} and +{margin:g}"
+    if len(found) < 2:
+        return "not decided", f"{count}; {rule}"
+    change = estimate(found, EQUIVALENCE_LEVEL)
+    verdict = "yes" if change.deviation and max(-change.low, change.high) < margin else "not shown"
+    return verdict, f"{change.mean:+.2f} {_interval(change, signed=True)}, {count}; {rule}"
+
+
+def _paired(results: Results, claim: Mapping, cell: Mapping) -> tuple[list[float], str]:
+    """The differences that an interval is over, and how many pairs they are, in words."""
+    first, second = claim["pair"]
+    found = contrasts.contrast(results, {first: 1.0, second: -1.0}, cell)
+    if len(found) < 2:
+        return list(found.values()), _counted(len(found), "pair")
+    seeds = set.intersection(*(set(results["seeds"][contrasts.arm_of(term)]) for term in claim["pair"]))
+    return contrasts.independent(found), _of(len(found), len(seeds), results, "pair")
 
 
 def _of(count: int, seeds: int, results: Results, what: str) -> str:
@@ -202,10 +232,13 @@ def unrecorded(results: Results) -> list[str]:
     return lines
 
 
-def fill_page(text: str, read: Callable[[str], Results | None]) -> str:
+def fill_page(
+    text: str, read: Callable[[str], Results | None], pictures: Callable[[str], Iterable[str]] = lambda name: ()
+) -> str:
     """``text`` with everything between ``<!-- results of NAME -->`` and ``<!-- end of results -->`` made again.
 
-    ``read`` returns the results of a name, or None if nothing of it is published. Raises :class:`InputError`.
+    ``read`` returns the results of a name, or None if nothing of it is published; ``pictures`` the files, relative to
+    the page, that are shown with them. Raises :class:`InputError`.
     """
     places, lines = len(MARKS.findall(text)), text.splitlines()
     if any(sum(line.startswith(mark) for line in lines) != places for mark in (BEGIN, END)):
@@ -213,7 +246,8 @@ def fill_page(text: str, read: Callable[[str], Results | None]) -> str:
 
     def made(found: re.Match) -> str:
         results = read(found["name"])
-        return found[1] + (f"\n{markdown(results)}\n" if results else "") + END
+        shown = "".join(f"![{Path(file).stem}]({file})\n\n" for file in pictures(found["name"])) if results else ""
+        return found[1] + (f"\n{shown}{markdown(results)}\n" if results else "") + END
 
     return MARKS.sub(made, text)
 
