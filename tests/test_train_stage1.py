@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
 
+import eval as eval_script
 import train_stage1
 from datasets import build_data
 from methods import build_method
@@ -47,7 +49,8 @@ from tests.conftest import (
     train,
     train_in_rank,
 )
-from utils import build
+from utils import build, files
+from utils.command_line import exit_code
 from utils.config import load_config
 from utils.errors import DivergenceError, Interrupted
 from utils.precision import new_scaler
@@ -631,3 +634,18 @@ def test_classes_without_training_images_are_counted_by_group():
     (line,) = describe.empty_classes(counts, {"count": masks, "index": {}})
     assert line.startswith("3 of 5 classes have no training image (0 of 1 many, 0 of 1 medium, 3 of 3 few);")
     assert describe.empty_classes(counts + 1, {"count": masks}) == []
+
+
+def test_what_windows_lacks_is_not_needed(tmp_path, monkeypatch):
+    for module, names in (
+        (os, ("sysconf", "getppid", "sched_getaffinity", "fork")),
+        (signal, ("SIGHUP", "SIGUSR1", "pthread_sigmask", "sigwaitinfo")),
+        (files, ("fcntl",)),
+    ):
+        for name in names:
+            monkeypatch.delattr(module, name, raising=False)
+    monkeypatch.setattr(files, "fcntl", None, raising=False)
+    folder = train(tmp_path, "num_epochs", 1)
+    arguments = ["--cfg", ARB, *SHORT, "num_epochs", "1", "resume", str(current(folder))]
+    assert exit_code(lambda: eval_script.main(arguments)) == 0
+    assert exit_code(lambda: train_stage1.main([*arguments, "save_dir", str(tmp_path)])) == 0
