@@ -1,6 +1,8 @@
 """Command lines and exit codes."""
 
 import io
+import os
+import subprocess
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -150,3 +152,15 @@ def test_a_full_standard_output_is_said_once_and_ends_nothing(monkeypatch, capsy
         assert exit_code(lambda: [say("1"), say("2")].count(0)) == 0
     said = "warning: standard output cannot be written (No space left on device); what follows is discarded\n"
     assert capsys.readouterr().err == said
+
+
+def test_another_project_s_package_of_the_same_name_is_named(tmp_path):
+    foreign = tmp_path / "datasets" / "__init__.py"
+    foreign.parent.mkdir()
+    foreign.touch()
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    command = [sys.executable, "-m", "utils.compare", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = f"error: `datasets` is {foreign}, not this project's: run from this project's folder, or put it first in "
+    assert (done.returncode, done.stderr, done.stdout) == (2, said + "PYTHONPATH\n", "")
