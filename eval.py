@@ -13,7 +13,7 @@ from utils import distributed
 from utils.build import check, class_groups, load_data, new_model, new_shift
 from utils.checkpoint import CheckpointError, load_content
 from utils.command_line import exit_code, parse, say
-from utils.config import FIXED, option_help, read_config
+from utils.config import FIXED, OPTIONS, option_help, read_config
 from utils.errors import describing
 from utils.evaluation import gather_outputs, predict
 from utils.metrics import Predictions, class_accuracy, report
@@ -28,7 +28,7 @@ from utils.run.resume import Origin, changed_options, class_map, find_checkpoint
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a checkpoint, print the report and write it to a folder."""
-    args = parse("Evaluate a checkpoint of ours, of MiSLAS or of ARBLOSS.", arguments, option_help())
+    args = parse("Evaluate a checkpoint of ours, of MiSLAS or of ARBLOSS.", arguments, OPTIONS, option_help())
     with distributed.together():
         cfg, notes = read_config(args.cfg, args.overrides)
         check(cfg)

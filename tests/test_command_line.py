@@ -11,6 +11,7 @@ import pytest
 
 from tests.scripts import closed_pipe, forked_scripts, script_of  # noqa: F401
 from utils.command_line import exit_code, parse, positive, say
+from utils.config import OPTIONS
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
 
 SCRIPT = """
@@ -44,6 +45,13 @@ def test_a_command_line_without_a_file_ends_with_code_2_and_one_line(words, caps
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: command line: ")
     assert "--cfg FILE [key value ...]" in line
+
+
+def test_an_option_may_be_written_as_other_trainers_have_it():
+    words = ["--lr", "0.1", "seed=3", "--mixup=True", "data_path", "a=b", "lr_steps", "[1,2]"]
+    args = parse("", ["--cfg", "a.yaml", *words, "--images=5"], OPTIONS, images={"type": int})
+    assert args.overrides == ["lr", "0.1", "seed", "3", "mixup", "True", "data_path", "a=b", "lr_steps", "[1,2]"]
+    assert args.images == 5
 
 
 def test_the_file_may_come_after_the_overrides():

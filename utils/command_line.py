@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -17,12 +17,23 @@ from utils.signals import NAMES
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors in one line."""
+    """Reports errors in one line, and takes ``key value`` as other trainers do: ``key=value``, ``--key value``."""
 
-    def __init__(self, *, hint: str, **options: Any):
+    def __init__(self, *, hint: str, keys: Collection[str] = (), **options: Any):
         """``hint`` ends every message and says what would be right; ``%(prog)s`` is the program's name."""
         super().__init__(**options)
-        self.hint = hint
+        self.hint, self.keys = hint, keys
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            key, equals, value = word.removeprefix("--").partition("=")
+            own = f"--{key}" in self._option_string_actions
+            if key not in self.keys or own or word == key:
+                words.append(word)
+            else:
+                words += [key, value] if equals else [key]
+        return super().parse_intermixed_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"command line: {message}{self.hint % {'prog': self.prog}}")
@@ -55,16 +66,20 @@ def path(text: str) -> Path:
 
 
 def parse(
-    description: str, arguments: Sequence[str] | None = None, epilog: str = "", **options: dict
+    description: str,
+    arguments: Sequence[str] | None = None,
+    keys: Collection[str] = (),
+    epilog: str = "",
+    **options: dict,
 ) -> argparse.Namespace:
     """Parse ``--cfg FILE [key value ...]``.
 
-    ``epilog`` ends ``--help``, as it is. ``options``: a script's own, from name to the keywords of ``add_argument``.
+    ``keys``: what may also be written ``key=value`` or ``--key value``. ``epilog`` ends ``--help``, as it is. ``options``: a script's own, from name to the keywords of ``add_argument``.
     ``--local-rank``, which torch.distributed.launch passes, is accepted and not needed.
     """
     hint = " (usage: %(prog)s --cfg FILE [key value ...], such as lr 0.05)"
     layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, hint=hint, epilog=epilog, formatter_class=layout)
+    parser = Parser(description=description, hint=hint, keys=keys, epilog=epilog, formatter_class=layout)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, see config/")
     for name, keywords in options.items():
         parser.add_argument(f"--{name}", **keywords)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from utils.command_line import Parser, path, positive
+from utils.config import OPTIONS
 from utils.errors import InputError
 from utils.signals import Signals
 from utils.sweep import runner
@@ -16,7 +17,9 @@ from utils.sweep.tables import markdown
 def main(arguments: Sequence[str] | None = None) -> int:
     prog, description = "python -m utils.sweep", "Run a grid of configurations; make tables with intervals."
     more = "[--jobs N] [--minutes N] [--save_dir FOLDER] [--images TEXT] [--publish]"
-    parser = Parser(prog=prog, description=description, hint=f" (usage: {prog} SWEEP.yaml {more} [key value ...])")
+    parser = Parser(
+        prog=prog, description=description, hint=f" (usage: {prog} SWEEP.yaml {more} [key value ...])", keys=OPTIONS
+    )
     parser.add_argument("sweep", nargs="?", type=path, metavar="SWEEP", help="YAML file, see config/sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
     number = {"metavar": "N"}
