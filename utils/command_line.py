@@ -74,7 +74,8 @@ def parse(
 ) -> argparse.Namespace:
     """Parse ``--cfg FILE [key value ...]``.
 
-    ``keys``: what may also be written ``key=value`` or ``--key value``. ``epilog`` ends ``--help``, as it is. ``options``: a script's own, from name to the keywords of ``add_argument``.
+    ``keys``: what may also be written ``key=value`` or ``--key value``. ``epilog`` ends ``--help``, as it is.
+    ``options``: a script's own, from name to the keywords of ``add_argument``.
     ``--local-rank``, which torch.distributed.launch passes, is accepted and not needed.
     """
     hint = " (usage: %(prog)s --cfg FILE [key value ...], such as lr 0.05)"
