@@ -12,8 +12,9 @@ from datasets.loaders import EvalLoader
 from utils import distributed
 from utils.build import check, class_groups, load_data, new_model, new_shift
 from utils.checkpoint import CheckpointError, load_content
-from utils.command_line import exit_code, parse
-from utils.config import FIXED, option_help, read_config
+from utils.command_line import exit_code, parse, say
+from utils.config import FIXED, OPTIONS, option_help, read_config
+from utils.errors import describing
 from utils.evaluation import gather_outputs, predict
 from utils.metrics import Predictions, class_accuracy, report
 from utils.precision import matmul_precision
@@ -27,7 +28,7 @@ from utils.run.resume import Origin, changed_options, class_map, find_checkpoint
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a checkpoint, print the report and write it to a folder."""
-    args = parse("Evaluate a checkpoint of ours, of MiSLAS or of ARBLOSS.", arguments, option_help())
+    args = parse("Evaluate a checkpoint of ours, of MiSLAS or of ARBLOSS.", arguments, OPTIONS, option_help())
     with distributed.together():
         cfg, notes = read_config(args.cfg, args.overrides)
         check(cfg)
@@ -43,17 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metrics = report(predictions, data.class_counts, groups)
         folder = report_folder(origin.path, cfg.save_dir, cfg.name)
         if distributed.is_main():
+            say(f"{origin.path}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
+            notes += [*origin.notes, *class_order.notes, *data.notes, *differences(origin.content, cfg)]
+            say(*(f"note: {note}" for note in notes))
+            print_report(metrics, predictions, data)
             write_report(folder, metrics, predictions, data.class_counts, data.class_names)
             write_figures(folder, predictions, data, model, next(iter(groups.values())))
-            print(f"{origin.path}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
-            notes += [*origin.notes, *class_order.notes, *data.notes, *differences(origin.content, cfg)]
-            for note in notes:
-                print(f"note: {note}")
-            print_report(metrics, predictions, data)
         if cfg.decompose:
             compare_classifiers(cfg, data, model, test, groups, folder)
         if distributed.is_main():
-            print(*mislas_lines(metrics), sep="\n")
+            say(*mislas_lines(metrics))
 
 
 def find_evaluated(cfg: CfgNode) -> Origin:
@@ -69,12 +69,11 @@ def find_evaluated(cfg: CfgNode) -> Origin:
 def print_report(metrics: Mapping, predictions: Predictions, data: Data) -> None:
     whole = {key: metrics[key] for key in ("top1", "ece")}
     by_rule = {f"groups by {rule}": {**whole, **shots} for rule, shots in metrics["shots"].items()}
-    print(f"\n{class_table(predictions, data.class_counts, data.class_names)}")
-    print(f"\n{table(by_rule)}")
-    print(f"\n{group_line(metrics['group_sizes'])}\n{calibration_line(metrics['ece_groups'])}")
-    print(f"{details(metrics)}\n")
+    say("", class_table(predictions, data.class_counts, data.class_names), "", table(by_rule), "")
+    say(group_line(metrics["group_sizes"]), calibration_line(metrics["ece_groups"]), details(metrics), "")
 
 
+@describing("a figure")
 def write_figures(
     folder: Path, predictions: Predictions, data: Data, model: nn.Module, groups: Mapping[str, Tensor]
 ) -> None:
@@ -102,9 +101,10 @@ def compare_classifiers(
     scored = gather_outputs(model, test, cfg.precision)
     if distributed.is_main():
         decomposition = decompose(fitted, scored, data.class_counts, next(iter(groups.values())))
+        say(f"{decomposition_text(decomposition)}\n")
         write_decomposition(folder, decomposition)
-        plots.save_png(plots.tau_figure({folder.name: decomposition.tau}), folder / "tau.png")
-        print(f"{decomposition_text(decomposition)}\n")
+        with describing("a figure"):
+            plots.save_png(plots.tau_figure({folder.name: decomposition.tau}), folder / "tau.png")
 
 
 def differences(content: Mapping, cfg: CfgNode) -> list[str]:

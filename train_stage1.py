@@ -24,7 +24,7 @@ from utils.build import (
     set_lr,
 )
 from utils.command_line import exit_code, parse
-from utils.config import option_help, read_config
+from utils.config import OPTIONS, option_help, read_config
 from utils.meter import check_weights
 from utils.precision import matmul_precision
 from utils.run.checkpoint_manager import CheckpointManager
@@ -39,7 +39,7 @@ from utils.step import Step, StepWrapper
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train one run. To go on reading: utils/build.py, utils/step.py, methods/method.py, methods/losses.py."""
-    args = parse("Train one stage with ARB-Loss or a baseline.", arguments, option_help())
+    args = parse("Train one stage with ARB-Loss or a baseline.", arguments, OPTIONS, option_help())
     with Signals() as signals:
         with distributed.together():
             cfg, notes = read_config(args.cfg, args.overrides)

@@ -214,6 +214,8 @@ def _memory(device: torch.device) -> int:
     """Bytes this process may use: what is free on a CUDA device, or its share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if not hasattr(os, "sysconf"):  # Windows: a guess; data_on_device says otherwise
+        return 8 * 2**30 // distributed.processes_here()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // distributed.processes_here()
 
 

@@ -23,7 +23,7 @@ from datasets.image_list import ImageLists, ListRows, class_names, count_classes
 from datasets.source import DataError
 from datasets.specs import DatasetSpec, find_spec
 from utils.command_line import exit_code, parse, positive
-from utils.config import load_config
+from utils.config import OPTIONS, load_config
 
 SHOWN = 5  # examples of each problem
 CHUNK = 512  # files per task at most: one task per file would cost more than looking it up
@@ -33,7 +33,7 @@ LOOKERS = 16  # threads that look files up; they wait for the disk, not for a co
 def main(arguments: Sequence[str] | None = None) -> int:
     images = {"type": positive(int, all=sys.maxsize), "default": 0, "metavar": "all|N"}
     images["help"] = "decode all images, or N per split"
-    args = parse("Check a data set before training on it.", arguments, images=images)
+    args = parse("Check a data set before training on it.", arguments, OPTIONS, images=images)
     cfg = load_config(args.cfg, args.overrides)
     spec = find_spec(cfg.dataset)
     report = Report()

@@ -1,11 +1,17 @@
 """Command lines and exit codes."""
 
+import io
+import os
+import subprocess
+import sys
 from argparse import ArgumentTypeError
+from pathlib import Path
 
 import pytest
 
 from tests.scripts import closed_pipe, forked_scripts, script_of  # noqa: F401
-from utils.command_line import exit_code, parse, positive
+from utils.command_line import exit_code, parse, positive, say
+from utils.config import OPTIONS
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
 
 SCRIPT = """
@@ -39,6 +45,13 @@ def test_a_command_line_without_a_file_ends_with_code_2_and_one_line(words, caps
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: command line: ")
     assert "--cfg FILE [key value ...]" in line
+
+
+def test_an_option_may_be_written_as_other_trainers_have_it():
+    words = ["--lr", "0.1", "seed=3", "--mixup=True", "data_path", "a=b", "lr_steps", "[1,2]"]
+    args = parse("", ["--cfg", "a.yaml", *words, "--images=5"], OPTIONS, images={"type": int})
+    assert args.overrides == ["lr", "0.1", "seed", "3", "mixup", "True", "data_path", "a=b", "lr_steps", "[1,2]"]
+    assert args.images == 5
 
 
 def test_the_file_may_come_after_the_overrides():
@@ -116,3 +129,46 @@ def test_the_exit_code_stays_if_standard_error_is_closed(scripts, tmp_path, erro
 def test_further_signals_do_not_change_the_exit_code(scripts, tmp_path):
     more = "atexit.register(lambda: [os.kill(os.getpid(), 15), time.sleep(0.1)])"
     assert scripts.run(script_of(tmp_path, SCRIPT.format(error="Interrupted(10)", more=more))).code == 138
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs
+
+
+def test_output_takes_any_character(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert exit_code(lambda: say("写真", "plain")) == 0
+    assert raw.getvalue() == b"\\u5199\\u771f\nplain\n"
+
+
+def test_output_that_the_caller_has_closed_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert exit_code(lambda: say("a line")) == 0
+    assert exit_code(failing) == 2
+
+
+def failing():
+    raise InputError("wrong")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is full is /dev/full")
+def test_a_full_standard_output_is_said_once_and_ends_nothing(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert exit_code(lambda: [say("1"), say("2")].count(0)) == 0
+    said = "warning: standard output cannot be written (No space left on device); what follows is discarded\n"
+    assert capsys.readouterr().err == said
+
+
+def test_another_project_s_package_of_the_same_name_is_named(tmp_path):
+    foreign = tmp_path / "datasets" / "__init__.py"
+    foreign.parent.mkdir()
+    foreign.touch()
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    command = [sys.executable, "-m", "utils.compare", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = f"error: `datasets` is {foreign}, not this project's: run from this project's folder, or put it first in "
+    assert (done.returncode, done.stderr, done.stdout) == (2, said + "PYTHONPATH\n", "")

@@ -504,6 +504,21 @@ def test_a_last_row_that_was_cut_short_is_left_out(older):
     assert [row["epoch"] for row in read.read_run(older).rows] == [0, 1]
 
 
+def test_of_several_folders_those_that_have_not_ended_are_left_out(older, plain, tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "eval").mkdir()
+    edit_config(older, num_epochs=9)
+    folders = [tmp_path / "notes.txt", plain, tmp_path / "eval", older]
+    main([*map(str, folders), "--out", str(tmp_path / "page.html")])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"left out: {tmp_path / 'notes.txt'}: is not a run's folder",
+        f"left out: {tmp_path / 'eval'}: is not a run's folder",
+        f"left out: {older}: 2 of 9 epochs are done",
+    ]
+    assert read.sort_out([older]) == ([older], [])
+    assert read.sort_out([tmp_path / "none", older])[0] == [tmp_path / "none"]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -569,8 +569,8 @@ VALUES = st.fixed_dictionaries(
     {},
     optional={
         "name": TEXT.filter(lambda name: not set(name) & set("/\\\0\n") and name not in (".", "..")),
-        "resume": TEXT,
-        "data_path": TEXT,
+        "resume": TEXT.filter(lambda path: not set(path) & set("$~")),
+        "data_path": TEXT.filter(lambda path: not set(path) & set("$~")),
         "lr": POSITIVE,
         "weight_decay": st.floats(0, allow_infinity=False),
         "imb_factor": st.none() | st.floats(0, 1, exclude_min=True),
@@ -603,6 +603,27 @@ def config_or_refusal(path, overrides=()):
     assert cfg.is_frozen()
     assert set(cfg) == set(OPTIONS)
     assert math.isfinite(cfg.lr)
+
+
+def test_paths_are_expanded_wherever_they_are_given(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", "/runs")
+    write("save_dir: $RUNS/a\ndata_path: ~/data\npretrained: ~/w.pth", "base.yaml")
+    write("_BASE_: ~/base.yaml\ntrain_txt: ${RUNS}/t.txt", "x.yaml")
+    cfg = load_config("$HOME/x.yaml", ["resume", "~/r.pth", "class_map", "~/map.txt", "fork", "a~b$"])
+    assert (cfg.save_dir, cfg.data_path, cfg.train_txt) == ("/runs/a", f"{tmp_path}/data", "/runs/t.txt")
+    assert (cfg.pretrained, cfg.resume) == (f"{tmp_path}/w.pth", f"{tmp_path}/r.pth")
+    assert (cfg.class_map, cfg.fork) == (f"{tmp_path}/map.txt", "a~b$")
+    assert f"data_path: {tmp_path}/data" in dump_config(cfg)
+
+
+@pytest.mark.parametrize("key", ["save_dir", "data_path", "resume", "pretrained", "class_map"])
+def test_a_variable_that_is_not_set_is_refused(write, key):
+    path = write(f"{key}: $NOT_SET/runs")
+    said = "'$NOT_SET/runs' must be a path without variables that are not set, such as $NOT_SET"
+    assert refusal(path) == f"{path}: {key}: {said}"
+    assert refusal("${NOT_SET}/x.yaml").startswith("--cfg: '${NOT_SET}/x.yaml' must be a path without")
+    assert refusal(write("_BASE_: $NOT_SET.yaml")).startswith(f"{path}: _BASE_: '$NOT_SET.yaml' must be")
 
 
 KEYS = st.sampled_from([*OPTIONS, *OLD_SWITCHES, *OBSOLETE, "_BASE_", "lrr"])

@@ -183,6 +183,15 @@ def test_two_processes_write_the_same_file(decomposed, tmp_path):
 # What is refused
 
 
+def test_a_figure_that_fails_does_not_end_the_evaluation(evaluated, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(eval_script.plots, "confusion_figure", fail)
+    with pytest.warns(UserWarning, match="a figure is left out .RuntimeError: no fonts."):
+        assert LINES.search(evaluate("resume", current(evaluated.run)))
+
+
 def test_auto_finds_only_this_configuration(evaluated, capsys):
     arguments = ["--cfg", ARB, *SHORT, "num_epochs", 3, "resume", "auto", "save_dir", evaluated.run.parent]
     result = failure(capsys, eval_script.main, *arguments)

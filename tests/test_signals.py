@@ -185,4 +185,3 @@ def test_one_that_came_before_it_could_be_raised_is_not_lost():
         signals.received = int(signal.SIGTERM)
         with pytest.raises(Interrupted), signals.noted():
             raise AssertionError
-        signals.received = 0  # or this process, and every child that a later test starts, would ignore signals

@@ -353,14 +353,15 @@ def test_a_copy_of_stored_images_reads_the_same(small):
 
 
 @pytest.mark.slow
-def test_workers_that_do_not_fork_read_the_same(class_folders):
-    """Python 3.14 starts them from a server."""
+@pytest.mark.parametrize("way", ["forkserver", "spawn"])
+def test_workers_that_do_not_fork_read_the_same(class_folders, way):
+    """Python 3.14 starts them from a server; macOS and Windows start them anew."""
     here, read = (
         build_data("folder", str(class_folders), image_size=12, data_on_device=where, workers=1)
         for where in (True, False)
     )
     loaders = [data.train_loader(6, 1, CPU) for data in (read, here)]
-    loaders[0].pixels.workers.loader.multiprocessing_context = "forkserver"
+    loaders[0].pixels.workers.loader.multiprocessing_context = way
     assert_bit_equal(*(loader.epoch(0) for loader in loaders))
 
 

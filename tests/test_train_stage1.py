@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.tensorboard import SummaryWriter
 
+import eval as eval_script
 import train_stage1
 from datasets import build_data
 from methods import build_method
@@ -46,10 +49,12 @@ from tests.conftest import (
     train,
     train_in_rank,
 )
-from utils import build
+from utils import build, files
+from utils.command_line import exit_code
 from utils.config import load_config
 from utils.errors import DivergenceError, Interrupted
 from utils.precision import new_scaler
+from utils.run import describe, provenance, record
 from utils.run.log import RunLog
 from utils.step import Step
 
@@ -117,7 +122,11 @@ def test_the_log_begins_with_what_is_trained_and_has_mislas_lines(finished):
     first = log.splitlines()[0]
     for words in ("ARB-Loss with batch class counts", "mixup alpha 1", "imbalance factor 0.05", "2 epochs", "seed 0"):
         assert words in first
-    assert "x0.1 from epoch 30, x0.01 from epoch 36 ([30, 36] never reached)" in first
+    assert "x0.1 from epoch 30, x0.01 from epoch 36" in first
+    assert "warning: lr_steps [30, 36]: not all of it is reached in 2 epochs\n" in log
+    assert log.rstrip().endswith(
+        f"tensorboard --logdir {finished}; figures: python -m utils.compare {finished} --out page.html"
+    )
     assert len(re.findall(r"Epoch: \[[01]\]\[[04]/8\]\tTime .+\tLoss .+ \(.+\)\tAcc@1 .+\tAcc@5 .+", log)) == 4
     last = history(finished)[-1]["test"]
     assert f"* Acc@1 {last['top1']:.3f}% Acc@5 {last['top5']:.3f}% HAcc {last['many']:.3f}%" in log
@@ -602,3 +611,41 @@ def test_evaluated_are_every_so_many_th_epoch_and_each_of_the_last():
     assert epochs(5, 3) == [4, 9, 10, 11]
     assert epochs(20, 99) == list(range(12))
     assert epochs(0, 3) == []
+
+
+def test_what_only_describes_a_run_cannot_end_it(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise LookupError("no package metadata")
+
+    for module, name in ((record, "machine"), (provenance, "environment"), (describe, "describe_method")):
+        monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    with pytest.warns(UserWarning, match="is left out") as said:
+        folder = train(tmp_path, "num_epochs", 1)
+    what = {str(warning.message).partition(" is left out")[0] for warning in said}
+    described = {"the run's description", "the machine in starts.jsonl", "the environment in checkpoints"}
+    assert described | {"TensorBoard's curves"} <= what
+    assert (folder / "summary.json").is_file()
+
+
+def test_classes_without_training_images_are_counted_by_group():
+    counts = torch.tensor([5, 0, 3, 0, 0])
+    masks = {"many": counts > 3, "medium": counts == 3, "few": counts == 0}
+    (line,) = describe.empty_classes(counts, {"count": masks, "index": {}})
+    assert line.startswith("3 of 5 classes have no training image (0 of 1 many, 0 of 1 medium, 3 of 3 few);")
+    assert describe.empty_classes(counts + 1, {"count": masks}) == []
+
+
+def test_what_windows_lacks_is_not_needed(tmp_path, monkeypatch):
+    for module, names in (
+        (os, ("sysconf", "getppid", "sched_getaffinity", "fork")),
+        (signal, ("SIGHUP", "SIGUSR1", "pthread_sigmask", "sigwaitinfo")),
+        (files, ("fcntl",)),
+    ):
+        for name in names:
+            monkeypatch.delattr(module, name, raising=False)
+    monkeypatch.setattr(files, "fcntl", None, raising=False)
+    folder = train(tmp_path, "num_epochs", 1)
+    arguments = ["--cfg", ARB, *SHORT, "num_epochs", "1", "resume", str(current(folder))]
+    assert exit_code(lambda: eval_script.main(arguments)) == 0
+    assert exit_code(lambda: train_stage1.main([*arguments, "save_dir", str(tmp_path)])) == 0

@@ -2,24 +2,38 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from utils import distributed
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
+from utils.option_types import user_path
 from utils.signals import NAMES
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors in one line."""
+    """Reports errors in one line, and takes ``key value`` as other trainers do: ``key=value``, ``--key value``."""
 
-    def __init__(self, *, hint: str, **options: Any):
+    def __init__(self, *, hint: str, keys: Collection[str] = (), **options: Any):
         """``hint`` ends every message and says what would be right; ``%(prog)s`` is the program's name."""
         super().__init__(**options)
-        self.hint = hint
+        self.hint, self.keys = hint, keys
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            key, equals, value = word.removeprefix("--").partition("=")
+            own = f"--{key}" in self._option_string_actions
+            if key not in self.keys or own or word == key:
+                words.append(word)
+            else:
+                words += [key, value] if equals else [key]
+        return super().parse_intermixed_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"command line: {message}{self.hint % {'prog': self.prog}}")
@@ -43,17 +57,30 @@ def positive(kind: type, **words: int) -> Callable[[str], float]:
     return parse_number
 
 
+def path(text: str) -> Path:
+    """An argparse type: a path, with ``~`` and ``$VARIABLES`` replaced as in a configuration."""
+    try:
+        return Path(user_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
+
 def parse(
-    description: str, arguments: Sequence[str] | None = None, epilog: str = "", **options: dict
+    description: str,
+    arguments: Sequence[str] | None = None,
+    keys: Collection[str] = (),
+    epilog: str = "",
+    **options: dict,
 ) -> argparse.Namespace:
     """Parse ``--cfg FILE [key value ...]``.
 
-    ``epilog`` ends ``--help``, as it is. ``options``: a script's own, from name to the keywords of ``add_argument``.
+    ``keys``: what may also be written ``key=value`` or ``--key value``. ``epilog`` ends ``--help``, as it is.
+    ``options``: a script's own, from name to the keywords of ``add_argument``.
     ``--local-rank``, which torch.distributed.launch passes, is accepted and not needed.
     """
     hint = " (usage: %(prog)s --cfg FILE [key value ...], such as lr 0.05)"
     layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, hint=hint, epilog=epilog, formatter_class=layout)
+    parser = Parser(description=description, hint=hint, keys=keys, epilog=epilog, formatter_class=layout)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, see config/")
     for name, keywords in options.items():
         parser.add_argument(f"--{name}", **keywords)
@@ -67,6 +94,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
 
     2: bad input, or numbers that are not finite. 1: another process of the run has failed. 128 + signal: stopped by it.
     """
+    for name in ("stdout", "stderr"):
+        _prepare(name)
     try:
         return main() or 0
     except (InputError, DivergenceError, LostProcessError) as error:
@@ -87,12 +116,33 @@ def _print_error(line: str) -> None:
         print(" ".join(line.split()), file=sys.stderr)
 
 
+def say(*lines: str) -> None:
+    """Print ``lines`` to standard output, see :func:`discard_if_closed`."""
+    with discard_if_closed(sys.stdout):
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
 @contextlib.contextmanager
 def discard_if_closed(stream: TextIO) -> Iterator[None]:
-    """Flush ``stream`` after the block; once its reader (a pipe, a terminal) has gone, its output is discarded."""
+    """Flush ``stream`` after the block; once it cannot be written, its output is discarded.
+
+    A reader that has gone (a pipe, a terminal) is no news; any other reason is said on standard error.
+    """
     try:
         yield
         stream.flush()
-    except OSError:
+    except OSError as error:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
+        if error.errno not in (errno.EPIPE, errno.EIO) and stream is not sys.stderr:
+            _print_error(f"warning: standard output cannot be written ({error.strerror}); what follows is discarded")
+
+
+def _prepare(name: str) -> None:
+    """Make ``sys.stdout`` or ``sys.stderr`` take any character, and exist even if the caller has closed it."""
+    stream = getattr(sys, name)
+    if stream is None:
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lasts)
+    elif hasattr(stream, "reconfigure"):
+        with contextlib.suppress(OSError):  # a closed pipe
+            stream.reconfigure(errors="backslashreplace")

@@ -31,6 +31,7 @@ from utils.option_types import (
     optional,
     several,
     text,
+    user_path,
     whole,
 )
 from utils.precision import PRECISIONS
@@ -64,11 +65,11 @@ OPTIONS: dict[str, Option] = {
     "checkpoint_every_steps": Option(0, whole(0), "steps between checkpoints within an epoch; 0: none", "incidental"),
     "resume": Option(
         "",
-        text,
+        user_path,
         "checkpoint to resume; auto: the newest of this run; MiSLAS's or ARBLOSS's: weights only",
         "incidental",
     ),
-    "fork": Option("", text, "checkpoint (ours) whose full state a new run starts from", "incidental"),
+    "fork": Option("", user_path, "checkpoint (ours) whose full state a new run starts from", "incidental"),
     # Diagnostics
     "diagnostics": Option(0, whole(0), "steps between measurements of gradient components; 0: off", "incidental"),
     "diagnostics_rows": Option(
@@ -78,12 +79,17 @@ OPTIONS: dict[str, Option] = {
     "decompose": Option(False, flag, "eval.py: compare the classifier with others on the same features", "incidental"),
     # Data
     "dataset": Option("cifar10", text, "cifar10, cifar100, imagenet, ina2018, places, digits, folder or lists", "data"),
-    "data_path": Option("./data", text, "folder of the data set", "incidental"),
-    "train_txt": Option("", text, "list data sets: training list; empty: its usual name under data_path"),
-    "val_txt": Option("", text, "list data sets: test list; empty: its usual name under data_path"),
-    "test_txt": Option("", text, "list data sets: test list; val_txt is then a validation list, for the best epoch"),
+    "data_path": Option("./data", user_path, "folder of the data set", "incidental"),
+    "train_txt": Option("", user_path, "list data sets: training list; empty: its usual name under data_path"),
+    "val_txt": Option("", user_path, "list data sets: test list; empty: its usual name under data_path"),
+    "test_txt": Option(
+        "", user_path, "list data sets: test list; val_txt is then a validation list, for the best epoch"
+    ),
     "class_map": Option(
-        "", text, "stable, legacy or a file; empty: the checkpoint's (legacy if it has none), else stable", "incidental"
+        "",
+        user_path,
+        "stable, legacy or a file; empty: the checkpoint's (legacy if it has none), else stable",
+        "incidental",
     ),
     "num_classes": Option(None, optional(whole(1)), "expected number of classes; null: any", "data"),
     "image_size": Option(
@@ -183,17 +189,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, list[str]]:
     """Like :func:`load_config`; also return notes for the run's log (ignored keys, translated switches)."""
+    path = _expanded(path, "--cfg")
     values = {key: option.default for key, option in OPTIONS.items()}
     given: set[str] = set()
     notes: list[str] = []
     switches: dict[str, bool] = {}  # loss switches of MiSLAS and ARBLOSS, as the sources so far left them
-    for where, source in [*_file_sources(Path(path)), ("command line", _pairs(overrides))]:
+    for where, source in [*_file_sources(path), ("command line", _pairs(overrides))]:
         parsed = {key: _parse(key, value, where) for key, value in source.items() if known(key, where)}
         notes += obsolete_notes(where, parsed)
         settings, switches = translate(parsed, values, switches, where, notes)
         values |= settings
         given |= settings.keys()
-    values["name"] = values["name"] or Path(path).stem
+    values["name"] = values["name"] or path.stem
     _check_together(values, path)
     if not values["cos"] and "lr_steps" not in given:
         notes.append(
@@ -222,9 +229,17 @@ def _file_sources(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, di
         return [(str(path), source)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: _BASE_ must be the path of one YAML file, relative to this one")
-    if not os.path.isfile(path.parent / base):
-        raise ConfigError(f"{path}: _BASE_ names {path.parent / base}, which is no file")
-    return [*_file_sources(path.parent / base, (*seen, path.resolve())), (str(path), source)]
+    base = path.parent / _expanded(base, f"{path}: _BASE_")
+    if not os.path.isfile(base):
+        raise ConfigError(f"{path}: _BASE_ names {base}, which is no file")
+    return [*_file_sources(base, (*seen, path.resolve())), (str(path), source)]
+
+
+def _expanded(path: str | Path, where: str) -> Path:
+    try:
+        return Path(user_path(str(path)))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {str(path)!r} {error}") from None
 
 
 class RepeatedKey(yaml.constructor.ConstructorError):
@@ -283,7 +298,7 @@ def _pairs(overrides: Sequence[str]) -> dict:
 
 
 def _is_text(option: Option) -> bool:
-    return option.parse in (text, folder_name, folder_path)
+    return option.parse in (text, user_path, folder_name, folder_path)
 
 
 def known(key: Any, where: str) -> bool:

@@ -1,4 +1,8 @@
-"""Errors that end a script with one line instead of a traceback."""
+"""Errors that end a script with one line instead of a traceback, and those that do not end it."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -27,3 +31,18 @@ class Interrupted(BaseException):
         """``number``: of the signal; ``message``: what was saved, and the command that resumes."""
         super().__init__(message)
         self.number = number
+
+
+@contextlib.contextmanager
+def describing(what: str) -> Iterator[None]:
+    """Turn a failure in the block into a warning: what only describes a run does not end it.
+
+    Errors that have a line of their own pass, and so do those of files: a full disk concerns every other file too.
+    """
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"{what} is left out ({reason})", stacklevel=3)

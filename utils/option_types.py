@@ -4,6 +4,10 @@ import contextlib
 import difflib
 import itertools
 import math
+import os
+import re
+
+VARIABLE = re.compile(r"\$\w+|\$\{\w+\}")
 
 
 def text(value):
@@ -14,11 +18,20 @@ def text(value):
     return value
 
 
+def user_path(value):
+    """A path, with ``~`` and ``$VARIABLES`` replaced."""
+    found = os.path.expanduser(os.path.expandvars(text(value)))
+    unknown = VARIABLE.search(found)
+    if unknown:
+        raise ValueError(f"must be a path without variables that are not set, such as {unknown[0]}")
+    return found
+
+
 def folder_path(value):
     """The path of a folder to write to; it must be encodable as UTF-8."""
     if "\0" in text(value) or not _is_utf8(text(value)):
         raise ValueError("must be the path of a folder, in UTF-8")
-    return text(value)
+    return user_path(value)
 
 
 def folder_name(value):
@@ -131,6 +144,8 @@ def optional(kind):
 
 
 def flag_or_path(value):
-    if isinstance(value, bool) or (isinstance(value, str) and value):
+    if isinstance(value, bool):
         return value
+    if isinstance(value, str) and value:
+        return user_path(value)
     raise ValueError("must be True, False or the path of a weights file")

@@ -91,7 +91,7 @@ class Signals:
                 return
             if not first:
                 first, since = next((n for n in numbers_received if n in numbers), 0), time.monotonic()
-            if not first and self._parent not in (None, os.getppid()):
+            if not first and self._parent is not None and self._parent != os.getppid():
                 self._parent = None
                 os.kill(os.getpid(), signal.SIGTERM)
             if first and not self.saving and time.monotonic() - since > self.grace:

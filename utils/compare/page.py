@@ -9,9 +9,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
-from utils.command_line import Parser
+from utils.command_line import Parser, path
 from utils.compare import sections
-from utils.compare.read import Runs, differences, read_runs
+from utils.compare.read import Runs, differences, read_runs, sort_out
 from utils.errors import InputError
 from utils.files import write_text
 
@@ -31,19 +31,24 @@ SECTIONS = {  # -> title; the template names a section as its function
 def main(arguments: Sequence[str] | None = None) -> None:
     hint = " (usage: %(prog)s RUN [RUN ...] --out page.html)"
     parser = Parser(prog="python -m utils.compare", description="One page for one or many runs.", hint=hint)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as saved/<name>_<time>")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the page, an HTML file")
+    parser.add_argument(
+        "runs", nargs="+", type=path, metavar="RUN", help="folder of a run, such as saved/<name>_<time>"
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="the page, an HTML file")
     args = parser.parse_args(arguments)
-    out = Path(args.out)
+    out = args.out
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"--out: {out} is a folder" if out.is_dir() else f"--out: there is no folder {out.parent}")
-    runs = read_runs([Path(run) for run in args.runs])
+    folders, left_out = sort_out(args.runs)
+    runs = read_runs(folders)
     content = page(runs)
     try:
         write_text(out, content)
     except OSError as error:
         raise InputError(f"--out: {out} cannot be written: {error.strerror}") from None
     print(f"{out}: {', '.join(runs)}; {len(content) / 1e6:.1f} MB")
+    for line in left_out:
+        print(f"left out: {line}")
 
 
 def page(runs: Runs) -> str:

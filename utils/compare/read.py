@@ -132,6 +132,27 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Run]:
     return dict(zip(labels, runs, strict=True))
 
 
+def sort_out(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the runs that have ended, of what a pattern such as ``saved/*`` gave, and why each other one is left out.
+
+    If none has ended, all are kept; so is what does not exist, which :func:`read_run` refuses.
+    """
+    unfinished = [_unfinished(folder) for folder in folders]
+    if all(unfinished):
+        return list(folders), []
+    kept = [folder for folder, why in zip(folders, unfinished, strict=True) if not why]
+    return kept, [f"{folder}: {why}" for folder, why in zip(folders, unfinished, strict=True) if why]
+
+
+def _unfinished(folder: Path) -> str:
+    if not folder.exists():
+        return ""
+    if not (folder / "config.yaml").is_file():
+        return "is not a run's folder"
+    epochs, (cfg, _) = len(_rows(folder / "metrics.jsonl")), read_config(folder / "config.yaml")
+    return f"{epochs} of {cfg.num_epochs} epochs are done" if epochs < cfg.num_epochs else ""
+
+
 def read_run(folder: Path) -> Run:
     """Read a run's folder. Raises :class:`InputError` naming the file that is missing or damaged."""
     if not folder.is_dir():

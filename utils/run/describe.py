@@ -1,16 +1,18 @@
 """The first lines of a run's log: method, schedule, data, hardware and software."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torchvision
+from torch import Tensor
 from yacs.config import CfgNode
 
 from datasets import Data
 from datasets.decoding import fast_decoder
 from methods.component_meter import chosen_rows
 from utils import distributed
+from utils.errors import describing
 from utils.metrics import group_sizes
 from utils.report.text import group_line
 from utils.run.log import RunLog
@@ -18,6 +20,7 @@ from utils.schedule import step_epochs
 from utils.step import Step, StepWrapper
 
 
+@describing("the run's description")
 def describe_run(
     run: RunLog, cfg: CfgNode, data: Data, groups: dict, step: Step | StepWrapper, notes: Sequence[str]
 ) -> None:
@@ -49,7 +52,32 @@ def describe_run(
         run.info(describe_parallelism(cfg))
     for note in notes:
         run.info(f"note: {note}")
+    for warning in [*empty_classes(counts, groups), *never_reached(cfg)]:
+        run.info(f"warning: {warning}")
     run.info(f"folder: {run.folder}")
+
+
+def empty_classes(class_counts: Tensor, groups: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Which ``groups`` (masks [C] by rule, the headline rule first) the classes without training images are in."""
+    empty = class_counts == 0
+    if not empty.any():
+        return []
+    masks = next(iter(groups.values()))
+    shots = ", ".join(f"{int((mask & empty).sum())} of {int(mask.sum())} {name}" for name, mask in masks.items())
+    have = f"{int(empty.sum())} of {len(class_counts)} classes have no training image ({shots})"
+    return [f"{have}; their test images count all the same"]
+
+
+def never_reached(cfg: CfgNode) -> list[str]:
+    """Epochs that the configuration names and that lie beyond its last one."""
+    epochs = {
+        "lr_steps": [] if cfg.cos else step_epochs(cfg.lr_steps, cfg.num_epochs),
+        "drw_epoch": [] if cfg.drw_epoch is None else [cfg.drw_epoch],
+        "nc_start_epoch": [cfg.nc_start_epoch] if cfg.nc_within > 0 else [],
+        "keep_epochs": [number - 1 for number in cfg.keep_epochs],
+    }
+    late = [key for key, named in epochs.items() if any(epoch >= cfg.num_epochs for epoch in named)]
+    return [f"{key} {cfg[key]}: not all of it is reached in {cfg.num_epochs} epochs" for key in late]
 
 
 def describe_precision(cfg: CfgNode, step: Step | StepWrapper) -> str:
@@ -89,12 +117,10 @@ def describe_method(cfg: CfgNode) -> str:
     """Loss, regularizers, classifier, mixup and data, in one sentence."""
     words = [describe_loss(cfg)]
     if cfg.drw_epoch is not None:
-        never = ", never reached" * (cfg.drw_epoch >= cfg.num_epochs)
-        words.append(f"deferred re-weighting from epoch {cfg.drw_epoch} (beta {cfg.drw_beta:g}{never})")
+        words.append(f"deferred re-weighting from epoch {cfg.drw_epoch} (beta {cfg.drw_beta:g})")
     if cfg.nc_within > 0:
-        never = ", never reached" * (cfg.nc_start_epoch >= cfg.num_epochs)
         parts = f"{cfg.nc_within:g} L_W + {cfg.nc_between:g} L_B"
-        words.append(f"{parts} from epoch {cfg.nc_start_epoch} (class means: lr {cfg.nc_means_lr:g}{never})")
+        words.append(f"{parts} from epoch {cfg.nc_start_epoch} (class means: lr {cfg.nc_means_lr:g})")
     if cfg.classifier != "linear":
         kinds = {"cosine": f"cosine classifier times {cfg.cosine_scale:g}", "simplex": "fixed simplex classifier"}
         words.append(kinds[cfg.classifier])
@@ -136,9 +162,8 @@ def describe_schedule(cfg: CfgNode) -> str:
         steps = "cosine"
     else:
         epochs = step_epochs(cfg.lr_steps, cfg.num_epochs)
-        late = [epoch for epoch in epochs if epoch >= cfg.num_epochs]
         steps = ", ".join(f"x{f:g} from epoch {e}" for e, f in zip(epochs, cfg.lr_step_factors, strict=True))
-        steps = f"{cfg.warmup_epochs} warm-up epochs, {steps}" + (f" ({late} never reached)" if late else "")
+        steps = f"{cfg.warmup_epochs} warm-up epochs, {steps}"
     passes = f" in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
     return (
         f"SGD for {cfg.num_epochs} epochs, batch {cfg.batch_size}{passes}, lr {cfg.lr:g}, {steps}, "

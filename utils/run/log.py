@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.command_line import discard_if_closed
-from utils.errors import DivergenceError, InputError
+from utils.errors import DivergenceError, InputError, describing
 from utils.files import atomic_file, lock_file, named
 from utils.run.folder import read_rows, write_rows
 
@@ -158,6 +158,7 @@ class RunLog:
         if self.active:
             write_rows(self._metrics, [*self.history(), row])
 
+    @describing("TensorBoard's curves")
     def scalars(self, epoch: int, values: Mapping[str, float]) -> None:
         """Write TensorBoard scalars, tag -> value."""
         if self.active:
@@ -166,6 +167,7 @@ class RunLog:
                     self.board.add_scalar(tag, value, epoch)
                 self.board.flush()
 
+    @describing("TensorBoard's accuracies per class")
     def class_accuracies(self, epoch: int, percent: torch.Tensor, names: list[str]) -> None:
         """Write top-1 per class in percent ``[C]`` to TensorBoard; NaN (a class without test images) is skipped."""
         tested = ~percent.isnan()

@@ -6,21 +6,25 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL
 import torch
+import torchvision
 
 from datasets import Data
 from utils import distributed
+from utils.errors import describing
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Date, hardware and software versions."""
-    versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
+    modules = {"torch": torch, "torchvision": torchvision, "numpy": np, "pillow": PIL}
+    versions = {name: str(module.__version__) for name, module in modules.items()}  # metadata may be missing
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -66,12 +70,14 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 def provenance(data: Data, settings: Mapping, device: torch.device) -> dict:
     """The entries of a checkpoint that say where it comes from."""
-    return {
+    origin = {
         "config": settings,
         "class_counts": data.class_counts,  # int64 [C], training images per class
         "class_map": data.class_map,  # int64 [C], label in the lists -> class, or None
         "class_names": data.class_names,  # [C]
         "fingerprint": data.label_hash,
-        "environment": environment(device),
         "selected_on": "held-out images" if data.val else "test set",
     }
+    with describing("the environment in checkpoints"):
+        origin["environment"] = environment(device)
+    return origin

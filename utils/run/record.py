@@ -1,6 +1,7 @@
 """What a run writes besides checkpoints: config.yaml, starts.jsonl, metrics, predictions, diagnostics, summary.json."""
 
 import json
+import shlex
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,6 +13,7 @@ from methods.component_meter import ComponentMeter
 from utils import distributed
 from utils.checkpoint import TrainState
 from utils.config import dump_config
+from utils.errors import describing
 from utils.evaluation import Evaluation
 from utils.files import write_text
 from utils.metrics import GROUPS, class_accuracy, group_sizes
@@ -48,12 +50,12 @@ class Recorder:
         start = {
             "epoch": self.state.epoch,
             "step": self.state.step,
-            "commit": commit(),
             "processes": distributed.world_size(),
             "data": self.data.content_hash(),
             "class_counts": self.data.class_counts.tolist(),
-            **machine(device),
         }
+        with describing("the machine in starts.jsonl"):
+            start |= {"commit": commit(), **machine(device)}
         with (self.log.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
 
@@ -101,6 +103,10 @@ class Recorder:
         write_summary(self.log.folder / "summary.json", summary)
         sizes = group_line(group_sizes(self.groups))
         self.log.info(f"\n{summary_table(summary)}\n\n{sizes} (in the table: by {headline})")
+        folder = shlex.quote(str(self.log.folder))
+        self.log.info(
+            f"curves: tensorboard --logdir {folder}; figures: python -m utils.compare {folder} --out page.html"
+        )
 
     def finish_again(self, evaluation: Evaluation) -> None:
         """Log the evaluation and the summary of a finished run that was resumed."""

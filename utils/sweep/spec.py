@@ -166,7 +166,7 @@ def claim(value):
 
 # Every key, once; config/sweeps/README.md says what each means.
 ARM = {
-    "cfg": config.text,
+    "cfg": config.user_path,
     "seeds": seeds,
     "fork": fields({"arm": config.text, "epoch": config.whole(1)}),
 }  # beside options
