@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from datasets.decoding import open_rgb
+from datasets.decoding import conversion_notes, open_rgb
 from datasets.image_list import ImageLists, ListRows, class_names, count_classes, scan_image_list
 from datasets.source import DataError
 from datasets.specs import DatasetSpec, find_spec
@@ -249,7 +249,9 @@ def _check_files(split: Listed, root: Path, images: int, workers: int, report: R
     there = np.array(_in_threads(_is_there, paths, LOOKERS, f"{split.title}: looking up"), dtype=bool)
     missing = np.flatnonzero(~there)
     report.check(f"{split.title}: missing or empty files", missing, lambda i: f"line {split.rows.lines[i]}: {paths[i]}")
-    chosen = np.flatnonzero(there)[_evenly(there.sum(), images)]
+    found = np.flatnonzero(there)
+    report.notes.extend(conversion_notes(split.title, len(found), lambda i: paths[found[i]]))
+    chosen = found[_evenly(len(found), images)]
     contents = _in_threads(_content, [paths[i] for i in chosen], workers, f"{split.title}: decoding")
     report.check(
         f"{split.title}: images that cannot be decoded",
