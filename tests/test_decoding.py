@@ -193,7 +193,7 @@ def test_of_16_bits_the_upper_8_are_kept(name, mode, low, decoder, tmp_path):
         path.write_bytes(b"P5 53 37 65535\n" + values.tobytes())
     else:
         Image.frombytes(mode, (53, 37), values.tobytes()).save(path)
-    assert Image.open(path).mode == mode
+    assert Image.open(path).mode in (mode, "I")  # "I": Pillow 9
     np.testing.assert_array_equal(pixels(open_rgb(str(path), decoder)), np.stack([levels] * 3, axis=2))
 
 
