@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from datasets.decoding import FORMATS, open_rgb
+from datasets.decoding import FORMATS, conversion_notes, open_rgb
 from datasets.folders import is_skipped, walk
 from datasets.source import DataError, Source, Split, StoredImages, as_text
 from datasets.streaming import Request, Workers
@@ -67,6 +67,9 @@ def read(data_path: Path, image_size: int, workers: int, decode: Callable = deco
     if skipped:
         first = as_text(os.path.relpath(min(skipped), data_path))
         notes = [f"data_path: {len(skipped)} hidden or other files and folders skipped, such as {first}"]
+    for title, split in (("train", train), ("test", test)):
+        paths = split.images.load.paths
+        notes += conversion_notes(title, len(paths), paths.__getitem__)
     return Source(train, test, [as_text(name) for name in classes], notes=notes)
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from datasets.class_order import class_map_for
+from datasets.decoding import conversion_notes
 from datasets.folders import walk
 from datasets.source import DataError, ImageFiles, Source, Split, as_text, hash_labels
 
@@ -212,7 +213,7 @@ class ImageLists:
         test_txt: str = "",
         class_map: str | Sequence[int] = "stable",
     ) -> Source:
-        """Read the lists without opening an image. ``class_map``: "stable", "legacy", a path or the map itself."""
+        """Read the lists without decoding an image. ``class_map``: "stable", "legacy", a path or the map itself."""
         listed, files = {}, {}
         for split, path in self.find(data_path, train_txt, val_txt, test_txt).items():
             paths, labels = listed[split] = read_image_list(path, num_classes)
@@ -226,7 +227,14 @@ class ImageLists:
         names = np.empty(num_classes, dtype=object)
         names[chosen] = class_names(files["train"], train_labels, num_classes)
         splits = {key: Split(chosen[listed[key][1]], ImageFiles.under(data_path, files[key])) for key in files}
-        return Source(**splits, class_names=names.tolist(), class_map=chosen, list_hash=hash_labels(listed.values()))
+        images = {key: split.images for key, split in splits.items()}
+        return Source(
+            **splits,
+            class_names=names.tolist(),
+            class_map=chosen,
+            list_hash=hash_labels(listed.values()),
+            notes=[note for key, split in images.items() for note in conversion_notes(key, len(split), split.path)],
+        )
 
 
 def _find(option: str, given: str, names: Sequence[str], data_path: Path) -> Path:

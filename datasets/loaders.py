@@ -116,7 +116,7 @@ class TrainLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The micro-batches of ``epoch`` from ``first_step`` on; the same in every run with this seed."""
-        order, plan = self._order(epoch), self.micro_batches[first_step * self.accumulate :]
+        order, plan = self.order(epoch), self.micro_batches[first_step * self.accumulate :]
         inputs = self.pixels.train_inputs(order, [micro.positions for micro in plan], self.seed, epoch)
         order = order.to(self.device)
         targets = self.targets[order]  # once: a step's labels are slices of them
@@ -127,9 +127,10 @@ class TrainLoader:
 
     def step_indices(self, epoch: int, step: int) -> list[int]:
         """Positions in the training set of one step's images, those of all processes."""
-        return self._order(epoch)[self.micro_batches[step * self.accumulate].step_positions].tolist()
+        return self.order(epoch)[self.micro_batches[step * self.accumulate].step_positions].tolist()
 
-    def _order(self, epoch: int) -> Tensor:
+    def order(self, epoch: int) -> Tensor:
+        """The positions in the training set [N], as all processes together see them."""
         return torch.from_numpy(generator(self.seed, epoch, "order").permutation(len(self.targets)))
 
 

@@ -1,4 +1,4 @@
-"""Check a data set before training on it: python -m datasets.verify --cfg X [--images all|N] [key value ...]
+"""Check a data set before training on it: python -m datasets.verify --cfg X [--images all|N] [--preview FILE.png]
 
 Exit code 0: no problems; 1: problems; 2: it cannot be read at all (no such list, no such data set).
 """
@@ -18,12 +18,13 @@ import numpy as np
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from datasets.decoding import open_rgb
+from datasets.decoding import conversion_notes, open_rgb
 from datasets.image_list import ImageLists, ListRows, class_names, count_classes, scan_image_list
 from datasets.source import DataError
 from datasets.specs import DatasetSpec, find_spec
 from utils.command_line import exit_code, parse, positive
 from utils.config import OPTIONS, load_config
+from utils.report.preview import picture_file, write_preview
 
 SHOWN = 5  # examples of each problem
 CHUNK = 512  # files per task at most: one task per file would cost more than looking it up
@@ -33,7 +34,8 @@ LOOKERS = 16  # threads that look files up; they wait for the disk, not for a co
 def main(arguments: Sequence[str] | None = None) -> int:
     images = {"type": positive(int, all=sys.maxsize), "default": 0, "metavar": "all|N"}
     images["help"] = "decode all images, or N per split"
-    args = parse("Check a data set before training on it.", arguments, OPTIONS, images=images)
+    preview = {"type": picture_file, "metavar": "FILE.png", "help": "draw some images as the network sees them"}
+    args = parse("Check a data set before training on it.", arguments, OPTIONS, images=images, preview=preview)
     cfg = load_config(args.cfg, args.overrides)
     spec = find_spec(cfg.dataset)
     report = Report()
@@ -42,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.notes.append("no image was decoded; use --images all or --images N")
     say("", *(f"note: {note}" for note in report.notes))
     say("", f"problems: {len(report.problems)}", *(line for lines in report.problems for line in lines))
+    if args.preview:
+        write_preview(cfg, args.preview)
+        say("", f"preview: {args.preview}")
     return 1 if report.problems else 0
 
 
@@ -249,7 +254,9 @@ def _check_files(split: Listed, root: Path, images: int, workers: int, report: R
     there = np.array(_in_threads(_is_there, paths, LOOKERS, f"{split.title}: looking up"), dtype=bool)
     missing = np.flatnonzero(~there)
     report.check(f"{split.title}: missing or empty files", missing, lambda i: f"line {split.rows.lines[i]}: {paths[i]}")
-    chosen = np.flatnonzero(there)[_evenly(there.sum(), images)]
+    found = np.flatnonzero(there)
+    report.notes.extend(conversion_notes(split.title, len(found), lambda i: paths[found[i]]))
+    chosen = found[_evenly(len(found), images)]
     contents = _in_threads(_content, [paths[i] for i in chosen], workers, f"{split.title}: decoding")
     report.check(
         f"{split.title}: images that cannot be decoded",

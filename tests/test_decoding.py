@@ -1,19 +1,23 @@
-"""Decoded images against PIL's own conversion, with every decoder; errors for files that are not images."""
+"""Decoded images against PIL's own conversion, with every decoder; 16 bits and floats; files that are not images."""
 
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from datasets import decoding
-from datasets.decoding import fast_decoder, open_rgb
+from datasets import build_data, decoding
+from datasets.data import CPU
+from datasets.decoding import conversion_notes, fast_decoder, open_rgb
 from datasets.source import DataError
+from datasets.specs import SPECS
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = sorted((Path(__file__).parents[2] / "shared" / "data" / "photos").glob("*.JPEG"))
@@ -25,10 +29,6 @@ def photo(width: int = 53, height: int = 37) -> Image.Image:
     """Smooth and colourful, no two parts alike."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def sixteen_bits() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 65536, (37, 53), dtype=np.uint16))
 
 
 KINDS = {  # from file name to the mode it is stored in, the image and how to save it
@@ -44,7 +44,6 @@ KINDS = {  # from file name to the mode it is stored in, the image and how to sa
     "palette.png": ("P", lambda: photo().quantize(200), {}),
     "transparent palette.png": ("P", lambda: photo().quantize(200), {"transparency": 3}),
     "half transparent palette.png": ("P", lambda: photo().quantize(200), {"transparency": bytes(range(200))}),
-    "sixteen bits.png": ("I;16", sixteen_bits, {}),
     "one bit.png": ("1", lambda: photo().convert("1"), {}),
     "transparent.png": ("RGBA", lambda: Image.merge("RGBA", [*photo().split(), photo().convert("L")]), {}),
 }
@@ -172,6 +171,121 @@ def test_a_file_with_any_byte_damaged_is_named_or_read(decoder, tmp_path):
             named += 1
             assert str(error).startswith(f"{path}: is no readable image (")
     assert 0 < named < len(whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values that PIL would clip
+
+
+def grey_levels() -> np.ndarray:
+    """uint8 [37, 53], darkest to brightest"""
+    return np.linspace(0, 255, 37 * 53).round().astype(np.uint8).reshape(37, 53)
+
+
+@pytest.mark.parametrize("low", [0, 1, 255])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("x.png", "I;16"), ("little-endian.tif", "I;16"), ("big-endian.tif", "I;16B"), ("x.pgm", "I")]
+)
+def test_of_16_bits_the_upper_8_are_kept(name, mode, low, decoder, tmp_path):
+    levels, path = grey_levels(), tmp_path / name
+    values = (256 * levels.astype(np.uint16) + low).astype("<u2" if mode == "I;16" else ">u2")
+    if name == "x.pgm":
+        path.write_bytes(b"P5 53 37 65535\n" + values.tobytes())
+    else:
+        Image.frombytes(mode, (53, 37), values.tobytes()).save(path)
+    assert Image.open(path).mode in (mode, "I")  # "I": Pillow 9
+    np.testing.assert_array_equal(pixels(open_rgb(str(path), decoder)), np.stack([levels] * 3, axis=2))
+
+
+def test_png_files_of_16_bits_are_read_where_pil_opens_them_in_mode_i(decoder, tmp_path, monkeypatch):
+    """As Pillow 9 does."""
+    Image.fromarray(257 * grey_levels().astype(np.uint16)).save(tmp_path / "x.png")
+    monkeypatch.setitem(PngImagePlugin._MODES, (16, 0), ("I", "I;16B"))
+    assert Image.open(tmp_path / "x.png").mode == "I"
+    np.testing.assert_array_equal(pixels(open_rgb(str(tmp_path / "x.png"), decoder))[..., 0], grey_levels())
+
+
+def test_colours_of_16_bits_lose_their_lower_8_too(decoder, tmp_path):
+    """That is PIL's doing."""
+    values = 257 * np.asarray(photo()).astype(np.uint16)
+    (tmp_path / "x.ppm").write_bytes(b"P6 53 37 65535\n" + values.astype(">u2").tobytes())
+    np.testing.assert_array_equal(pixels(open_rgb(str(tmp_path / "x.ppm"), decoder)), np.asarray(photo()))
+
+
+@pytest.mark.parametrize("name", ["x.tif", "x.pfm"])
+def test_floats_from_0_to_1_are_scaled(name, decoder, tmp_path):
+    Image.fromarray(grey_levels().astype(np.float32) / 255).save(tmp_path / name)
+    np.testing.assert_array_equal(pixels(open_rgb(str(tmp_path / name), decoder))[..., 0], grey_levels())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.float32([[0, 255]]), "float values from 0 to 255; only 0 .. 1 has a known scale"),
+        (np.float32([[-0.5, 0.5]]), "float values from -0.5 to 0.5; only"),
+        (np.float32([[0, np.nan]]), "float values from nan to nan; only"),
+        (np.int32([[0, 255]]), "32-bit or signed integers, whose range is not known; save it with 8 or 16 bits"),
+    ],
+)
+def test_values_of_unknown_range_are_refused(values, said, decoder, tmp_path):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(DataError) as caught:
+        open_rgb(str(tmp_path / "x.tif"), decoder)
+    assert str(caught.value).startswith(f"{tmp_path / 'x.tif'}: is no readable image ({said}")
+
+
+def save_digits(folder: Path, scale: np.unsignedinteger) -> None:
+    """40 digits of each split, times ``scale``, in class folders and in the lists of ImageNet-LT."""
+    digits = build_data("digits", "", image_size=8)
+    for top, split, images in (("train", "train", digits.train), ("val", "test", digits.test)):
+        lines = []
+        for i, (pixels, label) in enumerate(zip(images.images[:40, ..., 0].numpy(), images.targets[:40], strict=True)):
+            name = f"{top}/{label}/{i}.png"
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels * scale).save(folder / name)
+            lines.append(f"{name} {label}\n")
+        (folder / f"ImageNet_LT_{split}.txt").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("dataset", ["folder", "imagenet"])
+def test_digits_saved_with_16_bits_are_the_same_digits_and_the_log_says_so(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(SPECS, "imagenet", replace(SPECS["imagenet"], num_classes=10))
+    save_digits(tmp_path / "8", np.uint8(1))
+    save_digits(tmp_path / "16", np.uint16(257))
+    eight, sixteen = (build_data(dataset, str(tmp_path / name), image_size=8) for name in ("8", "16"))
+    for ours, theirs in zip(sixteen.test_loader(CPU), eight.test_loader(CPU), strict=True):
+        assert all(map(torch.equal, ours, theirs))
+        assert theirs[0].unique().numel() > 10
+    note = "{}: of 40 images looked at: 40 with 16 bits (reduced to 8); all become 8-bit RGB"
+    assert sixteen.notes == [note.format("train"), note.format("test")]
+
+
+def test_a_note_counts_what_is_converted(tmp_path):
+    """Files that cannot be read are named when they are decoded."""
+    for kind, (_, image, how) in KINDS.items():
+        image().save(tmp_path / kind, **how)
+    (tmp_path / "no image.png").touch()
+    Image.fromarray(grey_levels() / np.float32(255)).save(tmp_path / "float.tif")
+    paths = [*map(str, sorted(tmp_path.iterdir())), str(tmp_path / "missing.png")]
+    assert conversion_notes("train", len(paths), paths.__getitem__) == [
+        "train: of 17 images looked at: 4 with transparency (dropped), 3 in grayscale, 2 in CMYK, "
+        "1 of floats (multiplied by 255), 1 with a palette; all become 8-bit RGB"
+    ]
+    colour = str(tmp_path / "colour.jpg")
+    assert conversion_notes("train", 5, lambda index: colour) == conversion_notes("train", 0, paths.__getitem__) == []
+
+
+@pytest.mark.parametrize(("total", "looked_at"), [(1, 1), (99, 99), (100, 50), (437_513, 100)])
+def test_a_note_comes_from_a_hundred_files_of_all_parts_of_the_list(total, looked_at, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "grey.png")
+    asked = []
+    (note,) = conversion_notes("test", total, lambda index: asked.append(index) or str(tmp_path / "grey.png"))
+    assert note.startswith(f"test: of {looked_at} images looked at: {looked_at} in grayscale")
+    assert len(asked) == looked_at and asked[0] == 0 and asked[-1] >= 0.97 * (total - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are no images
 
 
 def test_a_missing_image_is_named(decoder, tmp_path):

@@ -189,12 +189,10 @@ def test_images_come_in_the_order_asked_for_and_lossless(tree):
         ("P", "png", "P"),
         ("RGBA", "png", "RGBA"),
         ("CMYK", "jpg", "CMYK"),
-        ("I;16", "png", "I;16"),
     ],
 )
 def test_every_mode_becomes_rgb_as_pil_converts_it(tmp_path, mode, extension, stored):
-    image = Image.fromarray(np.arange(0, 6400, 100, dtype=np.uint16).reshape(8, 8)) if mode == "I;16" else None
-    path = save(tmp_path / f"x.{extension}", image or noise(8, 8, mode))
+    path = save(tmp_path / f"x.{extension}", noise(8, 8, mode))
     with Image.open(path) as opened:
         assert opened.mode == stored
         expected = np.asarray(opened.convert("RGB"))
