@@ -28,6 +28,7 @@ from utils.step import compile_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CIFAR = str(ROOT / "config/cifar10/cifar10_imb001_arbloss_mixup.yaml")
+IMAGENET = str(ROOT / "config/imagenet/imagenet_resnet50_arbloss_ugcc_mixup.yaml")
 MODES = [precision + way for way in ("", "+compile") for precision in PRECISIONS]
 BATCH, CRITERION_BATCH = 128, 256  # images; the first is the CIFAR configuration's
 
@@ -90,7 +91,7 @@ class Classic:
             lam = np.random.beta(self.cfg.alpha, self.cfg.alpha)
             partner = torch.randperm(len(images), device=self.device)
             logits = self.model(lam * images + (1 - lam) * images[partner])
-            counts = torch.bincount(targets, minlength=self.classes).float()
+            counts = F.one_hot(targets, self.classes).sum(dim=0).float()  # bincount would wait for the device
             loss = lam * published_arb(logits, targets, counts)
             loss = loss + (1 - lam) * published_arb(logits, targets[partner], counts)
             self.optimizer.zero_grad()
@@ -114,8 +115,9 @@ class Classic:
 class Trainer:
     """This trainer's own pieces, without log, checkpoints and signals."""
 
-    def __init__(self, data: Data, mode: str, device: torch.device):
-        cfg, _ = read_config(CIFAR, options_of(mode))
+    def __init__(self, data: Data, mode: str, device: torch.device, *options: str, config: str | None = None):
+        """``config``: a YAML file, by default the CIFAR configuration; ``options`` override it."""
+        cfg, _ = read_config(config or CIFAR, [*options_of(mode), *options])
         self.precision, self.epoch = cfg.precision, 0
         self.loader = data.train_loader(cfg.batch_size, cfg.seed, device)
         model = build.new_model(cfg, data).to(device)
@@ -198,10 +200,10 @@ def losses(classes: int, device: torch.device) -> dict[str, Run]:
     return {name: partial(run, loss) for name, loss in criteria.items()}
 
 
-def noise(train: int, test: int) -> Data:
-    """Random images of CIFAR-10's size, 10 classes; speed does not depend on the content."""
+def noise(train: int, test: int, dataset: str = "cifar10", side: int = 32, classes: int = 10) -> Data:
+    """Random images of ``side`` x ``side`` pixels in memory; speed does not depend on the content."""
     draw = np.random.default_rng(0)
-    pixels = (draw.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8) for size in (train, test))
-    train, test = (Images(torch.from_numpy(images), torch.arange(len(images)) % 10) for images in pixels)
-    names, counts = [str(label) for label in range(10)], torch.bincount(train.targets, minlength=10)
-    return Data(find_spec("cifar10"), names, counts, train, None, test, image_size=32)
+    pixels = (draw.integers(0, 256, (size, side, side, 3), dtype=np.uint8) for size in (train, test))
+    train, test = (Images(torch.from_numpy(images), torch.arange(len(images)) % classes) for images in pixels)
+    names, counts = [str(label) for label in range(classes)], torch.bincount(train.targets, minlength=classes)
+    return Data(find_spec(dataset), names, counts, train, None, test, image_size=side)

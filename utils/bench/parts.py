@@ -68,12 +68,15 @@ class Bench:
         return [mode for mode in self.args.modes or default if self.args.compile or "+" not in mode]
 
 
-def warm_up(bench: Bench, data: Data, steps: int) -> tuple[dict[str, Trainer], list[Row]]:
+def warm_up(
+    bench: Bench, data: Data, steps: int, new: Callable[..., Trainer] = Trainer
+) -> tuple[dict[str, Trainer], list[Row]]:
     """The trainer in its modes, warmed up, and their speed over a few steps; notes the fastest."""
-    trainers = {mode: Trainer(data, mode, bench.device) for mode in bench.modes()}
+    trainers = {mode: new(data, mode, bench.device) for mode in bench.modes()}
     first = {mode: seconds(partial(trainer.train, 1), bench.device) for mode, trainer in trainers.items()}
     runs = {mode: partial(trainer.train, steps) for mode, trainer in trainers.items()}
-    rows = compare(runs, steps * BATCH, bench.device, bench.rounds(5))
+    images = steps * next(iter(trainers.values())).loader.batch_size
+    rows = compare(runs, images, bench.device, bench.rounds(5))
     bench.fastest = max(rows, key=lambda row: row["high"])["what"]  # other work on the machine only slows down
     return trainers, [row | {"first step, s": first[row["what"]]} for row in rows]
 

@@ -100,7 +100,7 @@ def as_text(name: str, part: Part) -> str:
     lines = ["", f"== {name}", *(f"{key}: {value}" for key, value in part.settings.items())]
     for title, rows in part.tables.items():
         columns = [key for key in rows[0] if key != "rounds"]
-        cells = [columns, *([_cell(row[key]) for key in columns] for row in rows)]
+        cells = [columns, *([cell(row[key]) for key in columns] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines += ["", title]
         for first, *others in cells:
@@ -109,7 +109,7 @@ def as_text(name: str, part: Part) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
