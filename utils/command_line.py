@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from utils import distributed
+from utils import launcher
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
 from utils.option_types import user_path
 from utils.signals import NAMES
@@ -99,14 +99,14 @@ def exit_code(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (InputError, DivergenceError, LostProcessError) as error:
-        _print_error(f"error{distributed.who()}: {error}")
+        _print_error(f"error{launcher.who()}: {error}")
         return 1 if isinstance(error, LostProcessError) else 2
     except (Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         for name in NAMES:  # torch takes a while to finalize, and a second signal would change the exit code
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-        if distributed.speaks():
+        if launcher.speaks():
             _print_error(f"stopped by {signal.Signals(number).name}" + f": {stop}" * bool(str(stop)))
         return 128 + number
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as in train_stage1
 
-from utils import distributed
+from utils import distributed, launcher
 from utils.bench.contestants import MODES
 from utils.bench.parts import Bench, cifar, criterion, epoch, jpegs, pipeline, startup
 from utils.bench.timing import as_text
@@ -28,6 +28,7 @@ PARTS = {part.__name__: part for part in (cifar, criterion, pipeline, startup, e
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
+    launcher.join()
     with distributed.processes(args.device) as device, tempfile.TemporaryDirectory() as scratch:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(scratch, "compiled")  # compile from scratch
         bench, report = Bench(args, device, Path(scratch)), machine(device)
