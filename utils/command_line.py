@@ -111,6 +111,16 @@ def exit_code(main: Callable[[], int | None]) -> int:
         return 128 + number
 
 
+def refuse_at_once(read: Callable[[], object]) -> None:
+    """Exit if ``read`` refuses the command line or what it names, or prints help; before torch is imported.
+
+    Torch takes seconds. Several processes read together instead, see :func:`utils.distributed.together`.
+    """
+    code = 0 if launcher.launched() else exit_code(lambda: read() and None)
+    if code:
+        sys.exit(code)
+
+
 def _print_error(line: str) -> None:
     with discard_if_closed(sys.stderr):
         print(" ".join(line.split()), file=sys.stderr)
