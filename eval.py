@@ -4,16 +4,28 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
 from yacs.config import CfgNode
+
+from utils.command_line import exit_code, parse, refuse_at_once, say
+from utils.config import FIXED, OPTIONS, option_help, read_config
+
+
+def read(arguments: Sequence[str] | None = None) -> tuple[CfgNode, list[str]]:
+    """The configuration, and notes for the report."""
+    args = parse("Evaluate a checkpoint of ours, of MiSLAS or of ARBLOSS.", arguments, OPTIONS, option_help())
+    return read_config(args.cfg, args.overrides)
+
+
+if __name__ == "__main__":
+    refuse_at_once(read)
+
+from torch import Tensor, nn
 
 from datasets import Data
 from datasets.loaders import EvalLoader
 from utils import distributed
 from utils.build import check, class_groups, load_data, new_model, new_shift
 from utils.checkpoint import CheckpointError, load_content
-from utils.command_line import exit_code, parse, say
-from utils.config import FIXED, OPTIONS, option_help, read_config
 from utils.errors import describing
 from utils.evaluation import gather_outputs, predict
 from utils.metrics import Predictions, class_accuracy, report
@@ -28,9 +40,8 @@ from utils.run.resume import Origin, changed_options, class_map, find_checkpoint
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a checkpoint, print the report and write it to a folder."""
-    args = parse("Evaluate a checkpoint of ours, of MiSLAS or of ARBLOSS.", arguments, OPTIONS, option_help())
     with distributed.together():
-        cfg, notes = read_config(args.cfg, args.overrides)
+        cfg, notes = read(arguments)
         check(cfg)
         origin = find_evaluated(cfg)
         class_order = class_map(cfg, origin)

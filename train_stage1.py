@@ -5,6 +5,21 @@ import sys
 import time
 from collections.abc import Sequence
 
+from yacs.config import CfgNode
+
+from utils.command_line import exit_code, parse, refuse_at_once
+from utils.config import OPTIONS, option_help, read_config
+
+
+def read(arguments: Sequence[str] | None = None) -> tuple[CfgNode, list[str]]:
+    """The configuration, and notes for the log."""
+    args = parse("Train one stage with ARB-Loss or a baseline.", arguments, OPTIONS, option_help())
+    return read_config(args.cfg, args.overrides)
+
+
+if __name__ == "__main__":
+    refuse_at_once(read)
+
 # Read when torch is loaded. Waiting threads yield their core instead of spinning: a few percent slower at most on an
 # idle machine, tens of times faster on a busy one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,8 +38,6 @@ from utils.build import (
     new_training,
     set_lr,
 )
-from utils.command_line import exit_code, parse
-from utils.config import OPTIONS, option_help, read_config
 from utils.meter import check_weights
 from utils.precision import matmul_precision
 from utils.run.checkpoint_manager import CheckpointManager
@@ -39,10 +52,9 @@ from utils.step import Step, StepWrapper
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train one run. To go on reading: utils/build.py, utils/step.py, methods/method.py, methods/losses.py."""
-    args = parse("Train one stage with ARB-Loss or a baseline.", arguments, OPTIONS, option_help())
     with Signals() as signals:
         with distributed.together():
-            cfg, notes = read_config(args.cfg, args.overrides)
+            cfg, notes = read(arguments)
             check(cfg)
             origin = find_checkpoint(cfg)
             class_order = class_map(cfg, origin)

@@ -220,11 +220,6 @@ IMAGES = {
 
 IMAGE_LISTS = {
     "no list": (tree_with(lambda data: None), IMAGENET, "train_txt: "),
-    "a list in UTF-16": (
-        list_with(lambda text: text.encode("utf-16").decode("utf-8", "surrogateescape")),
-        IMAGENET,
-        LIST + ", line 1: ",
-    ),
     "a label too large": (
         list_with(lambda text: text + "a.jpg 1000\n"),
         IMAGENET,

@@ -14,6 +14,7 @@ from utils.command_line import exit_code, parse, positive, say
 from utils.config import OPTIONS
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
 
+ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import atexit, os, sys, time
 from utils.command_line import exit_code
@@ -166,9 +167,24 @@ def test_another_project_s_package_of_the_same_name_is_named(tmp_path):
     foreign = tmp_path / "datasets" / "__init__.py"
     foreign.parent.mkdir()
     foreign.touch()
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-m", "utils.compare", "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     said = f"error: `datasets` is {foreign}, not this project's: run from this project's folder, or put it first in "
     assert (done.returncode, done.stderr, done.stdout) == (2, said + "PYTHONPATH\n", "")
+
+
+@pytest.mark.parametrize("script", ["train_stage1.py", "eval.py"])
+def test_help_and_refusals_come_before_torch_is_imported(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment.pop("WORLD_SIZE", None)
+    digits = "config/digits/digits_imb005.yaml"
+    for words, code, said in (
+        (["--help"], 0, "  post_hoc_tau            0.0"),
+        (["--cfg", digits, "lr", "much"], 2, "error: command line: lr: 'much' must be a number > 0\n"),
+        (["--cfg", "none.yaml"], 2, "error: none.yaml: no such configuration file"),
+        (["--cfg", digits], 1, "torch was imported"),
+    ):
+        done = subprocess.run([sys.executable, ROOT / script, *words], env=environment, capture_output=True, text=True)
+        assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from utils.precision import PRECISIONS, autocast, matmul_precision, new_scaler
+from utils.option_types import PRECISIONS
+from utils.precision import autocast, matmul_precision, new_scaler
 
 CPU = torch.device("cpu")
 

@@ -368,7 +368,7 @@ def test_when_the_time_is_over_runs_are_asked_to_stop(busy, capsys):
 
 
 def test_a_signal_stops_the_runs_and_then_the_sweep(busy, capsys):
-    with pytest.raises(Interrupted) as stop, Signals() as signals, signals.noted():
+    with pytest.raises(Interrupted) as stop, Signals(runner.GRACE) as signals, signals.noted():
         signal.raise_signal(signal.SIGTERM)
         busy.work(signals)
     assert stop.value.number == signal.SIGTERM and "the same command goes on" in str(stop.value)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from utils import distributed
+from utils import launcher
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
 from utils.option_types import user_path
 from utils.signals import NAMES
@@ -99,16 +99,26 @@ def exit_code(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (InputError, DivergenceError, LostProcessError) as error:
-        _print_error(f"error{distributed.who()}: {error}")
+        _print_error(f"error{launcher.who()}: {error}")
         return 1 if isinstance(error, LostProcessError) else 2
     except (Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         for name in NAMES:  # torch takes a while to finalize, and a second signal would change the exit code
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-        if distributed.speaks():
+        if launcher.speaks():
             _print_error(f"stopped by {signal.Signals(number).name}" + f": {stop}" * bool(str(stop)))
         return 128 + number
+
+
+def refuse_at_once(read: Callable[[], object]) -> None:
+    """Exit if ``read`` refuses the command line or what it names, or prints help; before torch is imported.
+
+    Torch takes seconds. Several processes read together instead, see :func:`utils.distributed.together`.
+    """
+    code = 0 if launcher.launched() else exit_code(lambda: read() and None)
+    if code:
+        sys.exit(code)
 
 
 def _print_error(line: str) -> None:

@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 from utils.errors import ConfigError
 from utils.legacy_config import OBSOLETE, OLD_SWITCHES, obsolete_notes, translate
 from utils.option_types import (
+    PRECISIONS,
     choice,
     class_range,
     epochs_or_fractions,
@@ -34,7 +35,6 @@ from utils.option_types import (
     user_path,
     whole,
 )
-from utils.precision import PRECISIONS
 
 
 class Option(NamedTuple):
@@ -48,118 +48,146 @@ class Option(NamedTuple):
     role: str = "training"
 
 
-OPTIONS: dict[str, Option] = {
-    # Run
-    "name": Option("", folder_name, "name of the run's folder; empty: the configuration file's name", "incidental"),
-    "save_dir": Option("saved", folder_path, "parent of the runs' folders", "incidental"),
-    "seed": Option(0, whole(0, 2**63 - 1), "seed of weights, order, crops, flips and mixup"),
-    "deterministic": Option(False, flag, "deterministic CUDA kernels where they exist (slower)"),
-    "device": Option("auto", choice("auto", "cpu", "cuda"), "auto: CUDA if available", "incidental"),
-    "workers": Option(4, whole(0), "processes per node that read and decode images", "incidental"),
-    "print_freq": Option(40, whole(1), "steps between log lines", "incidental"),
-    "eval_every": Option(1, whole(1), "epochs between evaluations; the last epoch is always evaluated"),
-    "eval_last": Option(0, whole(0), "evaluate each of the last N epochs too"),
-    "keep_epochs": Option(
-        [], several(whole(1), increasing=True), "epochs after which ckps/epoch_<N>.pth.tar is saved", "incidental"
-    ),
-    "checkpoint_every_steps": Option(0, whole(0), "steps between checkpoints within an epoch; 0: none", "incidental"),
-    "resume": Option(
-        "",
-        user_path,
-        "checkpoint to resume; auto: the newest of this run; MiSLAS's or ARBLOSS's: weights only",
-        "incidental",
-    ),
-    "fork": Option("", user_path, "checkpoint (ours) whose full state a new run starts from", "incidental"),
-    # Diagnostics
-    "diagnostics": Option(0, whole(0), "steps between measurements of gradient components; 0: off", "incidental"),
-    "diagnostics_rows": Option(
-        None, optional(several(whole(0))), "rows recorded in full; null: rarest, median, most frequent", "incidental"
-    ),
-    "nc_every": Option(0, whole(0), "epochs between measurements of neural collapse; 0: off", "incidental"),
-    "decompose": Option(False, flag, "eval.py: compare the classifier with others on the same features", "incidental"),
-    # Data
-    "dataset": Option("cifar10", text, "cifar10, cifar100, imagenet, ina2018, places, digits, folder or lists", "data"),
-    "data_path": Option("./data", user_path, "folder of the data set", "incidental"),
-    "train_txt": Option("", user_path, "list data sets: training list; empty: its usual name under data_path"),
-    "val_txt": Option("", user_path, "list data sets: test list; empty: its usual name under data_path"),
-    "test_txt": Option(
-        "", user_path, "list data sets: test list; val_txt is then a validation list, for the best epoch"
-    ),
-    "class_map": Option(
-        "",
-        user_path,
-        "stable, legacy or a file; empty: the checkpoint's (legacy if it has none), else stable",
-        "incidental",
-    ),
-    "num_classes": Option(None, optional(whole(1)), "expected number of classes; null: any", "data"),
-    "image_size": Option(
-        None, optional(whole(8, 4096)), "pixels per side; null: 224 for list data sets, else 32", "data"
-    ),
-    "decoder": Option("pil", choice("pil", "fast"), "pil, or fast (TorchCodec, else torchvision)", "incidental"),
-    "data_on_device": Option(
-        "auto", choice("auto", True, False), "hold images in device memory; auto: if they fit", "incidental"
-    ),
-    "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after subsampling", "data"),
-    "imb_factor": Option(None, optional(imbalance), "smallest / largest class; null: no subsampling", "data"),
-    "subset_seed": Option(
-        0, whole(0, 2**32 - 1), "seed of the subsampling; 0: the images of MiSLAS and LDAM-DRW", "data"
-    ),
-    "val_per_class": Option(0, whole(0), "training images per class held out to select the best epoch", "data"),
-    "shots": Option(
-        None, optional(choice("index", "count")), "many / medium / few by; null: count for folder and lists, else index"
-    ),
-    "head_class_idx": Option(None, optional(class_range), "[first, last + 1] of many-shot classes; null: data set's"),
-    "med_class_idx": Option(None, optional(class_range), "likewise, medium-shot"),
-    "tail_class_idx": Option(None, optional(class_range), "likewise, few-shot"),
-    # Model
-    "backbone": Option(
-        "resnet32", text, "resnet8 ... resnet110 (CIFAR), resnet10 ... resnext101 (torchvision)", "network"
-    ),
-    "pretrained": Option(
-        None, optional(flag_or_path), "torchvision backbones: True, False or a file; null: places only"
-    ),
-    "classifier": Option("linear", choice("linear", "cosine", "simplex"), "linear, cosine or fixed simplex", "network"),
-    "cosine_scale": Option(30.0, number(0, above=True), "classifier: cosine multiplies cosines by this", "network"),
-    # Method
-    "loss": Option("ce", text, "ce, arb, focal_arb, weighted_arb, las, logit_adjustment, ldam, dot_regression"),
-    "class_counts": Option(
-        "batch", text, "the n of ARB-Loss: batch, global, batch_synced, global_masked, batch_unmasked"
-    ),
-    "logit_clamp": Option(30.0, optional(number(0, above=True)), "ARB-Loss: clamp logits to +-this; null: eq. 14"),
-    "tau": Option(1.0, number(0), "arb and logit_adjustment add tau log n to the logits"),
-    "post_hoc_tau": Option(0.0, number(0), "evaluation subtracts this times log(n / N) from the logits"),
-    "ldam_max_margin": Option(0.5, number(0), "LDAM: margin of the rarest class, as a cosine"),
-    "focal_alpha": Option(1.0, number(0, above=True), "focal ARB: -alpha (1 - p)^gamma log p"),
-    "focal_gamma": Option(2.0, number(0), "see focal_alpha"),
-    "smooth_head": Option(None, optional(number(0, 1)), "label-aware smoothing of the most frequent class"),
-    "smooth_tail": Option(None, optional(number(0, 1)), "label-aware smoothing of the rarest class"),
-    "smooth_shape": Option("concave", choice("concave", "linear", "convex", "exp"), "smoothing from tail to head"),
-    "smooth_power": Option(None, optional(number(0, above=True)), "exponent of smooth_shape: exp"),
-    "drw_epoch": Option(None, optional(whole(0)), "deferred re-weighting from this epoch on; null: never"),
-    "drw_beta": Option(0.9999, number(0, 1), "class weights of re-weighting: (1 - beta) / (1 - beta^n)"),
-    "nc_within": Option(0.0, number(0), "weight of L_W, features to class means (methods/regularizers.py)"),
-    "nc_between": Option(0.0, number(0), "weight of L_B, class means apart"),
-    "nc_start_epoch": Option(0, whole(0), "first epoch of L_W and L_B"),
-    "nc_means_lr": Option(0.5, number(0, above=True), "learning rate of the class means"),
-    "mixup": Option(False, flag, "input mixup"),
-    "alpha": Option(1.0, optional(number(0)), "mixup: lambda ~ Beta(alpha, alpha); 0: no mixing"),
-    # Optimization
-    "num_epochs": Option(200, whole(1), "epochs"),
-    "batch_size": Option(128, whole(1), "images per step, over all processes"),
-    "accumulate": Option(1, whole(1), "micro-batches per step"),
-    "precision": Option("fp32", choice(*PRECISIONS), "fp32 (strict), tf32 (CUDA), bf16 or fp16"),
-    "compile": Option(False, flag, "torch.compile: faster steps after a first one that takes a minute"),
-    "cuda_graph": Option(True, flag, "capture the step as a CUDA graph (one device, one micro-batch)", "incidental"),
-    "max_grad_norm": Option(None, optional(number(0, above=True)), "clip gradients to this 2-norm; null: off"),
-    "sync_bn": Option(False, flag, "batch norm over all processes (CUDA only)"),
-    "lr": Option(0.1, number(0, above=True), "base learning rate"),
-    "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
-    "weight_decay": Option(2e-4, number(0), "weight decay of SGD"),
-    "cos": Option(False, flag, "cosine schedule without warm-up, instead of steps"),
-    "lr_steps": Option([160, 180], epochs_or_fractions, "epochs (from 0) of the schedule's steps, or fractions < 1"),
-    "lr_step_factors": Option([0.1, 0.01], several(number(0, above=True)), "factors of the base rate, one per step"),
-    "warmup_epochs": Option(5, whole(0), "linear warm-up (step schedule only)"),
+SECTIONS: dict[str, dict[str, Option]] = {
+    "run": {
+        "name": Option("", folder_name, "name of the run's folder; empty: the configuration file's name", "incidental"),
+        "save_dir": Option("saved", folder_path, "parent of the runs' folders", "incidental"),
+        "seed": Option(0, whole(0, 2**63 - 1), "seed of weights, order, crops, flips and mixup"),
+        "deterministic": Option(False, flag, "deterministic CUDA kernels where they exist (slower)"),
+        "device": Option("auto", choice("auto", "cpu", "cuda"), "auto: CUDA if available", "incidental"),
+        "workers": Option(4, whole(0), "processes per node that read and decode images", "incidental"),
+        "print_freq": Option(40, whole(1), "steps between log lines", "incidental"),
+        "eval_every": Option(1, whole(1), "epochs between evaluations; the last epoch is always evaluated"),
+        "eval_last": Option(0, whole(0), "evaluate each of the last N epochs too"),
+        "keep_epochs": Option(
+            [], several(whole(1), increasing=True), "epochs after which ckps/epoch_<N>.pth.tar is saved", "incidental"
+        ),
+        "checkpoint_every_steps": Option(
+            0, whole(0), "steps between checkpoints within an epoch; 0: none", "incidental"
+        ),
+        "resume": Option(
+            "",
+            user_path,
+            "checkpoint to resume; auto: the newest of this run; MiSLAS's or ARBLOSS's: weights only",
+            "incidental",
+        ),
+        "fork": Option("", user_path, "checkpoint (ours) whose full state a new run starts from", "incidental"),
+    },
+    "diagnostics": {
+        "diagnostics": Option(0, whole(0), "steps between measurements of gradient components; 0: off", "incidental"),
+        "diagnostics_rows": Option(
+            None,
+            optional(several(whole(0))),
+            "rows recorded in full; null: rarest, median, most frequent",
+            "incidental",
+        ),
+        "nc_every": Option(0, whole(0), "epochs between measurements of neural collapse; 0: off", "incidental"),
+        "decompose": Option(
+            False, flag, "eval.py: compare the classifier with others on the same features", "incidental"
+        ),
+    },
+    "data": {
+        "dataset": Option(
+            "cifar10", text, "cifar10, cifar100, imagenet, ina2018, places, digits, folder or lists", "data"
+        ),
+        "data_path": Option("./data", user_path, "folder of the data set", "incidental"),
+        "train_txt": Option("", user_path, "list data sets: training list; empty: its usual name under data_path"),
+        "val_txt": Option("", user_path, "list data sets: test list; empty: its usual name under data_path"),
+        "test_txt": Option(
+            "", user_path, "list data sets: test list; val_txt is then a validation list, for the best epoch"
+        ),
+        "class_map": Option(
+            "",
+            user_path,
+            "stable, legacy or a file; empty: the checkpoint's (legacy if it has none), else stable",
+            "incidental",
+        ),
+        "num_classes": Option(None, optional(whole(1)), "expected number of classes; null: any", "data"),
+        "image_size": Option(
+            None, optional(whole(8, 4096)), "pixels per side; null: 224 for list data sets, else 32", "data"
+        ),
+        "decoder": Option("pil", choice("pil", "fast"), "pil, or fast (TorchCodec, else torchvision)", "incidental"),
+        "data_on_device": Option(
+            "auto", choice("auto", True, False), "hold images in device memory; auto: if they fit", "incidental"
+        ),
+        "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after subsampling", "data"),
+        "imb_factor": Option(None, optional(imbalance), "smallest / largest class; null: no subsampling", "data"),
+        "subset_seed": Option(
+            0, whole(0, 2**32 - 1), "seed of the subsampling; 0: the images of MiSLAS and LDAM-DRW", "data"
+        ),
+        "val_per_class": Option(0, whole(0), "training images per class held out to select the best epoch", "data"),
+        "shots": Option(
+            None,
+            optional(choice("index", "count")),
+            "many / medium / few by; null: count for folder and lists, else index",
+        ),
+        "head_class_idx": Option(
+            None, optional(class_range), "[first, last + 1] of many-shot classes; null: data set's"
+        ),
+        "med_class_idx": Option(None, optional(class_range), "likewise, medium-shot"),
+        "tail_class_idx": Option(None, optional(class_range), "likewise, few-shot"),
+    },
+    "model": {
+        "backbone": Option(
+            "resnet32", text, "resnet8 ... resnet110 (CIFAR), resnet10 ... resnext101 (torchvision)", "network"
+        ),
+        "pretrained": Option(
+            None, optional(flag_or_path), "torchvision backbones: True, False or a file; null: places only"
+        ),
+        "classifier": Option(
+            "linear", choice("linear", "cosine", "simplex"), "linear, cosine or fixed simplex", "network"
+        ),
+        "cosine_scale": Option(30.0, number(0, above=True), "classifier: cosine multiplies cosines by this", "network"),
+    },
+    "method": {
+        "loss": Option("ce", text, "ce, arb, focal_arb, weighted_arb, las, logit_adjustment, ldam, dot_regression"),
+        "class_counts": Option(
+            "batch", text, "the n of ARB-Loss: batch, global, batch_synced, global_masked, batch_unmasked"
+        ),
+        "logit_clamp": Option(30.0, optional(number(0, above=True)), "ARB-Loss: clamp logits to +-this; null: eq. 14"),
+        "tau": Option(1.0, number(0), "arb and logit_adjustment add tau log n to the logits"),
+        "post_hoc_tau": Option(0.0, number(0), "evaluation subtracts this times log(n / N) from the logits"),
+        "ldam_max_margin": Option(0.5, number(0), "LDAM: margin of the rarest class, as a cosine"),
+        "focal_alpha": Option(1.0, number(0, above=True), "focal ARB: -alpha (1 - p)^gamma log p"),
+        "focal_gamma": Option(2.0, number(0), "see focal_alpha"),
+        "smooth_head": Option(None, optional(number(0, 1)), "label-aware smoothing of the most frequent class"),
+        "smooth_tail": Option(None, optional(number(0, 1)), "label-aware smoothing of the rarest class"),
+        "smooth_shape": Option("concave", choice("concave", "linear", "convex", "exp"), "smoothing from tail to head"),
+        "smooth_power": Option(None, optional(number(0, above=True)), "exponent of smooth_shape: exp"),
+        "drw_epoch": Option(None, optional(whole(0)), "deferred re-weighting from this epoch on; null: never"),
+        "drw_beta": Option(0.9999, number(0, 1), "class weights of re-weighting: (1 - beta) / (1 - beta^n)"),
+        "nc_within": Option(0.0, number(0), "weight of L_W, features to class means (methods/regularizers.py)"),
+        "nc_between": Option(0.0, number(0), "weight of L_B, class means apart"),
+        "nc_start_epoch": Option(0, whole(0), "first epoch of L_W and L_B"),
+        "nc_means_lr": Option(0.5, number(0, above=True), "learning rate of the class means"),
+        "mixup": Option(False, flag, "input mixup"),
+        "alpha": Option(1.0, optional(number(0)), "mixup: lambda ~ Beta(alpha, alpha); 0: no mixing"),
+    },
+    "optimization": {
+        "num_epochs": Option(200, whole(1), "epochs"),
+        "batch_size": Option(128, whole(1), "images per step, over all processes"),
+        "accumulate": Option(1, whole(1), "micro-batches per step"),
+        "precision": Option("fp32", choice(*PRECISIONS), "fp32 (strict), tf32 (CUDA), bf16 or fp16"),
+        "compile": Option(False, flag, "torch.compile: faster steps after a first one that takes a minute"),
+        "cuda_graph": Option(
+            True, flag, "capture the step as a CUDA graph (one device, one micro-batch)", "incidental"
+        ),
+        "max_grad_norm": Option(None, optional(number(0, above=True)), "clip gradients to this 2-norm; null: off"),
+        "sync_bn": Option(False, flag, "batch norm over all processes (CUDA only)"),
+        "lr": Option(0.1, number(0, above=True), "base learning rate"),
+        "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
+        "weight_decay": Option(2e-4, number(0), "weight decay of SGD"),
+        "cos": Option(False, flag, "cosine schedule without warm-up, instead of steps"),
+        "lr_steps": Option(
+            [160, 180], epochs_or_fractions, "epochs (from 0) of the schedule's steps, or fractions < 1"
+        ),
+        "lr_step_factors": Option(
+            [0.1, 0.01], several(number(0, above=True)), "factors of the base rate, one per step"
+        ),
+        "warmup_epochs": Option(5, whole(0), "linear warm-up (step schedule only)"),
+    },
 }
+OPTIONS: dict[str, Option] = {key: option for section in SECTIONS.values() for key, option in section.items()}
 
 
 def with_role(*roles: str) -> tuple[str, ...]:
@@ -173,9 +201,13 @@ INCIDENTAL = with_role("incidental")
 
 def option_help() -> str:
     """List every option with its default and its description, for ``--help``."""
-    defaults = {key: "null" if option.default is None else option.default for key, option in OPTIONS.items()}
-    rows = [f"  {key:<24}{defaults[key]!s:<14}{option.doc}" for key, option in OPTIONS.items()]
-    return "\n".join(["options (in FILE or as key value), their defaults:", *rows])
+    lines = ["options (in FILE or as key value), with their defaults"]
+    for section, options in SECTIONS.items():
+        lines += ["", f"{section}:"]
+        for key, option in options.items():
+            default = "null" if option.default is None else option.default
+            lines.append(f"  {key:<24}{default!s:<14}{option.doc}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Process groups. With a single process every function here is the identity.
 
-Rank and world size come from the launcher's environment (torchrun and torch.distributed.launch both set it).
+Rank and world size come from the environment, see :mod:`utils.launcher`.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils import launcher
 from utils.errors import InputError, LostProcessError
 
 LOST = "another process of this run has ended; see its error message"
@@ -97,36 +98,12 @@ def main_first() -> Iterator[None]:
 
     For files that the first one creates, on a disk that nodes may or may not share.
     """
-    turn = 0 if is_main() else 1 if _local_rank() == 0 else 2
+    turn = 0 if is_main() else 1 if launcher.local_rank() == 0 else 2
     for _ in range(turn):
         barrier()
     yield
     for _ in range(2 - turn):
         barrier()
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def speaks() -> bool:
-    """True on rank 0. Reads the environment, so it also works without a process group."""
-    return "RANK" not in os.environ or not _launched() or os.environ["RANK"] == "0"
-
-
-def who() -> str:
-    """A suffix for messages, " (rank r)", empty for a single process. Reads the environment, as :func:`speaks`."""
-    return f" (rank {os.environ['RANK']})" if "RANK" in os.environ and _launched() else ""
-
-
-def launcher() -> str:
-    """The start of a command that launches as many processes as there are now: "python", or torchrun with options."""
-    if world_size() == 1:
-        return "python"
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    if here == world_size():
-        return f"torchrun --standalone --nproc_per_node {here}"
-    return f"torchrun --nnodes {world_size() // here} --nproc_per_node {here} [--rdzv_... as before]"
 
 
 def processes_here() -> int:
@@ -174,7 +151,11 @@ def averaging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManag
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Wrap set-up that runs before the process group exists: if one rank fails, all ranks exit."""
+    """Wrap set-up that runs before the process group exists: if one rank fails, all ranks exit.
+
+    The first to read the environment: :func:`utils.launcher.join`.
+    """
+    launcher.join()
     try:
         yield
     except InputError:
@@ -185,7 +166,7 @@ def together() -> Iterator[None]:
 
 def _report(failed: bool) -> None:
     """Exchange outcomes over the launcher's store. Raises :class:`LostProcessError` if another rank has failed."""
-    if not _launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not launcher.launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     key = f"together {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
@@ -209,13 +190,16 @@ def _check_store() -> None:
         return  # torch may know another way
 
 
-def _launched() -> bool:
-    """Whether a launcher has started several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return False
-    if "RANK" not in os.environ:
-        raise InputError("WORLD_SIZE is set but RANK is not; start several processes with torchrun")
-    return True
+def _meet(device: torch.device) -> None:
+    # Tensors travel by the backend of their device: agreements between steps by Gloo, gradients by NCCL.
+    on_cuda = device.type == "cuda"
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    except dist.DistError as error:
+        port = os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(error):
+            raise InputError(f"MASTER_PORT: {port} is in use on this machine; set it to a free port") from None
+        raise LostProcessError(f"cannot meet the other processes at {os.environ['MASTER_ADDR']}:{port}") from None
 
 
 @contextlib.contextmanager
@@ -228,20 +212,20 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda, but this machine has no usable CUDA device; use auto or cpu")
     on_cuda = device != "cpu" and torch.cuda.is_available()
-    launched = _launched()
-    if on_cuda and _local_rank() >= torch.cuda.device_count():
-        here, devices = _local_rank() + 1, torch.cuda.device_count()
+    launched = launcher.launched()
+    if on_cuda and launcher.local_rank() >= torch.cuda.device_count():
+        here, devices = launcher.local_rank() + 1, torch.cuda.device_count()
         raise InputError(
-            f"this machine has {devices} CUDA devices and at least {here} processes; use --nproc_per_node {devices}"
+            f"at least {here} processes run on this machine, but this one sees {devices} CUDA devices; start at most "
+            f"{devices}, or with srun use --gpus-per-node, not --gpus-per-task"
         )
-    here = torch.device("cuda", _local_rank()) if on_cuda else torch.device("cpu")
+    here = torch.device("cuda", launcher.local_rank()) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(here)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if launched:
-        # Tensors travel by the backend of their device: agreements between steps by Gloo, gradients by NCCL.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=here if on_cuda else None)
+        _meet(here)
     try:
         yield here
         # Not after an error: other ranks may wait in a collective, and this would wait for them. The launcher ends

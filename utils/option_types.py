@@ -7,6 +7,7 @@ import math
 import os
 import re
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # see utils.precision, which needs torch
 VARIABLE = re.compile(r"\$\w+|\$\{\w+\}")
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from utils.errors import InputError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = ("fp32", "tf32", *HALF)
 
 
 @contextlib.contextmanager

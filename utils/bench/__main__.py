@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, a
 
 import torch
 
-from utils import distributed
+from utils import distributed, launcher
 from utils.bench import gpu
 from utils.bench.contestants import MODES
 from utils.bench.gpu_parts import correctness, large, memory, together
@@ -37,6 +37,7 @@ PARTS = DEFAULT | {part.__name__: part for part in (correctness, together, large
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    launcher.join()
     if args.parts == ["gpu"]:
         return measure_gpu(args)
     with distributed.processes(args.device) as device, tempfile.TemporaryDirectory() as scratch:

@@ -23,7 +23,8 @@ from utils import build, distributed
 from utils.bench.timing import Run
 from utils.config import read_config
 from utils.cuda_graph import capture_cuda_graph
-from utils.precision import PRECISIONS, autocast, matmul_precision, new_scaler
+from utils.option_types import PRECISIONS
+from utils.precision import autocast, matmul_precision, new_scaler
 from utils.step import compile_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets.loaders import TrainLoader
 from methods.component_meter import ComponentMeter
-from utils import distributed
+from utils import distributed, launcher
 from utils.checkpoint import TrainState, save_checkpoint
 from utils.errors import DivergenceError, Interrupted
 from utils.meter import ADVICE, TrainMeter, check_weights
@@ -117,8 +117,8 @@ class CheckpointManager:
     def _reached(self) -> str:
         state, path = self.state, self._path("current")
         arguments = ["--cfg", str(self.run.folder / "config.yaml"), "resume", str(path)]
-        command = f"{distributed.launcher()} train_stage1.py {shlex.join(arguments)}"
-        return f"epoch {state.epoch}, {state.step} of {len(self.loader)} steps, is saved; resume with: {command}"
+        resume = launcher.how_to_resume(f"train_stage1.py {shlex.join(arguments)}")
+        return f"epoch {state.epoch}, {state.step} of {len(self.loader)} steps, is saved; {resume}"
 
     def _save_within_epoch(self) -> None:
         self.check()

@@ -229,7 +229,8 @@ def environment(slot: int, jobs: int) -> dict[str, str]:
 
     A run whose sweep is killed stops too, with a checkpoint.
     """
-    variables = os.environ | {WITH_PARENT: "1"}
+    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}  # also within a SLURM job for several tasks
+    variables = os.environ | {WITH_PARENT: "1"} | alone
     gpus = torch.cuda.device_count()
     if gpus:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
