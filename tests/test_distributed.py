@@ -1,5 +1,6 @@
 """Processes: the identity with one, and a real Gloo group of two."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -131,6 +132,38 @@ def test_a_rank_whose_set_up_fails_ends_the_others(scripts, tmp_path, wrong):
         assert (done[wrong].code, done[wrong].err) == (2, f"error (rank {wrong}): mine\n")
         other = done[1 - wrong]
         assert (other.code, other.err) == (1, f"error (rank {1 - wrong}): {distributed.LOST}\n")
+
+
+MEET = """
+import sys, torch
+from utils import distributed
+from utils.command_line import exit_code
+def main():
+    with distributed.together():
+        pass
+    with distributed.processes("cpu"):
+        print(distributed.world_size(), distributed.all_reduce_sum(torch.tensor(1 + distributed.rank())).item())
+sys.exit(exit_code(main))
+"""
+STARTED = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
+STARTED |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_GTIDS": "0,1"}
+STARTED |= {"SLURM_STEP_NODELIST": "node1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": str(os.getpid())}
+RANKS = {
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+
+
+@pytest.mark.parametrize("program", RANKS)
+def test_processes_of_srun_and_mpirun_meet_without_another_launcher(scripts, tmp_path, program):
+    """In their environments; for a real SLURM see test_slurm.py."""
+    size = {"OMPI_COMM_WORLD_SIZE": "2"} if program == "mpirun" else {}
+    with contextlib.ExitStack() as stack:
+        places = [dict.fromkeys(RANKS[program], str(rank)) for rank in range(2)]
+        words = (tmp_path, script_of(tmp_path, MEET))
+        done = [stack.enter_context(scripts.alive(*words, **STARTED, **size, **place)) for place in places]
+        done = [ended(rank, 60) for rank in done]
+    assert [(rank.code, rank.out, rank.err) for rank in done] == [(0, "2 3\n", "")] * 2
 
 
 # What both processes do, one function after another, in one group. Objects of the trainer live in functions, as in the

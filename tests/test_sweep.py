@@ -25,7 +25,7 @@ from tests.conftest import ROOT, assert_same_run, content, failure, history
 from tests.test_several_processes import completed, processes_of, started, wait_for
 from tests.test_sweep_plan import ARMS, DIGITS, LATE, OPTIONS, WATERFALL, planned, written
 from tests.test_sweep_tables import FIELDS, check_published
-from utils import config
+from utils import config, launcher
 from utils.command_line import exit_code
 from utils.config import dump_config, load_config
 from utils.errors import InputError, Interrupted
@@ -481,6 +481,21 @@ def test_a_sweep_that_nobody_listens_to_ends_as_any_other(copied):
 def test_why_a_run_failed_is_said_in_a_line(tmp_path, code, text, said):
     (tmp_path / "said.txt").write_text(text)
     assert runner.reason(code, tmp_path / "said.txt").startswith(said)
+
+
+def test_runs_are_single_processes_whatever_has_started_the_sweep(monkeypatch):
+    """Such as a SLURM job for several tasks: a run must not wait for others, nor be refused."""
+    for name, value in {
+        "WORLD_SIZE": "4",
+        "RANK": "3",
+        "LOCAL_RANK": "3",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", runner.environment(0, 1))
+    launcher.join()
+    assert not launcher.launched()
 
 
 def test_runs_share_processors_and_take_turns_on_gpus(monkeypatch):

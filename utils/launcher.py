@@ -36,6 +36,7 @@ def join() -> None:
 
 
 def _mpi(env: Mapping[str, str]) -> dict[str, str]:
+    """Torch's variables from mpirun's, or an empty dict."""
     for names in MPI:
         if all(name in env for name in names):
             found = {ours: env[theirs] for ours, theirs in zip(TORCH, names, strict=True)}
@@ -48,7 +49,10 @@ def _mpi(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _slurm(env: Mapping[str, str]) -> dict[str, str]:
-    """Also empty if the step's variables are another one's: a job submitted from within a step inherits them."""
+    """Torch's variables from those of a SLURM step, or an empty dict.
+
+    Jobs that are submitted from within a step inherit its variables: they count if they agree with the process's own.
+    """
     if not {*SLURM, "SLURM_NODEID", "SLURM_GTIDS"} <= env.keys() or env.get("SLURM_NTASKS") != env[SLURM[0]]:
         return {}
     found = {ours: env[theirs] for ours, theirs in zip(TORCH, SLURM, strict=True)}
@@ -59,7 +63,8 @@ def _slurm(env: Mapping[str, str]) -> dict[str, str]:
         raise InputError(f"srun --pty: only the first of {found['WORLD_SIZE']} tasks has this terminal; {CHOICE}")
     host = _first_host(env["SLURM_STEP_NODELIST"]) if len(tasks) > 1 else "127.0.0.1"
     try:
-        socket.getaddrinfo(env.get("MASTER_ADDR", host), None)  # torch would try for half an hour
+        if not {"WORLD_SIZE", "MASTER_ADDR"} & env.keys():
+            socket.getaddrinfo(host, None)  # torch would try for half an hour
     except OSError:
         raise InputError(f"{host}, the first node of this SLURM step, has no address here; set MASTER_ADDR") from None
     place = _meeting(host, f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}")
