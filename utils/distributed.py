@@ -221,6 +221,8 @@ def processes(device: str, deterministic: bool = False) -> Iterator[torch.device
         )
     here = torch.device("cuda", launcher.local_rank()) if on_cuda else torch.device("cpu")
     if on_cuda:
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
         torch.cuda.set_device(here)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
