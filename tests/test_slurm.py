@@ -30,13 +30,14 @@ pytestmark = [
     ),
 ]
 
-# The first node has the machine's name, by which the others find it. cred_expire: a requeued job waits so many seconds.
+# The first node has the machine's name, by which the others find it. cred_expire: a requeued job waits so many seconds;
+# for less than 5, SLURM takes its default of two minutes.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={name}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
-AuthInfo=socket={folder}/munge,cred_expire=2
+AuthInfo=socket={folder}/munge,cred_expire=5
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
