@@ -1,4 +1,4 @@
-"""Runs on CUDA devices whose kernels do nothing: what is launched, copied, waited for and captured; see null_gpu/."""
+"""Whole runs on a CUDA device whose kernels do nothing, see null_gpu/README.md."""
 
 import gc
 from collections import Counter
@@ -16,7 +16,6 @@ from tests.null_gpu.unjudged import unjudged
 from tests.test_fast import IMAGENET, evaluated, last_lines
 from utils.cuda_graph import GraphedStep
 from utils.errors import Interrupted
-from utils.run.checkpoint_manager import CheckpointManager
 
 pytestmark = [
     pytest.mark.nullgpu,
@@ -155,86 +154,6 @@ def test_evaluation_reads_what_was_trained(tmp_path, capsys):
     assert len(last_lines(said)) == 2 and "other classifiers on the same features" in said
     assert (run / "eval/current/decomposition.json").is_file()
     assert any(operation.kind == "kernel" for operation in null_gpu.take())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counted per step
-
-
-@pytest.fixture
-def steps(monkeypatch) -> list[list[Operation]]:
-    """What was asked of the device, a list for each step of the runs of the test, from the loader's part on."""
-    lists: list[list[Operation]] = []
-
-    def between_steps(self, done, seconds, own=CheckpointManager.between_steps):
-        own(self, done, seconds)
-        operations = null_gpu.take()
-        lists.extend([operations] if done else [])
-
-    monkeypatch.setattr(CheckpointManager, "between_steps", between_steps)
-    return lists
-
-
-def shape(operations: list[Operation]) -> list[tuple[str, str, int]]:
-    return sorted((operation.kind, operation.name, operation.size) for operation in operations)
-
-
-FLOAT, LONG, BATCH = 4, 8, 64
-# lambda; flips; targets, those of the step, indices, partners of mixup; offsets.
-INPUTS = [FLOAT, BATCH, *4 * [BATCH * LONG], 2 * BATCH * LONG]
-COPIES = [("copy", "device to device", size) for size in INPUTS]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_replayed_step_copies_its_inputs_and_nothing_else(tmp_path, steps, precision):
-    """No kernel is launched from Python, the host waits for nothing, and nothing is allocated."""
-    trained(tmp_path, "num_epochs", 1, "precision", precision, "max_grad_norm", 1, "print_freq", 100)
-    for operations in steps[1 : STEPS - 1]:
-        *copies, graph = shape(operations)
-        assert copies == COPIES
-        assert graph[:2] == ("graph", "launch")
-
-
-def test_a_replayed_step_of_images_that_are_read_copies_them_from_pinned_memory(tmp_path, steps):
-    pixels = BATCH * 8 * 8 * 3
-    trained(tmp_path, "num_epochs", 1, "data_on_device", False, "workers", 1, "print_freq", 100)
-    for operations in steps[2 : STEPS - 1]:
-        found = [part for part in shape(operations) if part[0] not in ("graph", "alloc")]
-        assert ("copy", "pinned to device", pixels) in found
-        assert ("copy", "device to device", pixels) in found
-        assert sum(size for *_, size in found) == 2 * pixels + sum(INPUTS) - BATCH * LONG  # no indices
-
-
-STEP_KINDS = {
-    "captured": [],
-    "eager": ["cuda_graph", False, "max_grad_norm", 1],
-    "accumulated": ["accumulate", 2, "precision", "fp16", "max_grad_norm", 1],
-    "deferred": [
-        "loss",
-        "ldam",
-        "classifier",
-        "cosine",
-        "drw_epoch",
-        0,
-        "nc_within",
-        0.1,
-        "nc_between",
-        0.1,
-        "cuda_graph",
-        False,
-    ],
-    "diagnosed": ["diagnostics", 1],
-    "read": ["data_on_device", False, "workers", 1, "cuda_graph", False],
-}
-
-
-@pytest.mark.parametrize("options", STEP_KINDS.values(), ids=STEP_KINDS)
-def test_the_host_waits_for_the_device_at_log_lines_only(tmp_path, steps, options):
-    trained(tmp_path, "num_epochs", 2, "print_freq", 4, *options)
-    waits = [any(operation.kind == "sync" for operation in operations) for operations in steps]
-    logged = [step % 4 == 0 for step in range(STEPS)]
-    assert waits[STEPS:] == logged  # the first epoch's first step may also set up libraries
-    assert waits[1:STEPS] == logged[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
