@@ -153,6 +153,7 @@ def in_ranks(folder: Path, work: Callable[..., None], *arguments: object, world_
 
 def _rank(rank: int, world_size: int, port: int, folder: Path, work: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)  # a fork has none of its parent's threads
+    torch.multiprocessing.set_start_method("fork", force=True)  # as in a launcher's processes, for workers that read
     sizes = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in {"RANK": rank, "LOCAL_RANK": rank, **sizes}.items()}
     with (folder / f"{rank}.out").open("w") as out, contextlib.redirect_stdout(out):
