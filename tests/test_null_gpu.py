@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_stage1
 from methods.method import LOSSES
 from tests import null_gpu
-from tests.conftest import content, current, history, log_of, stop_before, train
+from tests.conftest import ARB, SHORT, content, current, failure, history, log_of, stop_before, train
 from tests.null_gpu import Operation
 from tests.null_gpu.unjudged import unjudged
 from tests.test_fast import IMAGENET, evaluated, last_lines
@@ -105,6 +106,18 @@ def test_a_deterministic_run_is_captured(tmp_path):
     assert captures(operations) == 1
 
 
+def test_a_compiled_step_is_captured(tmp_path, monkeypatch):
+    """Triton's kernels are compiled for the device, in this process, and launched; nothing is kept for other runs."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    with torch._inductor.config.patch(compile_threads=1):
+        run, operations = trained(tmp_path / "saved", "num_epochs", 1, "precision", "bf16", "compile", True)
+    torch.compiler.reset()
+    assert f"; compiled; {CAPTURED}" in log_of(run)
+    assert captures(operations) == 1
+    assert any(operation.name.startswith("triton_") for operation in operations)
+
+
 def test_two_runs_in_one_process_leave_no_memory_behind(tmp_path):
     left = []
     for name in ("first", "second"):
@@ -154,6 +167,33 @@ def test_evaluation_reads_what_was_trained(tmp_path, capsys):
     assert len(last_lines(said)) == 2 and "other classifiers on the same features" in said
     assert (run / "eval/current/decomposition.json").is_file()
     assert any(operation.kind == "kernel" for operation in null_gpu.take())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a device cannot do
+
+
+REFUSALS = {
+    "precision bf16": ("is_bf16_supported", False, "this CUDA device cannot compute in bfloat16; use fp16 or fp32"),
+    "compile True": ("get_device_capability", (6, 1), "compile: True needs Triton, and a CUDA device of capability"),
+    "data_on_device True": ("mem_get_info", (2**16, 2**30), "and cuda:0 has 0.0; use auto or False"),
+}
+
+
+@pytest.mark.parametrize("option", REFUSALS)
+def test_what_a_device_cannot_do_is_one_line(tmp_path, capsys, monkeypatch, option):
+    function, value, words = REFUSALS[option]
+    monkeypatch.setattr(torch.cuda, function, lambda *arguments: value)
+    bad = failure(capsys, train_stage1.main, "--cfg", ARB, *SHORT, *option.split(), "save_dir", tmp_path / "saved")
+    assert (bad.code, len(bad.lines)) == (2, 1)
+    assert words in bad.said
+    assert not (tmp_path / "saved").exists()
+
+
+def test_images_that_would_take_half_of_the_free_memory_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**18, 2**30))
+    run, _ = trained(tmp_path, "num_epochs", 1, "workers", 1)
+    assert "images: 8 pixels, read by 1 workers" in log_of(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,10 @@ API CUresult cuCtxGetCurrent(CUcontext* context) {
 }
 API CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
 API CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
+API CUresult cuCtxGetLimit(size_t* value, CUlimit) {
+    *value = 0;
+    return CUDA_SUCCESS;
+}
 API CUresult cuCtxGetDevice(CUdevice* device) {
     return (CUresult) runtime<int (*)(int*)>("cudaGetDevice")(device);
 }
