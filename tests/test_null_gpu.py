@@ -101,6 +101,13 @@ def test_what_looks_inside_runs_beside_a_captured_step(tmp_path):
     assert all({"nc", "val"} < row.keys() for row in history(run))
 
 
+def test_a_last_batch_of_one_image_is_tried_before_training(tmp_path):
+    """477 images in batches of 28; the other 17 steps of the epoch are replayed."""
+    _, operations = trained(tmp_path, "num_epochs", 1, "batch_size", 28)
+    kinds = Counter(operation.kind for operation in operations)
+    assert (kinds["capture"], kinds["graph"]) == (1, 477 // 28)
+
+
 def test_a_deterministic_run_is_captured(tmp_path):
     _, operations = trained(tmp_path, "num_epochs", 1, "deterministic", True)
     assert captures(operations) == 1

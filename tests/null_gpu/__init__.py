@@ -14,13 +14,15 @@ def environment() -> dict[str, str]:
     """The variables with which a new Python sees null GPUs; empty if this machine cannot build them."""
     if missing():
         return {}
-    folder = build()
-    return {"LD_PRELOAD": str(folder / LIBRARY), "LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder)}
+    folder, others = str(build()), os.environ.get("LD_LIBRARY_PATH", "")
+    paths = {"LD_LIBRARY_PATH": f"{folder}:{others}".rstrip(":"), "TRITON_LIBCUDA_PATH": folder}
+    return {"LD_PRELOAD": f"{folder}/{LIBRARY}", **paths}
 
 
 def unavailable() -> str:
     """Why this process sees no null GPU, empty if it does."""
-    if Path(os.environ.get("LD_PRELOAD", "")).name == LIBRARY:
+    maps = Path("/proc/self/maps")
+    if maps.exists() and LIBRARY in maps.read_text():
         return ""
     return missing() or "only the workers of `python -m pytest -m nullgpu` see the null GPU"
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable
@@ -28,6 +29,8 @@ OF_TRITON = ("cuTensorMapEncodeTiled", "cuTensorMapEncodeIm2col", "cuTensorMapRe
 
 def missing() -> str:
     """What this machine lacks for the null GPU, empty if nothing."""
+    if sys.platform != "linux":
+        return "the null GPU needs Linux"
     for tool in ("g++", "nm"):
         if not shutil.which(tool):
             return f"the null GPU needs {tool}, which is not there"
