@@ -23,6 +23,7 @@ import torch.multiprocessing
 
 import train_stage1
 from datasets.loaders import TrainLoader
+from tests import null_gpu
 from tests.trees import PATTERNS, make_tree
 from utils.checkpoint import TrainState
 from utils.command_line import exit_code
@@ -36,6 +37,12 @@ ARB = "config/digits/digits_imb005_arbloss_mixup.yaml"
 CE = "config/digits/digits_imb005.yaml"
 SHORT = ["backbone", "resnet8", "image_size", "8", "batch_size", "64", "print_freq", "4"]  # 8 steps an epoch
 SPENT = pytest.StashKey[dict[str, float]]()  # processor seconds by test
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The workers of ``-m nullgpu`` see null GPUs: a library that has to be there before Python is."""
+    if config.option.markexpr == "nullgpu":
+        os.environ |= null_gpu.environment()
 
 
 def processor_seconds() -> float:
@@ -110,16 +117,16 @@ def failure(capsys, main, *arguments: object) -> SimpleNamespace:
     return SimpleNamespace(code=code, said=said, lines=said.strip().splitlines())
 
 
-def stop_before(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
-    """Send this process a SIGTERM before the run's micro-batch number ``calls``, from 0 on."""
+def stop_before(monkeypatch: pytest.MonkeyPatch, calls: int, kind: type = Step) -> None:
+    """Send this process a SIGTERM before the run's micro-batch number ``calls``, from 0 on; ``kind``: of its step."""
     taken = itertools.count()
 
-    def step(self, batch, draw, own=Step.__call__):
+    def step(self, batch, draw, own=kind.__call__):
         if next(taken) == calls:
             os.kill(os.getpid(), signal.SIGTERM)
         own(self, batch, draw)
 
-    monkeypatch.setattr(Step, "__call__", step)
+    monkeypatch.setattr(kind, "__call__", step)
 
 
 def in_ranks(folder: Path, work: Callable[..., None], *arguments: object, world_size: int = 2) -> list[str]:
@@ -146,6 +153,7 @@ def in_ranks(folder: Path, work: Callable[..., None], *arguments: object, world_
 
 def _rank(rank: int, world_size: int, port: int, folder: Path, work: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)  # a fork has none of its parent's threads
+    torch.multiprocessing.set_start_method("fork", force=True)  # as in a launcher's processes, for workers that read
     sizes = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in {"RANK": rank, "LOCAL_RANK": rank, **sizes}.items()}
     with (folder / f"{rank}.out").open("w") as out, contextlib.redirect_stdout(out):

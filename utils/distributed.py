@@ -63,7 +63,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
     """Concatenate the rows of all ranks, in rank order, on every rank. Ranks may have different numbers, also 0."""
     if not dist.is_initialized():
         return tensor
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
+    counts = torch.zeros(world_size(), dtype=torch.int64)  # on the CPU: travels over Gloo, and no device is waited for
     counts[rank()] = len(tensor)
     counts = all_reduce_sum(counts).tolist()
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
