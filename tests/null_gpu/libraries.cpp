@@ -1,7 +1,8 @@
-// cuBLAS and cuDNN: what they compute is one operation of the stream that their handle has. Descriptors that torch makes
-// through cuDNN's real library stay real; functions that are not here do nothing and return 0 (see build.py).
+// cuBLAS and cuDNN: what they compute is one operation of the stream that their handle has. cuDNN's descriptors are
+// those of the real library; functions that are not here do nothing and return 0 (see build.py).
 #include "device.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <unordered_map>
@@ -68,7 +69,8 @@ struct Heuristic {  // cublasLtMatmulHeuristicResult_t
     float waves;
     int reserved[4];
 };
-API int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, Heuristic* result, int* n) {
+API int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, Heuristic* result,
+                                       int* n) {
     memset(result, 0, sizeof *result);
     *n = 1;
     return 0;

@@ -9,19 +9,48 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <set>
+#include <thread>
 #include <unordered_map>
+#include <vector>
 
 std::recursive_mutex lock;
 thread_local int current_device = 0;
 using Guard = std::lock_guard<std::recursive_mutex>;
+
+struct Stream;
+using Clock = std::map<const Stream*, long>;  // how many operations of each stream have happened before
+
+struct Capture {
+    unsigned long long id;
+    std::thread::id owner;
+    cudaStreamCaptureMode mode;
+    Stream* origin;
+    std::vector<Operation>* nodes;
+    bool invalid = false;
+};
+
+struct Stream {
+    int device;
+    int priority;
+    Capture* capture = nullptr;
+    long operations = 0;
+    Clock before;
+};
+
+struct Event {
+    unsigned long long capture = 0;  // id; 0: it was recorded outside of captures, or never
+    bool recorded = false;
+    Clock before;
+};
 
 static int number(const char* variable, int otherwise) {
     const char* value = getenv(variable);
     return value ? atoi(value) : otherwise;
 }
 
-int number_of_devices() {
+static int number_of_devices() {
     int there = number("NULLGPU_COUNT", 1);
     const char* visible = getenv("CUDA_VISIBLE_DEVICES");
     if (!visible) return there;
@@ -30,11 +59,11 @@ int number_of_devices() {
     return std::min(there, named);
 }
 
-int capability() { return number("NULLGPU_CAPABILITY", 90); }
+static int capability() { return number("NULLGPU_CAPABILITY", 90); }
 static size_t total_memory() { return (size_t)number("NULLGPU_GIB", 140) << 30; }
 
 static thread_local cudaError_t last_error = cudaSuccess;
-cudaError_t failed(cudaError_t error) {
+static cudaError_t failed(cudaError_t error) {
     if (error) last_error = error;
     return error;
 }
@@ -45,11 +74,11 @@ cudaError_t failed(cudaError_t error) {
 static std::string trace;  // lines: kind, name, bytes, device
 static std::set<int> contexts;
 
-void create_context() {
+static void create_context() {
     Guard guard(lock);
     contexts.insert(current_device);
 }
-bool has_context(int device) {
+API int nullgpu_has_context(int device) {
     Guard guard(lock);
     return contexts.count(device);
 }
@@ -69,7 +98,6 @@ API const char* nullgpu_take() {
     trace.clear();
     return taken.c_str();
 }
-API int nullgpu_has_context(int device) { return has_context(device); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Rules of captures
@@ -200,7 +228,8 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const
     *blocks = 2;
     return cudaSuccess;
 }
-API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
+API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t,
+                                                                       unsigned) {
     *blocks = 2;
     return cudaSuccess;
 }
@@ -424,7 +453,9 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p
 
 static Operation copy_of(void* to, const void* from, size_t size) {
     Guard guard(lock);
-    auto place = [](const void* p) { return find(device_memory, p) ? "device" : find(pinned_memory, p) ? "pinned" : "host"; };
+    auto place = [](const void* p) {
+        return find(device_memory, p) ? "device" : find(pinned_memory, p) ? "pinned" : "host";
+    };
     return {"copy", std::string(place(from)) + " to " + place(to), size, to, from};
 }
 API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t s) {
@@ -654,7 +685,7 @@ API cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void*, cudaHostFn
 static int driver_nothing() { return 0; }
 static int driver_context_state(int device, unsigned* flags, int* active) {
     if (flags) *flags = 0;
-    *active = has_context(device);
+    *active = nullgpu_has_context(device);
     return 0;
 }
 static int driver_current_context(void** context) {
