@@ -9,7 +9,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -214,8 +214,8 @@ class ImageLists:
         class_map: str | Sequence[int] = "stable",
     ) -> Source:
         """Read the lists without decoding an image. ``class_map``: "stable", "legacy", a path or the map itself."""
-        listed, files = {}, {}
-        for split, path in self.find(data_path, train_txt, val_txt, test_txt).items():
+        listed, files, lists = {}, {}, self.find(data_path, train_txt, val_txt, test_txt)
+        for split, path in lists.items():
             paths, labels = listed[split] = read_image_list(path, num_classes)
             num_classes = num_classes or labels.max().item() + 1
             files[split] = self.on_disk(paths, data_path, split)
@@ -233,8 +233,18 @@ class ImageLists:
             class_names=names.tolist(),
             class_map=chosen,
             list_hash=hash_labels(listed.values()),
-            notes=[note for key, split in images.items() for note in conversion_notes(key, len(split), split.path)],
+            notes=[
+                *_unused(data_path / "test.txt", lists),
+                *(note for key, split in images.items() for note in conversion_notes(key, len(split), split.path)),
+            ],
         )
+
+
+def _unused(third: Path, lists: Mapping[str, Path]) -> list[str]:
+    """People who have three lists expect ``val.txt`` to be no test list."""
+    if third in lists.values() or "val" in lists or not os.path.isfile(third):
+        return []
+    return [f"{third} is not used: {lists['test']} is the test list; with test_txt {third.name} it selects the epoch"]
 
 
 def _find(option: str, given: str, names: Sequence[str], data_path: Path) -> Path:

@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.notes.append("no image was decoded; use --images all or --images N")
     say("", *(f"note: {note}" for note in report.notes))
     say("", f"problems: {len(report.problems)}", *(line for lines in report.problems for line in lines))
-    if args.preview:
+    if args.preview and report.problems:
+        say("", "preview: not drawn, because of the problems")
+    elif args.preview:
         write_preview(cfg, args.preview)
         say("", f"preview: {args.preview}")
     return 1 if report.problems else 0

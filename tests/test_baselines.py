@@ -94,7 +94,9 @@ def test_the_settings_of_the_papers():
 
 def test_what_is_never_reached_or_corrects_twice_is_said_so():
     short = load_config(CE, [*map(str, NC), "num_epochs", "2", "nc_start_epoch", "2"])
-    assert [line.split()[0] for line in describe.never_reached(short)] == ["lr_steps", "drw_epoch", "nc_start_epoch"]
+    assert [line.split()[0] for line in describe.never_reached(short)] == [
+        *("lr_steps", "warmup_epochs", "drw_epoch", "nc_start_epoch")
+    ]
     arb = load_config("config/digits/digits_imb005_arbloss_mixup.yaml", ["post_hoc_tau", "1", "tau", "0.5"])
     words = describe.describe_method(arb)
     assert "batch class counts to the power 0.5" in words and "the loss has corrected the prior already" in words

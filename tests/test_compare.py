@@ -508,15 +508,21 @@ def test_of_several_folders_those_that_have_not_ended_are_left_out(older, plain,
     (tmp_path / "notes.txt").touch()
     (tmp_path / "eval").mkdir()
     edit_config(older, num_epochs=9)
-    folders = [tmp_path / "notes.txt", plain, tmp_path / "eval", older]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.yaml").write_text("lrr: 1")
+    folders = [tmp_path / "notes.txt", plain, tmp_path / "eval", older, tmp_path / "broken"]
     main([*map(str, folders), "--out", str(tmp_path / "page.html")])
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    _, *said, broken = capsys.readouterr().out.splitlines()
+    assert said == [
         f"left out: {tmp_path / 'notes.txt'}: is not a run's folder",
         f"left out: {tmp_path / 'eval'}: is not a run's folder",
         f"left out: {older}: 2 of 9 epochs are done",
     ]
-    assert read.sort_out([older]) == ([older], [])
-    assert read.sort_out([tmp_path / "none", older])[0] == [tmp_path / "none"]
+    assert broken.startswith(
+        f"left out: {tmp_path / 'broken'}: {tmp_path / 'broken' / 'config.yaml'}: unknown key 'lrr'"
+    )
+    assert read.ended_runs([older]) == ([older], [])
+    assert read.ended_runs([tmp_path / "none", older])[0] == [tmp_path / "none"]
 
 
 @pytest.mark.parametrize(

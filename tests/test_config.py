@@ -626,6 +626,18 @@ def test_a_variable_that_is_not_set_is_refused(write, key):
     assert refusal(write("_BASE_: $NOT_SET.yaml")).startswith(f"{path}: _BASE_: '$NOT_SET.yaml' must be")
 
 
+def test_steps_beside_a_cosine_schedule_are_noted(write):
+    _, notes = read_config(write("cos: True"), ["lr_steps", "[0.8, 0.9]", "warmup_epochs", "2"])
+    assert [note.split()[0] for note in notes] == ["lr_steps", "warmup_epochs"]
+    assert "is not used: the cosine schedule" in notes[0]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: is a folder; give the path of a YAML file, such as {tmp_path / 'config.yaml'}"
+    )
+
+
 KEYS = st.sampled_from([*OPTIONS, *OLD_SWITCHES, *OBSOLETE, "_BASE_", "lrr"])
 TAGS = ["!!int ", "!!float ", "!!bool ", "!!timestamp ", "!!set ", "!!python/name:os.system "]
 SIGNS = ["&a ", "*a", "[", "]", "{", "}", "'", '"', ": ", "- ", "? ", "\n", "|", "=", "<<", "~"]

@@ -494,6 +494,7 @@ def test_own_lists_say_how_many_classes_there_are(tmp_path):
     assert data.class_map.tolist() == [1, 0, 2]
     assert (data.test.targets.tolist(), data.val) == ([0], None)
     assert (data.num_classes, data.image_size, data.spec.shot_ranges) == (3, 224, None)
+    assert data.notes[0].startswith(f"{tmp_path / 'test.txt'} is not used: {tmp_path / 'val.txt'} is the test list;")
 
 
 def test_a_third_list_makes_the_second_one_select_the_epoch(tmp_path):
@@ -501,6 +502,7 @@ def test_a_third_list_makes_the_second_one_select_the_epoch(tmp_path):
     assert (data.val.targets.tolist(), data.test.targets.tolist()) == ([0], [1, 2])
     assert data.class_counts.tolist() == [3, 2, 1, 0]
     options = {"val_txt": "val.txt", "test_txt": "test.txt"}
+    assert not [note for note in data.notes if "not used" in note]
     assert data.label_hash != build_data("lists", str(tmp_path), val_txt="test.txt").label_hash
     said = refusal(partial(build_data, "lists", str(tmp_path), val_per_class=1, **options))
     assert said == "val_per_class: 1, but the images of val_txt select the best epoch; use 0"

@@ -515,7 +515,7 @@ def test_two_processes_write_one_folder_and_train(tmp_path):
 
 
 BAD_INPUT = [
-    (["--cfg", "config"], "config: no such configuration file"),
+    (["--cfg", "config"], "config: is a folder; give the path of a YAML file"),
     (["--cfg", CE, "lr", 0], "lr: 0 must be a number > 0"),
     (["--cfg", CE, "loss", "arc"], "'arc' is unknown; known are ce, arb"),
     (["--cfg", CE, "val_per_class", 500], "has only 138 training images"),

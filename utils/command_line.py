@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -14,6 +15,23 @@ from utils import launcher
 from utils.errors import DivergenceError, InputError, Interrupted, LostProcessError
 from utils.option_types import user_path
 from utils.signals import NAMES
+
+
+def check_packages() -> None:
+    """Name a package of another project in the place of ours: many have ``models``, Hugging Face has ``datasets``."""
+    root = Path(__file__).resolve().parents[1]
+    for name in ("datasets", "methods", "models"):
+        spec = find_spec(name)
+        if spec is None or Path(spec.origin or "").resolve().parents[1] != root:
+            where = "run from this project's folder, or put it first in PYTHONPATH"
+            message = f"`{name}` is {spec and spec.origin}, not this project's: {where}"
+            if root in Path(sys.argv[0]).resolve().parents:  # a command of ours, not somebody's notebook
+                sys.stderr.write(f"error: {message}\n")
+                raise SystemExit(2)
+            raise ImportError(message)
+
+
+check_packages()
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +47,7 @@ class Parser(argparse.ArgumentParser):
         for word in sys.argv[1:] if args is None else args:
             key, equals, value = word.removeprefix("--").partition("=")
             own = f"--{key}" in self._option_string_actions
+            key = key.replace("-", "_")
             if key not in self.keys or own or word == key:
                 words.append(word)
             else:

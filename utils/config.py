@@ -102,7 +102,9 @@ SECTIONS: dict[str, dict[str, Option]] = {
             "stable, legacy or a file; empty: the checkpoint's (legacy if it has none), else stable",
             "incidental",
         ),
-        "num_classes": Option(None, optional(whole(1)), "expected number of classes; null: any", "data"),
+        "num_classes": Option(
+            None, optional(whole(1)), "expected number of classes (lists: sets it); null: any", "data"
+        ),
         "image_size": Option(
             None, optional(whole(8, 4096)), "pixels per side; null: 224 for list data sets, else 32", "data"
         ),
@@ -239,6 +241,9 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNod
             f"lr_steps is not set: steps at epochs {values['lr_steps']}, as in the paper and MiSLAS "
             "(ARBLOSS's code steps at [160, 240])"
         )
+    if values["cos"]:
+        unused = [key for key in ("lr_steps", "lr_step_factors", "warmup_epochs") if key in given]
+        notes += [f"{key} is not used: the cosine schedule (cos: True) has neither steps nor warm-up" for key in unused]
     cfg = CfgNode(values)
     cfg.freeze()
     return cfg, notes
@@ -296,6 +301,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path) -> dict:
+    if os.path.isdir(path):
+        raise ConfigError(f"{path}: is a folder; give the path of a YAML file, such as {path / 'config.yaml'}")
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such configuration file (give the path of a YAML file, see config/)")
     try:

@@ -18,7 +18,7 @@ MPI = (
     ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-CHOICE = "start several processes with srun, mpirun or torchrun, or a single one with WORLD_SIZE=1"
+ADVICE = "start several processes with srun, mpirun or torchrun, or a single one with WORLD_SIZE=1"
 
 
 def join() -> None:
@@ -56,11 +56,11 @@ def _slurm(env: Mapping[str, str]) -> dict[str, str]:
     if not {*SLURM, "SLURM_NODEID", "SLURM_GTIDS"} <= env.keys() or env.get("SLURM_NTASKS") != env[SLURM[0]]:
         return {}
     found = {ours: env[theirs] for ours, theirs in zip(TORCH, SLURM, strict=True)}
-    tasks, node = _tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"]), int(env["SLURM_NODEID"])
+    tasks, node = _tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"]), _number(env, "SLURM_NODEID", 0, 10**6)
     if node >= len(tasks) or tasks[node] != len(env["SLURM_GTIDS"].split(",")):  # GTIDS: the tasks on this node
         return {}
     if "SLURM_PTY_PORT" in env and "WORLD_SIZE" not in env and found["WORLD_SIZE"] != "1" and os.isatty(0):
-        raise InputError(f"srun --pty: only the first of {found['WORLD_SIZE']} tasks has this terminal; {CHOICE}")
+        raise InputError(f"srun --pty: only the first of {found['WORLD_SIZE']} tasks has this terminal; {ADVICE}")
     host = _first_host(env["SLURM_STEP_NODELIST"]) if len(tasks) > 1 else "127.0.0.1"
     try:
         if not {"WORLD_SIZE", "MASTER_ADDR"} & env.keys():
@@ -89,8 +89,10 @@ def _meeting(host: str, job: str) -> dict[str, str]:
 
 
 def _check_alone(env: Mapping[str, str]) -> None:
-    if env.get("PMI_SIZE", "1") != "1":
-        raise InputError(f"PMI_SIZE is {env['PMI_SIZE']}, but MPI_LOCALRANKID is not set; {CHOICE}")
+    for names in MPI:
+        missing = [name for name in names if name not in env]
+        if env.get(names[0], "1") != "1" and missing:
+            raise InputError(f"{names[0]} is {env[names[0]]}, but {missing[0]} is not set; {ADVICE}")
     tasks = env.get("SLURM_NTASKS", "1")
     if "SLURM_PROCID" in env and tasks != "1" and not os.isatty(0):  # somebody at a terminal sees that it is one
         raise InputError(f"a batch script's own process in a SLURM job for {tasks} tasks; add srun, or use --ntasks=1")
@@ -102,7 +104,7 @@ def _check(env: Mapping[str, str]) -> None:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 and not env.get(name)]
     if missing:
-        raise InputError(f"WORLD_SIZE is {size}, but {missing[0]} is not set; {CHOICE}")
+        raise InputError(f"WORLD_SIZE is {size}, but {missing[0]} is not set; {ADVICE}")
     ranks = {"RANK": (0, size - 1), "LOCAL_RANK": (0, size - 1), "LOCAL_WORLD_SIZE": (1, size)}
     for name, (least, most) in (ranks | {"MASTER_PORT": (1, 65_535)}).items():
         _number(env, name, least, most)
@@ -112,7 +114,7 @@ def _number(env: Mapping[str, str], name: str, least: int, most: int) -> int:
     text = env.get(name, str(least))
     if not (text.isdecimal() and least <= int(text) <= most):
         size = f"with WORLD_SIZE {env['WORLD_SIZE']} " * (name in TORCH[1:])
-        raise InputError(f"{name} is {text!r}; {size}it must be a whole number from {least} to {most}; {CHOICE}")
+        raise InputError(f"{name} is {text!r}; {size}it must be a whole number from {least} to {most}; {ADVICE}")
     return int(text)
 
 

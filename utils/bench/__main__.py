@@ -26,7 +26,7 @@ from utils.bench.contestants import MODES
 from utils.bench.gpu_parts import correctness, large, memory, together
 from utils.bench.parts import Bench, cifar, criterion, epoch, jpegs, pipeline, startup
 from utils.bench.timing import Part, as_text
-from utils.command_line import Parser, exit_code, positive
+from utils.command_line import Parser, exit_code, path, positive
 from utils.files import write_text
 from utils.run.provenance import machine
 from utils.signals import Signals
@@ -76,13 +76,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     known = f"{', '.join(PARTS)}; the first {len(DEFAULT)} by default. Or gpu: what there is to measure on a GPU"
     parser.add_argument("parts", nargs="*", metavar="PART", help=known)
     parser.add_argument("--minutes", type=positive(float), default=9, metavar="N", help="of gpu in all; 9 by default")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with each round's numbers")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write everything there, with each round's numbers")
     parser.add_argument("--rounds", type=positive(int), metavar="N", help="of every comparison")
     parser.add_argument("--steps", type=positive(int), metavar="N", help="cifar, large: steps per round")
     parser.add_argument(
         "--images", type=positive(int), metavar="N", help="epoch: training images of each of 10 classes"
     )
-    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="pipeline: JPEG files; some are made by default")
+    parser.add_argument("--photos", type=path, metavar="FOLDER", help="pipeline: JPEG files; some are made by default")
     parser.add_argument("--modes", type=lambda text: text.split(","), metavar="A,B", help="such as fp32,bf16+compile")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="nothing, not even the bound")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

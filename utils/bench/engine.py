@@ -7,6 +7,7 @@ their top-1 after the last epoch (Student's t, pairs of the same seed) lies with
 (Schuirmann, 1987) at level 0.05.
 """
 
+import argparse
 import os
 import sys
 import time
@@ -20,7 +21,8 @@ import torch
 
 from utils import build, distributed
 from utils.bench.contestants import Classic
-from utils.command_line import Parser, exit_code
+from utils.command_line import Parser, exit_code, path
+from utils.config import OPTIONS
 from utils.errors import InputError
 from utils.metrics import class_accuracy, shot_accuracy
 from utils.run.folder import read_rows, write_rows
@@ -45,13 +47,13 @@ HONOURED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     prog, description = "python -m utils.bench.engine", "Train an arm of a sweep by the usual loop, to compare engines."
     hint = f" (usage: {prog} SWEEP.yaml --arm ARM [--seeds N,N] [--save_dir FOLDER] [--publish] [key value ...])"
-    parser = Parser(prog=prog, description=description, hint=hint)
-    parser.add_argument("sweep", type=Path, metavar="SWEEP", help="YAML file, see config/sweeps/")
+    parser = Parser(prog=prog, description=description, hint=hint, keys=OPTIONS)
+    parser.add_argument("sweep", type=path, metavar="SWEEP", help="YAML file, see config/sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
     parser.add_argument("--arm", required=True, metavar="ARM", help="an arm with ARB-Loss of batch counts and mixup")
     parser.add_argument("--seeds", type=whole_numbers, metavar="N,N", help="all of the arm's by default")
     parser.add_argument("--publish", action="store_true", help="train nothing: publish what is done beside the sweep")
-    parser.add_argument("--save_dir", type=Path, default="saved", metavar="FOLDER", help="holds the results' folder")
+    parser.add_argument("--save_dir", type=path, default="saved", metavar="FOLDER", help="holds the results' folder")
     args = parser.parse_intermixed_args(arguments)
     sweep = read_sweep(args.sweep)
     home = args.save_dir / f"{sweep.name}_engine"
@@ -73,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def whole_numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers such as 0,1,2, not {text!r}") from None
 
 
 def name_of(run: Run) -> str:

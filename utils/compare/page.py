@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from utils.command_line import Parser, path
 from utils.compare import sections
-from utils.compare.read import Runs, differences, read_runs, sort_out
+from utils.compare.read import Runs, differences, ended_runs, read_runs
 from utils.errors import InputError
 from utils.files import write_text
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = args.out
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"--out: {out} is a folder" if out.is_dir() else f"--out: there is no folder {out.parent}")
-    folders, left_out = sort_out(args.runs)
+    folders, left_out = ended_runs(args.runs)
     runs = read_runs(folders)
     content = page(runs)
     try:

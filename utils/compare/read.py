@@ -132,7 +132,7 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Run]:
     return dict(zip(labels, runs, strict=True))
 
 
-def sort_out(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
+def ended_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Return the runs that have ended, of what a pattern such as ``saved/*`` gave, and why each other one is left out.
 
     If none has ended, all are kept; so is what does not exist, which :func:`read_run` refuses.
@@ -149,7 +149,10 @@ def _unfinished(folder: Path) -> str:
         return ""
     if not (folder / "config.yaml").is_file():
         return "is not a run's folder"
-    epochs, (cfg, _) = len(_rows(folder / "metrics.jsonl")), read_config(folder / "config.yaml")
+    try:
+        epochs, (cfg, _) = len(_rows(folder / "metrics.jsonl")), read_config(folder / "config.yaml")
+    except InputError as error:
+        return str(error)
     return f"{epochs} of {cfg.num_epochs} epochs are done" if epochs < cfg.num_epochs else ""
 
 

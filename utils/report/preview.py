@@ -50,7 +50,8 @@ def picture_file(text: str) -> Path:
 def write_preview(cfg: CfgNode, path: Path) -> None:
     """Draw the preview of a configuration. Raises :class:`InputError`."""
     mixup = f", after mixup (alpha {cfg.alpha:g}); above each, the weight of the class's own image" if cfg.mixup else ""
-    figure = preview_figure(preview_rows(cfg), f"{cfg.dataset}, epoch {EPOCH}, seed {cfg.seed}{mixup}")
+    title = f"{cfg.dataset}, epoch {EPOCH}, seed {cfg.seed}{mixup}"
+    figure = preview_figure(preview_rows(cfg), title, mixed=cfg.mixup)
     try:
         with atomic_file(path) as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # class names in scripts that the font lacks
@@ -91,7 +92,7 @@ def preview_rows(cfg: CfgNode) -> list[Row]:
 
 
 @style.styled(**{"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False})
-def preview_figure(rows: list[Row], title: str) -> Figure:
+def preview_figure(rows: list[Row], title: str, mixed: bool = False) -> Figure:
     """Draw a line of images per class; with mixup, the weight of its own image above each."""
     figure = Figure(figsize=(style.WIDE, 0.4 + 1.4 * len(rows)), layout="constrained")
     figure.suptitle(style.plain(title), fontsize=10)
@@ -102,6 +103,6 @@ def preview_figure(rows: list[Row], title: str) -> Figure:
             axis.set(xticks=[], yticks=[])
         for axis, image, weight in zip(axes, row.images, row.weights, strict=False):
             axis.imshow(image.numpy(), interpolation="nearest")
-            if weight < 1:
+            if mixed:
                 axis.set_title(f"{weight:.2f}", fontsize=style.SMALL)
     return figure

@@ -72,6 +72,7 @@ def never_reached(cfg: CfgNode) -> list[str]:
     """Epochs that the configuration names and that lie beyond its last one."""
     epochs = {
         "lr_steps": [] if cfg.cos else step_epochs(cfg.lr_steps, cfg.num_epochs),
+        "warmup_epochs": [] if cfg.cos else [cfg.warmup_epochs - 1],
         "drw_epoch": [] if cfg.drw_epoch is None else [cfg.drw_epoch],
         "nc_start_epoch": [cfg.nc_start_epoch] if cfg.nc_within > 0 else [],
         "keep_epochs": [number - 1 for number in cfg.keep_epochs],
