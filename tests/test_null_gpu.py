@@ -1,6 +1,7 @@
 """Whole runs on a CUDA device whose kernels do nothing, see null_gpu/README.md."""
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,9 +109,12 @@ def test_a_last_batch_of_one_image_is_tried_before_training(tmp_path):
     assert (kinds["capture"], kinds["graph"]) == (1, 477 // 28)
 
 
-def test_a_deterministic_run_is_captured(tmp_path):
+def test_a_deterministic_run_is_captured(tmp_path, monkeypatch):
+    """Without this variable cuBLAS may choose other algorithms, and torch warns."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     _, operations = trained(tmp_path, "num_epochs", 1, "deterministic", True)
     assert captures(operations) == 1
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_a_compiled_step_is_captured(tmp_path, monkeypatch):
