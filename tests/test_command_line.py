@@ -55,6 +55,12 @@ def test_an_option_may_be_written_as_other_trainers_have_it():
     assert args.images == 5
 
 
+def test_an_unknown_option_is_named_with_the_nearest_one(capsys):
+    assert exit_code(lambda: parse("", ["--cfg", "a.yaml", "--epochs", "3", "name", "x"], OPTIONS)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: command line: unknown option --epochs; the nearest known one is num_epochs (usage: ")
+
+
 def test_the_file_may_come_after_the_overrides():
     args = parse("", ["lr", "0.1", "--cfg", "a.yaml", "alpha", "-1"])
     assert (args.cfg, args.overrides) == ("a.yaml", ["lr", "0.1", "alpha", "-1"])

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -55,6 +57,10 @@ class Parser(argparse.ArgumentParser):
         return super().parse_intermixed_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1].replace("-", "_"), self.keys, n=1)
+        if near:
+            message = f"unknown option --{unknown[1]}; the nearest known one is {near[0]}"
         raise InputError(f"command line: {message}{self.hint % {'prog': self.prog}}")
 
 
