@@ -211,8 +211,9 @@ def test_hosts_agree_over_gloo_and_tensors_travel_over_nccl(ranks):
 
 
 def test_more_processes_than_devices_are_one_line(capsys, monkeypatch, tmp_path):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", **place}.items():
         monkeypatch.setenv(name, value)
     bad = failure(capsys, train_stage1.main, "--cfg", ARB, "save_dir", tmp_path)
     assert (bad.code, len(bad.lines)) == (2, 1)
-    assert "1 CUDA devices and at least 2 processes; use --nproc_per_node 1" in bad.said
+    assert "at least 2 processes run on this machine, but this one sees 1 CUDA devices; start at most 1" in bad.said
