@@ -195,10 +195,12 @@ def _meet(device: torch.device) -> None:
     on_cuda = device.type == "cuda"
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
-    except dist.DistError as error:
+    except RuntimeError as error:
         port = os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error):
             raise InputError(f"MASTER_PORT: {port} is in use on this machine; set it to a free port") from None
+        if not isinstance(error, dist.DistError):
+            raise
         raise LostProcessError(f"cannot meet the other processes at {os.environ['MASTER_ADDR']}:{port}") from None
 
 
