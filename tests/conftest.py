@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 ARB = "config/digits/digits_imb005_arbloss_mixup.yaml"
 CE = "config/digits/digits_imb005.yaml"
 SHORT = ["backbone", "resnet8", "image_size", "8", "batch_size", "64", "print_freq", "4"]  # 8 steps an epoch
+INTERRUPT = signal.getsignal(signal.SIGINT)
 SPENT = pytest.StashKey[dict[str, float]]()  # processor seconds by test
 
 
@@ -87,12 +88,19 @@ def in_the_repository() -> None:
 
 
 @pytest.fixture(autouse=True)
-def signals_as_they_were():
-    """A script that a signal has ended ignores further ones, up to its process's end."""
-    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in NAMES)}
+def signals_as_usual():
+    """A script that a signal has ended ignores further ones, and so would all that its process starts later.
+
+    Before a test, too: a module's fixture may have run such a script, and all of this may itself have been started so.
+    """
+    handle_signals_as_usual()
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    handle_signals_as_usual()
+
+
+def handle_signals_as_usual() -> None:
+    for number in {getattr(signal, name) for name in NAMES}:
+        signal.signal(number, INTERRUPT if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def train(save_dir: Path, *overrides: object, cfg: str = ARB) -> Path:
