@@ -22,7 +22,7 @@ from datasets.decoding import conversion_notes, open_rgb
 from datasets.image_list import ImageLists, ListRows, class_names, count_classes, scan_image_list
 from datasets.source import DataError
 from datasets.specs import DatasetSpec, find_spec
-from utils.command_line import exit_code, parse, positive
+from utils.command_line import exit_code, parse, positive, say
 from utils.config import OPTIONS, load_config
 from utils.report.preview import picture_file, write_preview
 
@@ -50,11 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_preview(cfg, args.preview)
         say("", f"preview: {args.preview}")
     return 1 if report.problems else 0
-
-
-def say(*lines: str) -> None:
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    sys.stdout.flush()
 
 
 @dataclass(frozen=True)
@@ -298,5 +293,4 @@ def _in_threads(look: Callable[[str], Any], paths: Sequence[str], threads: int, 
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     sys.exit(exit_code(main))
