@@ -122,7 +122,8 @@ def train_epoch(
     manager.between_steps(first, time.perf_counter() - began)
     draws = step.method.draws(loader.batch_sizes, seed, epoch, loader.accumulate, loader.device)
     draws = draws[first * loader.accumulate :]
-    batches = tqdm(loader.epoch(epoch, first), f"epoch {epoch}", len(draws), leave=False, disable=not show_progress())
+    batches = loader.epoch(epoch, first, step.method.pastes)
+    batches = tqdm(batches, f"epoch {epoch}", len(draws), leave=False, disable=not show_progress())
     for batch, draw in zip(batches, draws, strict=True):
         step(batch, draw)
         if batch.ends_step:

@@ -8,7 +8,7 @@ Legend: N training images, B batch. Images are uint8 [B, H, W, 3] until :func:`n
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,14 +21,29 @@ from torchvision.transforms import functional as TF
 from utils.seed import generator
 
 
+def rows_of(draw: Callable[[str], Sequence[Tensor]], size: int, draws: Tensor) -> list[Tensor]:
+    """Rows ``draws`` int64 [M] of the tables that ``draw`` makes for ``size`` images.
+
+    A row below ``size`` is an image's own; ``size`` + i is that of the image pasted onto image i, from a stream of
+    random numbers whose purpose begins with "pasted ".
+    """
+    tables = draw("")
+    if len(draws) and draws.max() >= size:
+        tables = [torch.cat(pair) for pair in zip(tables, draw("pasted "), strict=True)]
+    return [table[draws] for table in tables]
+
+
 class CropTable(NamedTuple):
     offsets: Tensor  # int64 [N, 2], row and column in 0 .. 2 * padding
     flips: Tensor  # bool [N]
 
 
-def draw_crops(size: int, padding: int, flip: bool, seed: int, epoch: int) -> CropTable:
-    """Draw the crops of ``size`` images: a function of (seed, epoch, image), not of the image's place in the order."""
-    random = generator(seed, epoch, "crop")
+def draw_crops(size: int, padding: int, flip: bool, seed: int, epoch: int, stream: str = "") -> CropTable:
+    """Draw the crops of ``size`` images: a function of (seed, epoch, image), not of the image's place in the order.
+
+    ``stream``: see :func:`rows_of`.
+    """
+    random = generator(seed, epoch, f"{stream}crop")
     offsets = torch.from_numpy(random.integers(0, 2 * padding + 1, (size, 2)))
     flips = torch.from_numpy(random.integers(0, 2, size).astype(bool)) & flip
     return CropTable(offsets, flips)
@@ -100,9 +115,9 @@ class JitterTable(NamedTuple):
     order: Tensor  # int64 [N, 3], a permutation of these three per image: the order they are applied in
 
 
-def draw_jitter(size: int, strength: float, seed: int, epoch: int) -> JitterTable:
+def draw_jitter(size: int, strength: float, seed: int, epoch: int, stream: str = "") -> JitterTable:
     """Draw factors ~ U(1 - strength, 1 + strength) and an order for each of ``size`` images."""
-    random = generator(seed, epoch, "jitter")
+    random = generator(seed, epoch, f"{stream}jitter")
     factors = random.uniform(1 - strength, 1 + strength, (size, 3)).astype(np.float32)
     order = random.random((size, 3)).argsort(axis=1)
     return JitterTable(torch.from_numpy(factors), torch.from_numpy(order))

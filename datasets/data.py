@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datasets.loaders import EvalLoader, ImageSource, InMemoryImages, TrainLoader
 from datasets.long_tail import cut_counts, hold_out, long_tail_indices
+from datasets.policies import STANDARD, Augmentation
 from datasets.source import DataError, ImageFiles, Source, Split, StoredImages, hash_labels
 from datasets.specs import SPECS, DatasetSpec, find_spec
 from datasets.streaming import StreamedLargeImages, StreamedSmallImages
@@ -66,16 +67,25 @@ class Data:
         return isinstance(self.train.images, Tensor)
 
     def train_loader(
-        self, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1, accumulate: int = 1
+        self,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        augmentation: Augmentation = STANDARD,
+        paste_weights: Tensor | None = None,
     ) -> TrainLoader:
+        """See :class:`TrainLoader`; ``augmentation``: what comes on top of crops and flips."""
         present = self.class_counts.nonzero().flatten().tolist()
         if len(present) == 1:
             raise DataError(
                 f"data_path: all {len(self.train.targets)} training images are of one class, "
                 f"{self.class_names[present[0]]!r}; there is nothing to learn with less than two"
             )
-        pixels, targets = self._pixels(self.train, device), self.train.targets
-        return TrainLoader(pixels, targets, batch_size, seed, device, rank, world_size, accumulate)
+        pixels, targets = self._pixels(self.train, device, augmentation), self.train.targets
+        return TrainLoader(pixels, targets, batch_size, seed, device, rank, world_size, accumulate, paste_weights)
 
     def plain_train_loader(
         self, device: torch.device, rank: int = 0, world_size: int = 1, pixels: ImageSource | None = None
@@ -96,13 +106,14 @@ class Data:
         batch_size = STREAMED_EVAL_BATCH if self.spec.lists else EVAL_BATCH
         return EvalLoader(pixels or self._pixels(split, device), split.targets, batch_size, device, rank, world_size)
 
-    def _pixels(self, split: Images, device: torch.device) -> ImageSource:
-        images, mean, std = split.images, self.spec.mean, self.spec.std
+    def _pixels(self, split: Images, device: torch.device, augmentation: Augmentation = STANDARD) -> ImageSource:
+        images, common = split.images, (self.spec.mean, self.spec.std, device)
         if isinstance(images, ImageFiles):
-            return StreamedLargeImages(images, self.image_size, mean, std, device, self.workers, self.decoder)
+            options = (self.workers, self.decoder, augmentation)
+            return StreamedLargeImages(images, self.image_size, *common, *options)
         if isinstance(images, StoredImages):
-            return StreamedSmallImages(images, mean, std, device, self.spec.flip, self.workers)
-        return InMemoryImages(images, mean, std, device, self.spec.flip)
+            return StreamedSmallImages(images, *common, self.spec.flip, augmentation, workers=self.workers)
+        return InMemoryImages(images, *common, self.spec.flip, augmentation)
 
 
 def build_data(

@@ -132,7 +132,8 @@ class Decoder:
         chunk = min(CHUNK, max(1, CHUNK_BYTES // (3 * self.size**2)))
         parts = [range(n, min(n + chunk, len(indices))) for n in range(0, len(indices), chunk)]
         workers = Workers(self._decode_batch, self.workers, torch.device("cpu"))
-        for part, decoded in zip(parts, workers.read([indices[part] for part in parts]), strict=True):
+        requests = ([(index, None) for index in indices[part]] for part in parts)
+        for part, decoded in zip(parts, workers.read(requests), strict=True):
             images[part] = decoded
         return images
 

@@ -6,12 +6,16 @@ most one image; nothing is padded or dropped.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.augment import crop_and_flip, draw_crops, normalise
+from datasets.augment import crop_and_flip, draw_crops, normalise, rows_of
+from datasets.policies import STANDARD, Augmentation, Augmenter
 from datasets.source import DataError
 from utils.seed import generator
 
@@ -37,21 +41,27 @@ class Batch(NamedTuple):
     targets: Tensor  # int64 [B]
     indices: Tensor  # int64 [B], positions in the training set
     step_targets: Tensor  # int64 [G], labels of the whole global batch: all micro-batches of all processes
+    pasted_targets: Tensor  # int64 [B], of the images that follow the batch's own in :meth:`augment`; else empty
     weight: float  # B * W / G, of this mean in the step's average over processes
     ends_step: bool  # the step's last micro-batch
     full: bool  # whether the global batch has the usual size; an epoch's last one may be smaller
     number: int  # of the step in its epoch, from 0
 
     def augment(self) -> Tensor:
-        """Augment and normalise on the device: float32 [B, 3, H, W]. The same at every call."""
+        """Augment and normalise on the device: float32 [B, 3, H, W], or [2B, ...] with images to paste."""
         return self.transform(*self.inputs)
 
 
 class ImageSource(Protocol):
     """A source of batches of images: float32 [B, 3, H, W], normalised, on the device."""
 
-    def train_inputs(self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int) -> Inputs:
-        """Inputs of :meth:`augment` for the images ``order[s]``, s in slices; a function of (seed, epoch, image)."""
+    def train_inputs(
+        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int, draws: Tensor | None = None
+    ) -> Inputs:
+        """Inputs of :meth:`augment` for the images ``order[s]``, s in slices; a function of (seed, epoch, image).
+
+        ``draws``: the rows of the epoch's draws that they take, see :func:`datasets.augment.rows_of`; None: ``order``.
+        """
 
     def augment(self, *inputs: Tensor) -> Tensor:
         """Crop, flip, normalise. Never synchronises with the device, so that a CUDA graph can capture it."""
@@ -99,8 +109,14 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
+        paste_weights: Tensor | None = None,
     ):
-        """``targets`` int64 [N]; ``batch_size`` is global, at least one image per micro-batch of every process."""
+        """
+        Args:
+            targets: int64 [N].
+            batch_size: Global, at least one image per micro-batch of every process.
+            paste_weights: [C], by which classes are drawn for :meth:`epoch`'s images to paste.
+        """
         if batch_size < world_size * accumulate:
             raise DataError(
                 f"batch_size: {batch_size} is less than one image for each of {accumulate} micro-batches (accumulate) "
@@ -108,22 +124,41 @@ class TrainLoader:
             )
         self.pixels, self.targets = pixels, targets.to(device)
         self.batch_size, self.seed, self.device, self.accumulate = batch_size, seed, device, accumulate
+        self.paste_weights = paste_weights
         self.micro_batches = plan_micro_batches(len(targets), batch_size, rank, world_size, accumulate)
         self.batch_sizes = [micro.positions.stop - micro.positions.start for micro in self.micro_batches]
 
     def __len__(self) -> int:
         return len(self.micro_batches) // self.accumulate
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The micro-batches of ``epoch`` from ``first_step`` on; the same in every run with this seed."""
+    def epoch(self, epoch: int, first_step: int = 0, paste: bool = False) -> Iterator[Batch]:
+        """The micro-batches of ``epoch`` from ``first_step`` on; the same in every run with this seed.
+
+        ``paste``: each batch brings as many images more, one for each of its own, see :meth:`pasted`.
+        """
         order, plan = self.order(epoch), self.micro_batches[first_step * self.accumulate :]
-        inputs = self.pixels.train_inputs(order, [micro.positions for micro in plan], self.seed, epoch)
-        order = order.to(self.device)
-        targets = self.targets[order]  # once: a step's labels are slices of them
+        parts, draws = [micro.positions for micro in plan], order
+        images, rest = order, order[:0]
+        if paste:
+            rest = self.pasted(epoch)[order]
+            images = torch.cat([torch.cat([order[part], rest[part]]) for part in parts])
+            draws = torch.cat([torch.cat([order[part], order[part] + len(order)]) for part in parts])
+            ends = np.cumsum([2 * (part.stop - part.start) for part in parts]).tolist()
+            slices = [slice(*ends) for ends in pairwise([0, *ends])]
+        inputs = self.pixels.train_inputs(images, slices if paste else parts, self.seed, epoch, draws)
+        order, rest = order.to(self.device), rest.to(self.device)
+        targets, pasted = self.targets[order], self.targets[rest]  # once: a step's labels are slices of them
         for micro, tensors in zip(plan, inputs, strict=True):
             labels, step_labels = targets[micro.positions], targets[micro.step_positions]
             place = (micro.weight, micro.ends_step, micro.full, micro.number)
-            yield Batch(tensors, self.pixels.augment, labels, order[micro.positions], step_labels, *place)
+            own = order[micro.positions]
+            yield Batch(tensors, self.pixels.augment, labels, own, step_labels, pasted[micro.positions], *place)
+
+    def pasted(self, epoch: int) -> Tensor:
+        """For each training image the one that is pasted onto it [N]: a second draw, with ``paste_weights``."""
+        weights = self.paste_weights[self.targets.cpu()].double().numpy()
+        random = generator(self.seed, epoch, "pasted image")
+        return torch.from_numpy(random.choice(len(weights), len(weights), p=weights / weights.sum()))
 
     def step_indices(self, epoch: int, step: int) -> list[int]:
         """Positions in the training set of one step's images, those of all processes."""
@@ -164,42 +199,51 @@ class EvalLoader:
 
 
 class SmallImages:
-    """Small images: padded with black, cropped, flipped and normalised on the device, batch by batch."""
+    """Small images: padded with black, cropped, flipped, augmented and normalised on the device, batch by batch."""
 
     def __init__(
-        self, size: int, side: int, mean: Sequence[float], std: Sequence[float], device: torch.device, flip: bool = True
+        self,
+        size: int,
+        side: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        flip: bool = True,
+        augmentation: Augmentation = STANDARD,
     ):
         """``size`` images of ``side`` x ``side`` pixels."""
         self.size, self.flip, self.device = size, flip, device
         self.padding = side // 8  # 4 of 32 pixels, as in the reference
         self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
+        self.augmenter = Augmenter(augmentation, side, False, self.mean, self.std)
 
-    def draw(self, order: Tensor, seed: int, epoch: int) -> list[Tensor]:
-        """The epoch's crops on the device, in the epoch's order: offsets [N, 2], flips [N]."""
-        crops = draw_crops(self.size, self.padding, self.flip, seed, epoch)
-        return [table[order].to(self.device) for table in crops]
+    def draw(self, draws: Tensor, seed: int, epoch: int) -> list[Tensor]:
+        """Rows ``draws`` of the epoch's draws, on the device: offsets, flips, those of the augmenter."""
+        crops = rows_of(partial(draw_crops, self.size, self.padding, self.flip, seed, epoch), self.size, draws)
+        more = rows_of(partial(self.augmenter.draw, self.size, seed, epoch), self.size, draws)
+        return [table.to(self.device) for table in (*crops, *more)]
 
-    def augment(self, images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+    def augment(self, images: Tensor, offsets: Tensor, flips: Tensor, *more: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]."""
-        return normalise(crop_and_flip(images, offsets, flips, self.padding), self.mean, self.std)
+        return self.augmenter(crop_and_flip(images, offsets, flips, self.padding), *more)
 
 
 class InMemoryImages(SmallImages):
     """Small images kept as uint8 on the device: an epoch needs no worker and no copy."""
 
-    def __init__(
-        self, images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device, flip: bool = True
-    ):
-        """``images`` uint8 [N, H, W, 3]."""
-        super().__init__(len(images), images.shape[1], mean, std, device, flip)
-        self.images = images.to(device)
+    def __init__(self, images: Tensor, *arguments, **options):
+        """``images`` uint8 [N, H, W, 3]; the rest as of :class:`SmallImages`, from ``mean`` on."""
+        super().__init__(len(images), images.shape[1], *arguments, **options)
+        self.images = images.to(self.device)
 
-    def train_inputs(self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int) -> Inputs:
-        tables = [order.to(self.device), *self.draw(order, seed, epoch)]
+    def train_inputs(
+        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int, draws: Tensor | None = None
+    ) -> Inputs:
+        tables = [order.to(self.device), *self.draw(order if draws is None else draws, seed, epoch)]
         return (tuple(table[part] for table in tables) for part in slices)
 
-    def augment(self, indices: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
-        return super().augment(self.images.index_select(0, indices), offsets, flips)
+    def augment(self, indices: Tensor, *tables: Tensor) -> Tensor:
+        return super().augment(self.images.index_select(0, indices), *tables)
 
     def unaugmented(self, slices: Iterable[slice]) -> Iterator[Tensor]:
         return (normalise(self.images[part], self.mean, self.std) for part in slices)

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datasets.augment import central_crop, draw_jitter, jitter, normalise, random_crop
+from datasets.augment import central_crop, draw_jitter, jitter, normalise, random_crop, rows_of
 from datasets.decoding import open_rgb
 from datasets.loaders import Inputs, SmallImages
+from datasets.policies import STANDARD, Augmentation, Augmenter
 from datasets.source import DataError, ImageFiles, StoredImages
 from utils.seed import generator
 from utils.signals import kept_from_children, obey_the_parent
 
 JITTER = 0.4  # of brightness, contrast and saturation, as in the reference
-Request = tuple[int, tuple[int, int] | None]  # index, and (seed, epoch) of a random crop; None: no augmentation
+Request = tuple[int, tuple | None]  # index, and the arguments of a random crop's generator; None: no augmentation
 Read = Callable[[Sequence[Request]], Tensor]  # a batch -> uint8 [B, H, W, 3]; picklable, may raise DataError
 
 
@@ -32,7 +33,7 @@ class CropReader:
 
     def __call__(self, requests: Sequence[Request]) -> Tensor:
         # All generators first: between two images, which fill the caches, each would take three times as long.
-        generators = [draw and generator(*draw, "crop", index) for index, draw in requests]
+        generators = [draw and generator(*draw) for _, draw in requests]
         crops = map(self._crop, (index for index, _ in requests), generators)
         return torch.from_numpy(np.stack(list(crops)))
 
@@ -62,11 +63,10 @@ class RequestSampler(Sampler):
     """The batches of requests of one pass over the data; set before every pass."""
 
     def __init__(self):
-        self.batches: Sequence[Sequence[int]] = []
-        self.draw: tuple[int, int] | None = None
+        self.batches: Iterable[list[Request]] = []
 
     def __iter__(self) -> Iterator[list[Request]]:
-        return ([(index, self.draw) for index in batch] for batch in self.batches)
+        return iter(self.batches)
 
 
 class Workers:
@@ -86,9 +86,9 @@ class Workers:
             generator=torch.Generator(),  # the loader seeds its workers from it, not from the global generator
         )
 
-    def read(self, batches: Sequence[Sequence[int]], draw: tuple[int, int] | None = None) -> Iterator[Tensor]:
-        """The images at these indices, batch by batch, on the device; ``draw``: (seed, epoch) of random crops."""
-        self.sampler.batches, self.sampler.draw = batches, draw
+    def read(self, batches: Iterable[list[Request]]) -> Iterator[Tensor]:
+        """The images of these requests, batch by batch, on the device."""
+        self.sampler.batches = batches
         with kept_from_children():  # the first call starts the workers
             images_of = iter(self.loader)
         for images in images_of:
@@ -97,14 +97,18 @@ class Workers:
             yield images.to(self.device, non_blocking=True)
 
     def read_slices(self, slices: Iterable[slice], size: int) -> Iterator[Tensor]:
-        """As :meth:`read`, for slices of ``size`` images in order."""
-        return self.read([range(*part.indices(size)) for part in slices])
+        """As :meth:`read`, for slices of ``size`` images in order, without augmentation."""
+        return self.read([(index, None) for index in range(*part.indices(size))] for part in slices)
 
     def read_with(
-        self, tables: Sequence[Tensor], order: Tensor, slices: Sequence[slice], draw: tuple[int, int] | None = None
+        self, tables: Sequence[Tensor], order: Tensor, slices: Sequence[slice], crops: Sequence[tuple] | None = None
     ) -> Inputs:
-        """The images at each ``order[slice]``, and the same rows of ``tables``, which are in that order already."""
-        images_of = self.read([order[part].numpy() for part in slices], draw)
+        """The images at each ``order[slice]``, and the same rows of ``tables``, which are in that order already.
+
+        ``crops``: arguments of each image's generator, in that order.
+        """
+        requests = list(zip(order.tolist(), crops or [None] * len(order), strict=True))
+        images_of = self.read(requests[part] for part in slices)
         return ((images, *(table[part] for table in tables)) for images, part in zip(images_of, slices, strict=True))
 
 
@@ -113,30 +117,44 @@ def _identity(images: Tensor | DataError) -> Tensor | DataError:
 
 
 class StreamedLargeImages:
-    """Large images with the reference's augmentation: workers decode and crop, the device jitters colours."""
+    """Large images: workers decode and crop; the device jitters colours as the reference does, or applies a policy."""
 
     def __init__(
         self,
         files: ImageFiles,
-        size: int,
+        side: int,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
         workers: int = 0,
         decoder: str = "pil",
+        augmentation: Augmentation = STANDARD,
     ):
-        """``size``: of a crop, in pixels."""
+        """``side``: of a crop, in pixels."""
         self.size, self.device = len(files), device
         self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
-        self.workers = Workers(CropReader(files, size, decoder), workers, device)
+        self.augmenter = Augmenter(augmentation, side, True, self.mean, self.std)
+        self.workers = Workers(CropReader(files, side, decoder), workers, device)
 
-    def train_inputs(self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int) -> Inputs:
-        """Random crops, possibly flipped, and for each its own colour factors and their order."""
-        colours = [table[order].to(self.device) for table in draw_jitter(self.size, JITTER, seed, epoch)]
-        return self.workers.read_with(colours, order, slices, (seed, epoch))
+    def train_inputs(
+        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int, draws: Tensor | None = None
+    ) -> Inputs:
+        """Random crops, possibly flipped, and for each its own draws."""
+        draws, tables = order if draws is None else draws, []
+        if self.augmenter.policy is None:
+            tables += rows_of(partial(draw_jitter, self.size, JITTER, seed, epoch), self.size, draws)
+        tables += rows_of(partial(self.augmenter.draw, self.size, seed, epoch), self.size, draws)
+        crops = [
+            (seed, epoch, "crop", row) if row < self.size else (seed, epoch, "pasted crop", row - self.size)
+            for row in draws.tolist()
+        ]
+        return self.workers.read_with([table.to(self.device) for table in tables], order, slices, crops)
 
-    def augment(self, crops: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-        return normalise(jitter(crops, factors, order), self.mean, self.std)
+    def augment(self, crops: Tensor, *tables: Tensor) -> Tensor:
+        if self.augmenter.policy is None:
+            factors, order, *tables = tables
+            crops = jitter(crops, factors, order)
+        return self.augmenter(crops, *tables)
 
     def unaugmented(self, slices: Iterable[slice]) -> Iterator[Tensor]:
         """Central crops."""
@@ -146,20 +164,15 @@ class StreamedLargeImages:
 class StreamedSmallImages(SmallImages):
     """Small images that do not fit on the device: workers read them, the device augments them."""
 
-    def __init__(
-        self,
-        stored: StoredImages,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device,
-        flip: bool = True,
-        workers: int = 0,
-    ):
-        super().__init__(len(stored), stored.side, mean, std, device, flip)
-        self.workers = Workers(partial(read_stored, stored), workers, device)
+    def __init__(self, stored: StoredImages, *arguments, workers: int = 0, **options):
+        """``arguments`` and ``options`` as of :class:`SmallImages`, from ``mean`` on."""
+        super().__init__(len(stored), stored.side, *arguments, **options)
+        self.workers = Workers(partial(read_stored, stored), workers, self.device)
 
-    def train_inputs(self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int) -> Inputs:
-        return self.workers.read_with(self.draw(order, seed, epoch), order, slices)
+    def train_inputs(
+        self, order: Tensor, slices: Sequence[slice], seed: int, epoch: int, draws: Tensor | None = None
+    ) -> Inputs:
+        return self.workers.read_with(self.draw(order if draws is None else draws, seed, epoch), order, slices)
 
     def unaugmented(self, slices: Iterable[slice]) -> Iterator[Tensor]:
         return (normalise(images, self.mean, self.std) for images in self.workers.read_slices(slices, self.size))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from methods import losses, mixup
 from methods.gradients import Components, components
-from methods.mixup import StepDraws
+from methods.mixing import Draws, Mixing, new_mixing, to_device
 from methods.regularizers import CollapseRegularizer
 from utils.errors import InputError
 
@@ -78,7 +78,13 @@ def _options_of(function: Callable, options: Mapping[str, Any]) -> dict[str, Any
 COUNTS = ("global", "batch", "batch_synced", "global_masked", "batch_unmasked")
 
 
-def step_counts(kind: str, targets: Tensor, class_counts: Tensor, step_targets: Tensor | None = None) -> Tensor:
+def step_counts(
+    kind: str,
+    targets: Tensor,
+    class_counts: Tensor,
+    step_targets: Tensor | None = None,
+    pasted: Tensor | None = None,
+) -> Tensor:
     """The counts n [C] that ARB-Loss reads in one pass.
 
     Args:
@@ -88,7 +94,14 @@ def step_counts(kind: str, targets: Tensor, class_counts: Tensor, step_targets: 
         targets: [B], before mixup.
         class_counts: [C], of the training set.
         step_targets: [G], of the whole global batch; None: the same as ``targets``.
+        pasted: [B], labels of images from outside of the batch. Those of classes that the batch lacks, whose loss would
+            be infinite, get the count to be expected in it, B n_k / N.
     """
+    if pasted is not None:
+        counts = step_counts(kind, targets, class_counts, step_targets)
+        size = len(step_targets) if kind == "batch_synced" and step_targets is not None else len(targets)
+        missing = (counts == 0) & (losses.count_classes(pasted, len(class_counts)) > 0)
+        return torch.where(missing, size * class_counts / class_counts.sum(), counts)
     if kind == "global":
         return class_counts
     if kind == "batch_synced" and step_targets is not None:
@@ -109,7 +122,7 @@ class Method(nn.Module):
         criterion: nn.Module,
         counts: str,
         class_counts: Tensor,
-        mixup_alpha: float,
+        mixing: Mixing | None,
         drw: tuple[int, Tensor] | None = None,
         regularizer: tuple[int, CollapseRegularizer] | None = None,
         means_lr: float = 0.5,
@@ -119,7 +132,7 @@ class Method(nn.Module):
             criterion: see :class:`Criterion`.
             counts: a name of ``COUNTS``.
             class_counts: [C], of the training set.
-            mixup_alpha: 0 for no mixup.
+            mixing: None for none.
             drw: deferred re-weighting: the first epoch in which losses are weighted, and the weights [C].
             regularizer: the first epoch in which it is added, and the regularizer. Until then it is off and its class
                 means do not move, as in the paper; the released code keeps both terms on and the means frozen.
@@ -128,13 +141,13 @@ class Method(nn.Module):
         super().__init__()
         self.criterion = criterion
         self.counts = counts
-        self.mixup_alpha = mixup_alpha
+        self.mixing = mixing
         self.register_buffer("class_counts", class_counts, persistent=False)
         self.drw_epoch, weights = drw or (None, None)
         self.register_buffer("drw_weights", weights, persistent=False)
         self.regularizer_epoch, self.regularizer = regularizer or (None, None)
         self.means_lr = means_lr
-        self.weighted = self.regularized = False
+        self.weighted = self.regularized = self.mixes = False
         self.start_epoch(0)
 
     @property
@@ -157,10 +170,16 @@ class Method(nn.Module):
 
         Returns True if ``forward`` computes something else than before, so that a captured CUDA graph is out of date.
         """
-        before = self.weighted, self.regularized
+        before = self.weighted, self.regularized, self.mixes
         self.weighted = self.drw_epoch is not None and epoch >= self.drw_epoch
         self.regularized = self.regularizer_epoch is not None and epoch >= self.regularizer_epoch
-        return before != (self.weighted, self.regularized)
+        self.mixes = self.mixing is not None and epoch in self.mixing.epochs
+        return before != (self.weighted, self.regularized, self.mixes)
+
+    @property
+    def pastes(self) -> bool:
+        """Whether a batch needs a second draw of images in this epoch."""
+        return self.mixes and self.mixing.pastes
 
     def draws(
         self,
@@ -169,32 +188,33 @@ class Method(nn.Module):
         epoch: int,
         accumulate: int = 1,
         device: torch.device | None = None,
-    ) -> list[StepDraws]:
-        """Draw the mixup of all passes of ``epoch``; the same for every method with the same seed and alpha.
+    ) -> list[Draws]:
+        """Draw the mixing of all passes of ``epoch``; the same for every method with the same seed and mixing.
 
         ``batch_sizes``: one per pass, ``accumulate`` passes per step. The passes of a step draw as that many processes
         would: one lambda, and partners from the same stream.
         """
-        tables = [mixup.draw(self.mixup_alpha, batch_sizes[n::accumulate], seed, epoch) for n in range(accumulate)]
-        return mixup.to_device([draw for step in zip(*tables, strict=True) for draw in step], device)
+        draw = self.mixing.draw if self.mixing else partial(mixup.draw, 0.0)
+        tables = [draw(batch_sizes[n::accumulate], seed, epoch) for n in range(accumulate)]
+        return to_device([draws for step in zip(*tables, strict=True) for draws in step], device)
 
     def forward(
         self,
         model: nn.Module,
         images: Tensor,
         targets: Tensor,
-        draws: StepDraws,
+        draws: Draws,
         step_targets: Tensor | None = None,
+        pasted_targets: Tensor | None = None,
     ) -> MethodOutput:
         """``images [B, 3, H, W]``, ``targets [B]`` -> loss, logits, features.
 
-        ``step_targets [G]``: labels of the whole global batch, of which this is a part; None: the same as ``targets``.
+        Args:
+            step_targets: [G], labels of the whole global batch, of which this is a part; None: the same as ``targets``.
+            pasted_targets: [B], if :attr:`pastes`: of the images [B:2B], which are to be pasted onto the others.
         """
-        mixed, labels = images, targets[None]  # labels [T, B]
-        if self.mixup_alpha > 0:
-            mixed, *pair = mixup.mix(images, targets, draws.lam, draws.partner)
-            labels = torch.stack(pair)
-        logits, features = model(mixed, with_features=True)
+        images, labels = self._mix(images, targets, draws, pasted_targets)
+        logits, features = model(images, with_features=True)
         loss, *partners = self._losses(logits, targets, labels, step_targets).mean(dim=1)
         if partners:
             loss = draws.lam * loss + (1 - draws.lam) * partners[0]
@@ -207,15 +227,17 @@ class Method(nn.Module):
         logits: Tensor,
         features: Tensor,
         targets: Tensor,
-        draws: StepDraws,
+        draws: Draws,
         step_targets: Tensor | None = None,
+        pasted_targets: Tensor | None = None,
     ) -> Components:
         """Attraction and repulsion in a pass with these ``logits [B, C]`` and ``features [B, D]``.
 
         The residuals are the derivatives of the very loss that is trained, with clamp, weights and mixup. (The
         regularizers do not depend on the logits.)
         """
-        labels = torch.stack([targets, targets[draws.partner]]) if self.mixup_alpha > 0 else targets[None]
+        none = features.new_empty(len(targets) * (1 + self.pastes), 0, 1, 1)  # the labels are wanted alone
+        _, labels = self._mix(none, targets, draws, pasted_targets)
         shares = self._shares(draws).to(logits.device)
         with torch.enable_grad():
             logits = logits.detach().requires_grad_()
@@ -223,22 +245,33 @@ class Method(nn.Module):
             residuals = [torch.autograd.grad(total, logits, retain_graph=True)[0] for total in sums]
         return components(torch.stack(residuals), features, labels, shares)
 
+    def _mix(
+        self, images: Tensor, targets: Tensor, draws: Draws, pasted_targets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The images that the model sees, [B, 3, H, W], and their labels [T, B]."""
+        if not self.mixes:
+            return images, targets[None]
+        known = torch.cat([targets, pasted_targets]) if self.pastes else targets
+        mixed, *pair = self.mixing.mix(images, known, *draws)
+        return mixed, torch.stack(pair)
+
     def _losses(self, logits: Tensor, targets: Tensor, labels: Tensor, step_targets: Tensor | None) -> Tensor:
         """Loss of every sample for each of its labels [T, B]; batch counts are those of ``targets``.
 
         DRW weights are divided by their mean over the pass, separately for each row of labels, so that a row's plain
         mean is the weighted mean of PyTorch, which divides by the sum of the batch's weights.
         """
-        counts = step_counts(self.counts, targets, self.class_counts, step_targets)
+        pasted = labels[1] if self.pastes else None
+        counts = step_counts(self.counts, targets, self.class_counts, step_targets, pasted)
         each = self.criterion(logits, counts)(labels)
         if not self.weighted:
             return each
         weights = self.drw_weights[labels]
         return each * (weights / weights.mean(dim=1, keepdim=True))
 
-    def _shares(self, draws: StepDraws) -> Tensor:
+    def _shares(self, draws: Draws) -> Tensor:
         """Weights of a sample's labels in the loss, [T]."""
-        return torch.stack([draws.lam, 1 - draws.lam]) if self.mixup_alpha > 0 else torch.ones_like(draws.lam)[None]
+        return torch.stack([draws.lam, 1 - draws.lam]) if self.mixes else torch.ones_like(draws.lam)[None]
 
 
 def check_names(loss: str, counts: str) -> None:
@@ -253,7 +286,8 @@ def build_method(
     loss: str,
     counts: str,
     class_counts: Tensor,
-    mixup_alpha: float,
+    mixup_alpha: float = 0.0,
+    mixing: Mixing | None = None,
     drw_epoch: int | None = None,
     drw_beta: float = 0.9999,
     nc_within: float = 0.0,
@@ -270,7 +304,8 @@ def build_method(
         loss: a name of ``LOSSES``.
         counts: a name of ``COUNTS``.
         class_counts: int64 [C], of the training set.
-        mixup_alpha: 0 for no mixup.
+        mixup_alpha: of mixup; 0 for none, or for ``mixing``.
+        mixing: instead of mixup, see :func:`new_mixing`.
         drw_epoch: first epoch with deferred re-weighting; None for never.
         drw_beta: see :func:`methods.losses.drw_weights`.
         nc_within: lambda1 of :mod:`methods.regularizers`; 0 switches both regularizers off.
@@ -294,4 +329,5 @@ def build_method(
     if nc_within > 0:
         means = CollapseRegularizer(len(class_counts), feature_width, nc_within, nc_between, seed)
         regularizer = (nc_start_epoch, means)
-    return Method(criterion, counts, class_counts, mixup_alpha, drw, regularizer, nc_means_lr)
+    mixing = new_mixing("mixup", mixup_alpha) if mixup_alpha > 0 else mixing
+    return Method(criterion, counts, class_counts, mixing, drw, regularizer, nc_means_lr)

@@ -16,14 +16,6 @@ class StepDraws(NamedTuple):
     partner: Tensor  # int64 [B], a permutation: the index of the image that each one is mixed with
 
 
-def to_device(draws: Sequence[StepDraws], device: torch.device | None) -> list[StepDraws]:
-    """Move an epoch's draws to the device (None: the CPU), in two copies instead of two per step."""
-    lams = torch.stack([draw.lam for draw in draws]).to(device)
-    partners = torch.cat([draw.partner for draw in draws]).to(device)
-    parts = partners.split([len(draw.partner) for draw in draws])
-    return [StepDraws(lam, partner) for lam, partner in zip(lams, parts, strict=True)]
-
-
 def draw(alpha: float, batch_sizes: Sequence[int], seed: int, epoch: int) -> list[StepDraws]:
     """Draw every step of ``epoch``, on the CPU; a pure function of its arguments.
 

@@ -11,10 +11,11 @@ from yacs.config import CfgNode
 
 from datasets import Data, build_data, find_spec
 from datasets.loaders import Batch, EvalLoader, TrainLoader
+from datasets.policies import Augmentation
 from methods import Method, build_method, check_names
 from methods.component_meter import ComponentMeter, chosen_rows
 from methods.losses import post_hoc_shift
-from methods.mixup import StepDraws
+from methods.mixing import Draws, Mixing, new_mixing
 from methods.neural_collapse import collapse
 from models import build_model, find_backbone
 from utils import distributed
@@ -110,9 +111,16 @@ def groups_of(cfg: CfgNode, class_counts: Tensor) -> dict[str, dict[str, Tensor]
 
 def new_loaders(cfg: CfgNode, data: Data, device: torch.device) -> Loaders:
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    train = data.train_loader(cfg.batch_size, cfg.seed, device, accumulate=cfg.accumulate, **ranks)
+    train = train_loader(cfg, data, device, **ranks)
     plain = data.plain_train_loader(device, **ranks, pixels=train.pixels)
     return Loaders(train, data.test_loader(device, **ranks), data.val_loader(device, **ranks), plain)
+
+
+def train_loader(cfg: CfgNode, data: Data, device: torch.device, **ranks: int) -> TrainLoader:
+    augmentation = Augmentation(**{key: cfg[key] for key in Augmentation._fields})
+    weights = (1 / data.class_counts.clamp(min=1)) ** cfg.cmo_alpha if cfg.mix == "cmo" else None
+    options = {"accumulate": cfg.accumulate, "augmentation": augmentation, "paste_weights": weights}
+    return data.train_loader(cfg.batch_size, cfg.seed, device, **options, **ranks)
 
 
 def new_training(
@@ -161,12 +169,24 @@ def new_method(cfg: CfgNode, data: Data, model: nn.Module | None = None) -> Meth
         cfg.loss,
         cfg.class_counts,
         data.class_counts,
-        mixup_alpha=cfg.alpha if cfg.mixup else 0.0,
+        mixing=mixing_of(cfg, data),
         feature_width=0 if model is None else model.classifier.rows().shape[1],
         clamp=cfg.logit_clamp,
         max_margin=cfg.ldam_max_margin,
         **{key: cfg[key] for key in METHOD_OPTIONS},
     )
+
+
+def mix_kind(cfg: CfgNode) -> str | None:
+    """``mix``, or what ``mixup`` says."""
+    kind = cfg.mix or ("mixup" if cfg.mixup else None)
+    return None if cfg.alpha == 0 else kind
+
+
+def mixing_of(cfg: CfgNode, data: Data) -> Mixing | None:
+    kind = mix_kind(cfg)
+    options = (data.image_size, cfg.mix_prob, cfg.cmo_idle, cfg.num_epochs)
+    return new_mixing(kind, cfg.alpha, *options) if kind else None
 
 
 def new_shift(cfg: CfgNode, data: Data) -> Tensor | None:
@@ -215,7 +235,8 @@ def new_step(cfg: CfgNode, training: Training, components: ComponentMeter | None
     if components is None:
         return step
 
-    def watch(logits: Tensor, features: Tensor, batch: Batch, draws: StepDraws) -> None:
-        components.update(t.method.components(logits, features, batch.targets, draws, batch.step_targets))
+    def watch(logits: Tensor, features: Tensor, batch: Batch, draws: Draws) -> None:
+        labels = (batch.step_targets, batch.pasted_targets)
+        components.update(t.method.components(logits, features, batch.targets, draws, *labels))
 
     return ProfiledStep(step, watch, cfg.diagnostics)

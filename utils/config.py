@@ -163,7 +163,22 @@ SECTIONS: dict[str, dict[str, Option]] = {
         "nc_start_epoch": Option(0, whole(0), "first epoch of L_W and L_B"),
         "nc_means_lr": Option(0.5, number(0, above=True), "learning rate of the class means"),
         "mixup": Option(False, flag, "input mixup"),
-        "alpha": Option(1.0, optional(number(0)), "mixup: lambda ~ Beta(alpha, alpha); 0: no mixing"),
+        "mix": Option(None, optional(choice("mixup", "cutmix", "cmo")), "how images are mixed; null: as mixup says"),
+        "alpha": Option(1.0, optional(number(0)), "mixing: lambda ~ Beta(alpha, alpha); 0: no mixing"),
+        "mix_prob": Option(0.5, number(0, 1), "cutmix, cmo: probability that a step mixes"),
+        "cmo_alpha": Option(1.0, number(0), "cmo: classes of pasted images are drawn by n^-alpha per image"),
+        "cmo_idle": Option(3, whole(0), "cmo: first and last epochs without it"),
+    },
+    "augmentation": {
+        "augment": Option(
+            "standard",
+            choice("standard", "autoaugment", "randaugment", "trivialaugment"),
+            "a policy on top of crops and flips; standard: colour jitter for large images, else none",
+        ),
+        "num_ops": Option(2, whole(1, 16), "randaugment: operations per image"),
+        "magnitude": Option(9, whole(0, 30), "randaugment: their strength"),
+        "cutout": Option(0, whole(0), "side in pixels of a square that is cut out of each image; 0: none"),
+        "random_erasing": Option(0.0, number(0, 1), "probability that a box is cut out of an image"),
     },
     "optimization": {
         "num_epochs": Option(200, whole(1), "epochs"),
@@ -400,8 +415,13 @@ def _check_together(values: dict, path: str | Path) -> None:
         raise ConfigError(f"{path}: loss: las needs smooth_head and smooth_tail, such as 0.3 and 0.0")
     if values["loss"] == "las" and values["smooth_shape"] == "exp" and values["smooth_power"] is None:
         raise ConfigError(f"{path}: smooth_shape: exp needs smooth_power, such as 2.0")
-    if values["mixup"] and values["alpha"] is None:
-        raise ConfigError(f"{path}: mixup: True needs alpha, such as 1.0")
+    if (values["mixup"] or values["mix"]) and values["alpha"] is None:
+        raise ConfigError(f"{path}: {'mixup: True' if values['mixup'] else 'mix'} needs alpha, such as 1.0")
+    if values["mixup"] and values["mix"] not in (None, "mixup"):
+        raise ConfigError(f"{path}: mix: {values['mix']} takes the place of mixup: True; set mixup: False")
+    if values["mix"] == "cmo" and 2 * values["cmo_idle"] >= values["num_epochs"]:
+        idle, epochs = values["cmo_idle"], values["num_epochs"]
+        raise ConfigError(f"{path}: cmo_idle: {idle} first and {idle} last epochs leave none of {epochs} for CMO")
     _check_method(values, path)
     ranges = [key for key in ("head_class_idx", "med_class_idx", "tail_class_idx") if values[key] is not None]
     if len(ranges) in (1, 2):

@@ -42,7 +42,7 @@ class GraphedStep(StepWrapper):
         if not batch.full:
             self.step(batch, draw)
             return
-        inputs = [*batch.inputs, batch.targets, batch.step_targets, *draw]
+        inputs = [*batch.inputs, batch.targets, batch.step_targets, batch.pasted_targets, *draw]
         if self.replay is None:
             self.static_inputs = [tensor.clone() for tensor in inputs]
             self.replay = self._capture(batch, draw)
@@ -52,8 +52,9 @@ class GraphedStep(StepWrapper):
 
     def _capture(self, batch: NamedTuple, draw: NamedTuple) -> Callable[[], None]:
         count = len(batch.inputs)
-        images, (targets, step_targets, *drawn) = tuple(self.static_inputs[:count]), self.static_inputs[count:]
-        static_batch = batch._replace(inputs=images, targets=targets, step_targets=step_targets)
+        targets, step_targets, pasted_targets, *drawn = self.static_inputs[count:]
+        labels = {"targets": targets, "step_targets": step_targets, "pasted_targets": pasted_targets}
+        static_batch = batch._replace(inputs=tuple(self.static_inputs[:count]), **labels)
         static_draw = type(draw)(*drawn)
         before, scaler_state = [t.detach().clone() for t in self.step.tensors()], self.step.scaler.state_dict()
         replay = self.record(lambda: self.step(static_batch, static_draw))

@@ -67,7 +67,8 @@ class Step:
     def __call__(self, batch: NamedTuple, draw: NamedTuple) -> None:
         with distributed.averaging(self.model, batch.ends_step), self._eager_if_odd(batch):
             with autocast(self.precision, self.device):
-                output = self.method(self.model, batch.augment(), batch.targets, draw, batch.step_targets)
+                labels = (batch.step_targets, batch.pasted_targets)
+                output = self.method(self.model, batch.augment(), batch.targets, draw, *labels)
             self.scaler.scale(output.loss * batch.weight).backward()
         self.meter.update(output.loss, output.logits, batch.targets, batch.weight, batch.ends_step)
         if self.keep_outputs:

@@ -12,6 +12,7 @@ from datasets import Data
 from datasets.decoding import fast_decoder
 from methods.component_meter import chosen_rows
 from utils import distributed
+from utils.build import mix_kind
 from utils.errors import describing
 from utils.metrics import group_sizes
 from utils.report.text import group_line
@@ -107,7 +108,8 @@ def describe_parallelism(cfg: CfgNode) -> str:
     several, count = distributed.world_size(), cfg.accumulate
     passes = f" with {count} micro-batches per step" if count > 1 else ""
     batch_counts = cfg.loss.endswith("arb") and cfg.class_counts not in ("global", "batch_synced")
-    own = ["mixup pairs"] * cfg.mixup + ["batch counts"] * batch_counts
+    pairs = [f"{mix_kind(cfg)} pairs"] * (mix_kind(cfg) in ("mixup", "cutmix"))
+    own = pairs + ["batch counts"] * batch_counts
     own += ["mean weight"] * (cfg.drw_epoch is not None) + ["counts in L_W"] * (cfg.nc_within > 0)
     own += [] if cfg.sync_bn and count == 1 else ["batch-norm statistics"]
     who = f"{several} processes{passes}" if several > 1 else f"{count} micro-batches per step"
@@ -125,10 +127,33 @@ def describe_method(cfg: CfgNode) -> str:
     if cfg.classifier != "linear":
         kinds = {"cosine": f"cosine classifier times {cfg.cosine_scale:g}", "simplex": "fixed simplex classifier"}
         words.append(kinds[cfg.classifier])
-    words.append(f"mixup alpha {cfg.alpha:g}" if cfg.mixup else "no mixup")
+    words += [describe_mixing(cfg), *describe_augmentation(cfg)]
     words += [describe_post_hoc(cfg)] * (cfg.post_hoc_tau > 0)
     cut = "not subsampled" if cfg.imb_factor is None else f"{cfg.imb_type}, imbalance factor {cfg.imb_factor:g}"
     return ", ".join(words) + f", on {cfg.dataset} ({cut})"
+
+
+def describe_mixing(cfg: CfgNode) -> str:
+    """Mixup, CutMix or CMO with their hyperparameters."""
+    kind = mix_kind(cfg)
+    steps = f"alpha {cfg.alpha:g}, {100 * cfg.mix_prob:g} % of the steps"
+    return {
+        None: "no mixup",
+        "mixup": f"mixup alpha {cfg.alpha:g}",
+        "cutmix": f"CutMix ({steps})",
+        "cmo": f"CMO ({steps}, classes by n^-{cfg.cmo_alpha:g}, not in the first and last {cfg.cmo_idle} epochs)",
+    }[kind]
+
+
+def describe_augmentation(cfg: CfgNode) -> list[str]:
+    """What comes on top of crops and flips."""
+    strength = f" ({cfg.num_ops} of strength {cfg.magnitude})" * (cfg.augment == "randaugment")
+    names = {"autoaugment": "AutoAugment", "randaugment": "RandAugment", "trivialaugment": "TrivialAugment"}
+    return [
+        *[f"{names.get(cfg.augment)}{strength}"] * (cfg.augment in names),
+        *[f"Cutout {cfg.cutout}"] * (cfg.cutout > 0),
+        *[f"random erasing {cfg.random_erasing:g}"] * (cfg.random_erasing > 0),
+    ]
 
 
 def describe_post_hoc(cfg: CfgNode) -> str:
