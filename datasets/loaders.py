@@ -137,22 +137,23 @@ class TrainLoader:
         ``paste``: each batch brings as many images more, one for each of its own, see :meth:`pasted`.
         """
         order, plan = self.order(epoch), self.micro_batches[first_step * self.accumulate :]
-        parts, draws = [micro.positions for micro in plan], order
-        images, rest = order, order[:0]
+        slices, images, draws, rest = [micro.positions for micro in plan], order, order, order[:0]
         if paste:
-            rest = self.pasted(epoch)[order]
-            images = torch.cat([torch.cat([order[part], rest[part]]) for part in parts])
-            draws = torch.cat([torch.cat([order[part], order[part] + len(order)]) for part in parts])
-            ends = np.cumsum([2 * (part.stop - part.start) for part in parts]).tolist()
-            slices = [slice(*ends) for ends in pairwise([0, *ends])]
-        inputs = self.pixels.train_inputs(images, slices if paste else parts, self.seed, epoch, draws)
+            pasted = self.pasted(epoch)
+            rest = pasted[order]
+            places = [order[:0], *(order[part] for part in slices)]
+            images = torch.cat([torch.cat([own, pasted[own]]) for own in places])
+            draws = torch.cat([torch.cat([own, own + len(order)]) for own in places])
+            ends = np.cumsum([2 * len(own) for own in places]).tolist()
+            slices = [slice(*ends) for ends in pairwise(ends)]
+        inputs = self.pixels.train_inputs(images, slices, self.seed, epoch, draws)
         order, rest = order.to(self.device), rest.to(self.device)
-        targets, pasted = self.targets[order], self.targets[rest]  # once: a step's labels are slices of them
+        targets, others = self.targets[order], self.targets[rest]  # once: a step's labels are slices of them
         for micro, tensors in zip(plan, inputs, strict=True):
             labels, step_labels = targets[micro.positions], targets[micro.step_positions]
             place = (micro.weight, micro.ends_step, micro.full, micro.number)
             own = order[micro.positions]
-            yield Batch(tensors, self.pixels.augment, labels, own, step_labels, pasted[micro.positions], *place)
+            yield Batch(tensors, self.pixels.augment, labels, own, step_labels, others[micro.positions], *place)
 
     def pasted(self, epoch: int) -> Tensor:
         """For each training image the one that is pasted onto it [N]: a second draw, with ``paste_weights``."""

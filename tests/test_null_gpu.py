@@ -80,6 +80,20 @@ def test_every_kind_of_class_counts_is_captured(tmp_path, counts, mixup):
     assert captures(operations) == 1
 
 
+@pytest.mark.parametrize("augment", ["autoaugment", "randaugment", "trivialaugment"])
+def test_augmentation_is_captured(tmp_path, augment):
+    options = ["augment", augment, "cutout", 4, "random_erasing", 0.5]
+    _, operations = trained(tmp_path, "num_epochs", 1, *options)
+    assert captures(operations) == 1
+
+
+@pytest.mark.parametrize("counts", ["global", "batch"])
+def test_cmo_is_captured_where_it_begins_and_ends(tmp_path, counts):
+    options = ["mixup", False, "mix", "cmo", "cmo_idle", 1, "class_counts", counts]
+    _, operations = trained(tmp_path, "num_epochs", 4, *options)
+    assert captures(operations) == 3
+
+
 def test_a_method_that_changes_is_captured_again(tmp_path):
     """At the start, with the regularizers, and with the weights."""
     late = ["drw_epoch", 2, "nc_within", 0.01, "nc_between", 0.1, "nc_start_epoch", 1]

@@ -90,6 +90,7 @@ STEP_KINDS = {
         "cuda_graph",
         False,
     ],
+    "pasted": ["mixup", False, "mix", "cmo", "cmo_idle", 0, "augment", "autoaugment", "cutout", 4, "cuda_graph", False],
     "diagnosed": ["diagnostics", 1],
     "read": ["data_on_device", False, "workers", 1, "cuda_graph", False],
 }

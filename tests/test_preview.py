@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from datasets import verify
 from datasets.data import CPU
-from methods.mixup import mix
 from tests import test_cifar
 from tests.conftest import ARB, CE, failure
 from utils.build import load_data, new_loaders, new_method
@@ -20,6 +19,7 @@ from utils.report.preview import IMAGES, preview_rows
 
 archive = test_cifar.archive
 MIXED = ["mixup", "True", "alpha", "1.0", "seed", "3"]
+PASTED = ["mix", "cmo", "cmo_idle", "1", "mix_prob", "1", "augment", "autoaugment", "cutout", "4"]
 
 
 def settings(name: str, tmp_path: Path, lists: Path, archive) -> list[str]:
@@ -41,12 +41,18 @@ def settings(name: str, tmp_path: Path, lists: Path, archive) -> list[str]:
 
 
 def expected(cfg) -> dict[tuple[str, int], torch.Tensor]:
-    """The first images of each class, by its name and count, that the training loop makes in epoch 0: [n, S, S, 3]."""
+    """The first images of each class, by its name and count, that the training loop makes: [n, S, S, 3].
+
+    Of epoch 0 or, with CMO, 1.
+    """
     data = load_data(cfg, cfg.class_map, CPU)
-    loader, seen = new_loaders(cfg, data, CPU).train, {}
-    draws = new_method(cfg, data).draws(loader.batch_sizes, cfg.seed, 0, loader.accumulate)
-    for batch, draw in zip(loader.epoch(0), draws, strict=True):
-        images, targets, _ = mix(batch.augment(), batch.targets, draw.lam, draw.partner)
+    loader, method, seen, epoch = new_loaders(cfg, data, CPU).train, new_method(cfg, data), {}, int(cfg.mix == "cmo")
+    method.start_epoch(epoch)
+    draws = method.draws(loader.batch_sizes, cfg.seed, epoch, loader.accumulate)
+    for batch, draw in zip(loader.epoch(epoch, paste=method.pastes), draws, strict=True):
+        images, targets = batch.augment(), torch.cat([batch.targets, batch.pasted_targets])
+        if method.mixes:
+            images, targets, _ = method.mixing.mix(images, targets, *draw)
         for image, label in zip(images if batch.weight else [], targets.tolist(), strict=False):
             shown = image.permute(1, 2, 0) * torch.tensor(data.spec.std) + torch.tensor(data.spec.mean)
             seen.setdefault(label, []).append(shown)
@@ -54,7 +60,7 @@ def expected(cfg) -> dict[tuple[str, int], torch.Tensor]:
     return {(names[label], int(counts[label])): torch.stack(images[:IMAGES]) for label, images in seen.items()}
 
 
-@pytest.mark.parametrize("mixup", [[], MIXED], ids=["plain", "mixup"])
+@pytest.mark.parametrize("mixup", [[], MIXED, PASTED, ["mix", "cutmix", "mix_prob", "1"]], ids=["plain", "mixup", "CMO", "CutMix"])
 @pytest.mark.parametrize(
     ("name", "counts"), [("CIFAR", [5, 2, 1]), ("digits", [133, 26, 6]), ("folder", [11, 3]), ("lists", [32, 4, 2])]
 )
@@ -66,7 +72,8 @@ def test_the_images_are_those_that_the_network_is_trained_on(name, counts, mixup
     for row in rows:
         assert_close(row.images, seen[row.name, row.count].clamp(0, 1))
         assert len(row.images) == len(row.weights) == min(row.count, IMAGES)
-        assert row.weights.lt(1).all() if mixup else row.weights.eq(1).all()
+    weights = torch.cat([row.weights for row in rows])
+    assert weights.lt(1).float().mean() > 0.5 if mixup else weights.eq(1).all()
 
 
 def test_partners_are_those_of_the_micro_batch(tmp_path, lists, archive):

@@ -54,14 +54,18 @@ MISLAS = re.compile(r"\* (?:Acc@1|ECE) .*")
 # Arrangements (processes, passes) that give the same gradients: the first is the reference. 35 images in batches of 17
 # are shares of 8 and 9, and a last batch of one image, of which one process (or pass) has no share.
 PLAIN = [(1, 1), (2, 1), (1, 2), (2, 2)]
+CMO = {"mix": "cmo", "cmo_idle": 0, "mix_prob": 0.9, "augment": "autoaugment", "cutout": 4}
+MIXUP = {"mixup": True}
 SAME = {
-    "cross-entropy": ("ce", "global", 0.0, 17, PLAIN),
-    "global counts": ("arb", "global", 0.0, 17, PLAIN),
-    "synced counts": ("arb", "batch_synced", 0.0, 17, PLAIN),
-    "synced counts, two images for three": ("arb", "batch_synced", 0.0, 11, [(1, 1), (3, 1)]),
-    "batch counts and mixup in two parts": ("arb", "batch", 1.0, 17, [(1, 2), (2, 1)]),
-    "batch counts and mixup in four parts": ("arb", "batch", 1.0, 17, [(1, 4), (2, 2)]),
-    "synced counts, three images for four passes": ("arb", "batch_synced", 0.0, 16, PLAIN),
+    "cross-entropy": ("ce", "global", {}, 17, PLAIN),
+    "global counts": ("arb", "global", {}, 17, PLAIN),
+    "synced counts": ("arb", "batch_synced", {}, 17, PLAIN),
+    "synced counts, two images for three": ("arb", "batch_synced", {}, 11, [(1, 1), (3, 1)]),
+    "batch counts and mixup in two parts": ("arb", "batch", MIXUP, 17, [(1, 2), (2, 1)]),
+    "batch counts and mixup in four parts": ("arb", "batch", MIXUP, 17, [(1, 4), (2, 2)]),
+    "synced counts, three images for four passes": ("arb", "batch_synced", {}, 16, PLAIN),
+    "CMO, global counts": ("arb", "global", CMO, 17, PLAIN),
+    "CMO, batch counts in two parts": ("arb", "batch", CMO, 17, [(1, 2), (2, 1)]),
 }
 IMAGES = 35
 EVAL_BATCHES = (37, 200, 500)  # of 400 images: 11 batches, 2 and 1
@@ -110,9 +114,9 @@ def work(path: Path) -> None:
     with distributed.processes("cpu") as device:
         data = digits(device)
         found = {"gradients": {}, "train": {}, "turn": turn(path.parent)}
-        for name, (loss, counts, alpha, batch_size, arrangements) in SAME.items():
+        for name, (loss, counts, images, batch_size, arrangements) in SAME.items():
             for accumulate in (k for world_size, k in arrangements if world_size == distributed.world_size()):
-                case = {"loss": loss, "class_counts": counts, "mixup": alpha > 0, "batch_size": batch_size}
+                case = {"loss": loss, "class_counts": counts, "batch_size": batch_size, **images}
                 overrides = [str(part) for item in {**case, "accumulate": accumulate}.items() for part in item]
                 options = load_config(DIGITS, [*overrides, "backbone", "resnet8"])
                 key = (name, distributed.world_size(), accumulate)
@@ -144,7 +148,7 @@ def gradients(cfg, data, device: torch.device, folder: Path) -> tuple[dict, Tens
     few = torch.linspace(0, len(data.train.targets) - 1, IMAGES).long()
     data = dataclasses.replace(data, train=type(data.train)(data.train.images[few], data.train.targets[few]))
     rank, world_size = distributed.rank(), distributed.world_size()
-    loader = data.train_loader(cfg.batch_size, cfg.seed, device, rank, world_size, cfg.accumulate)
+    loader = build.train_loader(cfg, data, device, rank=rank, world_size=world_size)
     model = Still(build.new_model(cfg, data))
     optimizer = Gradients(model)
     with RunLog(new_folder(str(folder / "saved"), "run"), "run") as run:

@@ -254,7 +254,12 @@ def lines_of(folder):
 
 
 HALF = ["precision", "fp16", "max_grad_norm", 1.0]
-OPTIONS = [["accumulate", 2, "diagnostics", 2, "nc_every", 1], pytest.param(HALF, marks=pytest.mark.slow)]
+IMAGES = ["mixup", False, "mix", "cmo", "cmo_idle", 0, "augment", "randaugment", "cutout", 3, "random_erasing", 0.5]
+OPTIONS = [
+    ["accumulate", 2, "diagnostics", 2, "nc_every", 1],
+    [*IMAGES, "diagnostics", 2],
+    pytest.param(HALF, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS)

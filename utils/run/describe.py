@@ -109,7 +109,8 @@ def describe_parallelism(cfg: CfgNode) -> str:
     passes = f" with {count} micro-batches per step" if count > 1 else ""
     batch_counts = cfg.loss.endswith("arb") and cfg.class_counts not in ("global", "batch_synced")
     pairs = [f"{mix_kind(cfg)} pairs"] * (mix_kind(cfg) in ("mixup", "cutmix"))
-    own = pairs + ["batch counts"] * batch_counts
+    pasted = ["pasted classes in the batch's counts"] * (cfg.mix == "cmo" and cfg.class_counts == "batch_synced")
+    own = [*pairs, *pasted] + ["batch counts"] * batch_counts
     own += ["mean weight"] * (cfg.drw_epoch is not None) + ["counts in L_W"] * (cfg.nc_within > 0)
     own += [] if cfg.sync_bn and count == 1 else ["batch-norm statistics"]
     who = f"{several} processes{passes}" if several > 1 else f"{count} micro-batches per step"
