@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.image_cache import with_cache
 from datasets.loaders import EvalLoader, ImageSource, InMemoryImages, TrainLoader
 from datasets.long_tail import cut_counts, hold_out, long_tail_indices
 from datasets.policies import STANDARD, Augmentation
@@ -132,6 +133,7 @@ def build_data(
     test_txt: str = "",
     class_map: str | Sequence[int] = "",
     data_on_device: str | bool = "auto",
+    data_cache: str | bool = False,
     device: torch.device = CPU,
 ) -> Data:
     """Read a data set and cut it to a long tail. Raises :class:`DataError`.
@@ -142,6 +144,7 @@ def build_data(
         subset_seed: 0 keeps the reference's images.
         workers: processes that decode, with ``decoder`` (see :func:`datasets.decoding.open_rgb`).
         train_txt, val_txt, test_txt, class_map: for data sets that come as lists.
+        data_cache: see :func:`datasets.image_cache.with_cache`.
         data_on_device: whether ``device`` keeps small images; "auto": if they fit into half of its memory.
     """
     spec = find_spec(dataset)
@@ -150,6 +153,7 @@ def build_data(
     image_size = image_size or spec.image_size
     lists = {"train_txt": train_txt, "val_txt": val_txt, "test_txt": test_txt, "class_map": class_map}
     source = _read(spec, dataset, Path(data_path), num_classes, image_size, workers, lists)
+    source = with_cache(source, data_path, data_cache)
     train, val, test, classes = source.train, source.val, source.test, len(source.class_names)
     if val_per_class and val:
         raise DataError(f"val_per_class: {val_per_class}, but the images of val_txt select the best epoch; use 0")

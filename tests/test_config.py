@@ -287,6 +287,8 @@ BAD_VALUES = {  # (value, what is said of it): options
     ("null", "must be True or False"): "LAS",
     ("maybe", "must be one of auto, True, False"): "data_on_device",
     ("1", "must be one of auto, True, False"): "data_on_device",
+    ("True", "must be auto, False or the path of a folder"): "data_cache",
+    ("null", "must be auto, False or the path of a folder"): "data_cache",
     ("gpu", "must be one of auto, cpu, cuda"): "device",
     ("[cpu]", "must be one of auto"): "device",
     ("16", "must be one of fp32, tf32, bf16, fp16"): "precision",

@@ -60,7 +60,9 @@ def expected(cfg) -> dict[tuple[str, int], torch.Tensor]:
     return {(names[label], int(counts[label])): torch.stack(images[:IMAGES]) for label, images in seen.items()}
 
 
-@pytest.mark.parametrize("mixup", [[], MIXED, PASTED, ["mix", "cutmix", "mix_prob", "1"]], ids=["plain", "mixup", "CMO", "CutMix"])
+@pytest.mark.parametrize(
+    "mixup", [[], MIXED, PASTED, ["mix", "cutmix", "mix_prob", "1"]], ids=["plain", "mixup", "CMO", "CutMix"]
+)
 @pytest.mark.parametrize(
     ("name", "counts"), [("CIFAR", [5, 2, 1]), ("digits", [133, 26, 6]), ("folder", [11, 3]), ("lists", [32, 4, 2])]
 )

@@ -32,6 +32,7 @@ from utils.step import ProfiledStep, Step, StepWrapper, compile_model
 DATA_OPTIONS = (
     "dataset", "data_path", "num_classes", "image_size", "imb_type", "imb_factor", "subset_seed", "val_per_class",
     "decoder", "train_txt", "val_txt", "test_txt", "data_on_device",
+    "data_cache",
 )  # fmt: skip
 METHOD_OPTIONS = (
     "drw_epoch", "drw_beta", "nc_within", "nc_between", "nc_start_epoch", "nc_means_lr", "seed", "tau", "focal_alpha",

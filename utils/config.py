@@ -20,6 +20,7 @@ from utils.errors import ConfigError
 from utils.legacy_config import OBSOLETE, OLD_SWITCHES, obsolete_notes, translate
 from utils.option_types import (
     PRECISIONS,
+    auto_or_folder,
     choice,
     class_range,
     epochs_or_fractions,
@@ -111,6 +112,12 @@ SECTIONS: dict[str, dict[str, Option]] = {
         "decoder": Option("pil", choice("pil", "fast"), "pil, or fast (TorchCodec, else torchvision)", "incidental"),
         "data_on_device": Option(
             "auto", choice("auto", True, False), "hold images in device memory; auto: if they fit", "incidental"
+        ),
+        "data_cache": Option(
+            "auto",
+            auto_or_folder,
+            "class folders: folder for decoded images; auto: beside them or in $TMPDIR, if many; False: none",
+            "incidental",
         ),
         "imb_type": Option("exp", choice("exp", "step"), "profile of the class counts after subsampling", "data"),
         "imb_factor": Option(None, optional(imbalance), "smallest / largest class; null: no subsampling", "data"),

@@ -76,3 +76,13 @@ def lock_file(path: Path, taken: str, inheritable: bool = False) -> IO:
     except OSError:
         pass  # a file system without locks
     return file
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process is in a block with this lock file; a file system without locks does not wait."""
+    with named(path), path.open("a") as file:
+        if fcntl:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield

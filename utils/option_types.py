@@ -35,6 +35,14 @@ def folder_path(value):
     return user_path(value)
 
 
+def auto_or_folder(value):
+    if value is False:
+        return False
+    if value in (True, None, ""):
+        raise ValueError("must be auto, False or the path of a folder")
+    return folder_path(value)
+
+
 def folder_name(value):
     if set(text(value)) & set("/\\\0\n") or value in (".", "..") or not _is_utf8(text(value)):
         raise ValueError("must be usable as a folder's name")
