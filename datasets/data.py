@@ -152,8 +152,7 @@ def build_data(
         raise DataError(f"image_size: {image_size}, but images of {dataset} have {spec.image_size} pixels")
     image_size = image_size or spec.image_size
     lists = {"train_txt": train_txt, "val_txt": val_txt, "test_txt": test_txt, "class_map": class_map}
-    source = _read(spec, dataset, Path(data_path), num_classes, image_size, workers, lists)
-    source = with_cache(source, data_path, data_cache)
+    source = _read(spec, dataset, Path(data_path), num_classes, image_size, workers, data_cache, lists)
     train, val, test, classes = source.train, source.val, source.test, len(source.class_names)
     if val_per_class and val:
         raise DataError(f"val_per_class: {val_per_class}, but the images of val_txt select the best epoch; use 0")
@@ -189,6 +188,7 @@ def _read(
     num_classes: int | None,
     image_size: int,
     workers: int,
+    cache: str | bool,
     lists: dict,
 ) -> Source:
     """Read the labels; ``num_classes``: as configured, or None. ``lists``: options that only lists have."""
@@ -197,7 +197,7 @@ def _read(
         known = [other for other, row in SPECS.items() if row.lists]
         raise DataError(f"{next(iter(lists))}: {name} does not come as lists; only {', '.join(known)} do")
     if spec.lists is None:
-        source = spec.read(data_path, image_size, workers)
+        source = with_cache(spec.read(data_path, image_size, workers), data_path, cache)
     else:
         source = spec.lists.read(data_path, spec.num_classes or num_classes, **lists)
     found = len(source.class_names)

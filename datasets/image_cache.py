@@ -43,7 +43,7 @@ class Mapped:
         return np.memmap(self.path, np.uint8, "r", OFFSET, self.shape)
 
 
-def with_cache(source: Source, data_path: str, where: str | bool) -> Source:
+def with_cache(source: Source, data_path: Path, where: str | bool) -> Source:
     """``source`` with the images of class folders from cache files; others stay as they are.
 
     ``where``: the files' folder; "auto": beside the data or in the folder for temporary files, if there are many
@@ -54,7 +54,7 @@ def with_cache(source: Source, data_path: str, where: str | bool) -> Source:
     splits, notes = {}, []
     for name in ("train", "test"):
         split = getattr(source, name)
-        folder = _folder(split.images, Path(data_path), where)
+        folder = _folder(split.images, data_path, where)
         if folder is None:
             continue
         try:
