@@ -140,8 +140,7 @@ def build_data(
 
     Args:
         num_classes: as configured, or None. For ``lists``, None counts the training list's labels.
-        imb_factor: smallest / largest class; None leaves the counts as they are.
-        subset_seed: 0 keeps the reference's images.
+        imb_factor: smallest / largest class; None leaves the counts as they are. ``subset_seed`` 0: the reference's cut.
         workers: processes that decode, with ``decoder`` (see :func:`datasets.decoding.open_rgb`).
         train_txt, val_txt, test_txt, class_map: for data sets that come as lists.
         data_cache: see :func:`datasets.image_cache.with_cache`.
