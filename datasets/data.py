@@ -140,7 +140,8 @@ def build_data(
 
     Args:
         num_classes: as configured, or None. For ``lists``, None counts the training list's labels.
-        imb_factor: smallest / largest class; None leaves the counts as they are. ``subset_seed`` 0: the reference's cut.
+        imb_factor: smallest / largest class; None leaves the counts as they are.
+        subset_seed: 0 keeps the reference's images.
         workers: processes that decode, with ``decoder`` (see :func:`datasets.decoding.open_rgb`).
         train_txt, val_txt, test_txt, class_map: for data sets that come as lists.
         data_cache: see :func:`datasets.image_cache.with_cache`.
@@ -152,15 +153,8 @@ def build_data(
     image_size = image_size or spec.image_size
     lists = {"train_txt": train_txt, "val_txt": val_txt, "test_txt": test_txt, "class_map": class_map}
     source = _read(spec, dataset, Path(data_path), num_classes, image_size, workers, data_cache, lists)
-    train, val, test, classes = source.train, source.val, source.test, len(source.class_names)
-    if val_per_class and val:
-        raise DataError(f"val_per_class: {val_per_class}, but the images of val_txt select the best epoch; use 0")
-    if val_per_class:
-        rest, held_out = hold_out(train.targets, val_per_class, source.class_names, subset_seed)
-        train, val = train.select(rest), train.select(held_out)
-    if imb_factor is not None:
-        counts = cut_counts(np.bincount(train.targets, minlength=classes), imb_type, imb_factor, spec.ranked_cut)
-        train = train.select(long_tail_indices(train.targets, counts, subset_seed))
+    train, val = _cut(source, spec, imb_type, imb_factor, subset_seed, val_per_class)
+    test, classes = source.test, len(source.class_names)
     size = sum(len(split.targets) for split in (train, val, test) if split) * image_size**2 * 3
     in_memory = _fits_on_device(data_on_device, dataset, spec, size, device)
     labelled = [([source.list_hash], train.targets), ([], test.targets)]
@@ -205,6 +199,22 @@ def _read(
     if num_classes not in (None, found):
         raise DataError(f"num_classes: {num_classes}, but {name} in {data_path} has {found}; set that, or null")
     return source
+
+
+def _cut(
+    source: Source, spec: DatasetSpec, imb_type: str, imb_factor: float | None, subset_seed: int, val_per_class: int
+) -> tuple[Split, Split | None]:
+    """Training and validation images: some are held out, then the rest is cut to a long tail."""
+    train, val, classes = source.train, source.val, len(source.class_names)
+    if val_per_class and val:
+        raise DataError(f"val_per_class: {val_per_class}, but the images of val_txt select the best epoch; use 0")
+    if val_per_class:
+        rest, held_out = hold_out(train.targets, val_per_class, source.class_names, subset_seed)
+        train, val = train.select(rest), train.select(held_out)
+    if imb_factor is not None:
+        counts = cut_counts(np.bincount(train.targets, minlength=classes), imb_type, imb_factor, spec.ranked_cut)
+        train = train.select(long_tail_indices(train.targets, counts, subset_seed))
+    return train, val
 
 
 def _fits_on_device(wanted: str | bool, name: str, spec: DatasetSpec, size: int, device: torch.device) -> bool:
