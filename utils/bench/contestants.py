@@ -120,7 +120,7 @@ class Trainer:
         """``config``: a YAML file, by default the CIFAR configuration; ``options`` override it."""
         cfg, _ = read_config(config or CIFAR, [*options_of(mode), *options])
         self.precision, self.epoch = cfg.precision, 0
-        self.loader = data.train_loader(cfg.batch_size, cfg.seed, device)
+        self.loader = build.train_loader(cfg, data, device)
         model = build.new_model(cfg, data).to(device)
         method = build.new_method(cfg, data).to(device)
         optimizer = build.new_optimizer(cfg, model, method)
@@ -134,7 +134,8 @@ class Trainer:
         with matmul_precision(self.precision):
             self.step.start_epoch(self.epoch)
             draws = self.step.method.draws(self.loader.batch_sizes, 0, self.epoch, device=self.loader.device)
-            for batch, draw in itertools.islice(zip(self.loader.epoch(self.epoch), draws, strict=True), steps):
+            batches = self.loader.epoch(self.epoch, paste=self.step.method.pastes)
+            for batch, draw in itertools.islice(zip(batches, draws, strict=True), steps):
                 self.step(batch, draw)
             self.step.meter.averages()
 
