@@ -162,7 +162,7 @@ class Method(nn.Module):
         """
         if self.regularizer is None:
             return []
-        plain = {"lr": self.means_lr / self.regularizer.within, "momentum": 0.0, "weight_decay": 0.0}
+        plain = {"lr": self.means_lr / self.regularizer.within, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
         return [{"params": list(self.regularizer.parameters()), "constant_lr": True, **plain}]
 
     def start_epoch(self, epoch: int) -> bool:

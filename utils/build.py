@@ -198,7 +198,8 @@ def new_shift(cfg: CfgNode, data: Data) -> Tensor | None:
 def new_optimizer(cfg: CfgNode, model: nn.Module, method: Method) -> torch.optim.Optimizer:
     """SGD over the trainable parameters of the model and the method's own parameter groups."""
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}, *method.parameter_groups()]
-    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True)
+    options = {"lr": cfg.lr, "momentum": cfg.momentum, "weight_decay": cfg.weight_decay, "nesterov": cfg.nesterov}
+    return torch.optim.SGD(groups, **options, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:

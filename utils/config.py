@@ -200,6 +200,7 @@ SECTIONS: dict[str, dict[str, Option]] = {
         "sync_bn": Option(False, flag, "batch norm over all processes (CUDA only)"),
         "lr": Option(0.1, number(0, above=True), "base learning rate"),
         "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
+        "nesterov": Option(False, flag, "Nesterov's momentum"),
         "weight_decay": Option(2e-4, number(0), "weight decay of SGD"),
         "cos": Option(False, flag, "cosine schedule without warm-up, instead of steps"),
         "lr_steps": Option(
@@ -430,6 +431,7 @@ def _check_together(values: dict, path: str | Path) -> None:
         idle, epochs = values["cmo_idle"], values["num_epochs"]
         raise ConfigError(f"{path}: cmo_idle: {idle} first and {idle} last epochs leave none of {epochs} for CMO")
     _check_method(values, path)
+    _check_optimization(values, path)
     ranges = [key for key in ("head_class_idx", "med_class_idx", "tail_class_idx") if values[key] is not None]
     if len(ranges) in (1, 2):
         raise ConfigError(f"{path}: head_class_idx, med_class_idx and tail_class_idx come together; {ranges} alone")
@@ -448,3 +450,8 @@ def _check_method(values: dict, path: str | Path) -> None:
             f"{path}: nc_between needs nc_within, such as 0.01: it moves the class means alone, and features only "
             "through nc_within"
         )
+
+
+def _check_optimization(values: dict, path: str | Path) -> None:
+    if values["nesterov"] and values["momentum"] == 0:
+        raise ConfigError(f"{path}: nesterov: True needs momentum above 0, such as 0.9")

@@ -194,5 +194,5 @@ def describe_schedule(cfg: CfgNode) -> str:
     passes = f" in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
     return (
         f"SGD for {cfg.num_epochs} epochs, batch {cfg.batch_size}{passes}, lr {cfg.lr:g}, {steps}, "
-        f"momentum {cfg.momentum:g}, weight decay {cfg.weight_decay:g}"
+        f"{'Nesterov ' * cfg.nesterov}momentum {cfg.momentum:g}, weight decay {cfg.weight_decay:g}"
     )
