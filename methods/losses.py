@@ -63,22 +63,39 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
-    return torch.stack([F.nll_loss(log_probs, y, reduction="none") for y in targets])
+def _nll(log_probs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    nll = torch.stack([F.nll_loss(log_probs, y, reduction="none") for y in targets])
+    return nll if label_smoothing == 0 else _smoothed(nll, log_probs, label_smoothing)
+
+
+def _smoothed(nll: Tensor, log_probs: Tensor, share: float | Tensor) -> Tensor:
+    """``(1 - e) nll + e mean_k(-log p_k)``, e = ``share``, a number or [T, B]; infinite if any p_k is 0."""
+    return (1 - share) * nll - share * log_probs.mean(dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Per-sample losses: logits [B, C], targets [T, B] -> [T, B]
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+# ``label_smoothing`` e (Szegedy et al., CVPR 2016): (1 - e) l(y) + e / C sum_k l(k), l(k) = -log p_k of the loss's own
+# probabilities, so every class needs a count above 0.
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """``-log p_y``."""
-    return _nll(log_probabilities(logits), targets)
+    return _nll(log_probabilities(logits), targets, label_smoothing)
 
 
-def arb(logits: Tensor, targets: Tensor, class_counts: Tensor, clamp: float | None = 30.0, tau: float = 1.0) -> Tensor:
+def arb(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    clamp: float | None = 30.0,
+    tau: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """ARB-Loss with counts n^tau; with the training set's counts, tau 1 and no clamp it is Balanced Softmax."""
-    return _nll(log_probabilities(logits, class_counts, clamp, tau), targets)
+    return _nll(log_probabilities(logits, class_counts, clamp, tau), targets, label_smoothing)
 
 
 def focal_arb(
@@ -113,17 +130,18 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: Tensor) -
     decisions to rare classes, and be infinite for classes absent from the batch.
     """
     log_probs = log_probabilities(logits)
-    uniform = -log_probs.mean(dim=1)
     share = smoothing.to(log_probs.device, log_probs.dtype)[targets]
-    return (1 - share) * _nll(log_probs, targets) + share * uniform
+    return _smoothed(_nll(log_probs, targets), log_probs, share)
 
 
-def logit_adjustment(logits: Tensor, targets: Tensor, prior: Tensor, tau: float = 1.0) -> Tensor:
+def logit_adjustment(
+    logits: Tensor, targets: Tensor, prior: Tensor, tau: float = 1.0, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of ``z + tau log prior`` (Menon et al., ICLR 2021); tau 1 is Balanced Softmax (Ren et al., 2020).
 
     ``prior [C]``: of the training set, up to a factor.
     """
-    return _nll(log_probabilities(logits, prior, tau=tau), targets)
+    return _nll(log_probabilities(logits, prior, tau=tau), targets, label_smoothing)
 
 
 def ldam(logits: Tensor, targets: Tensor, margins: Tensor, cosine_scale: float = 30.0) -> Tensor:

@@ -323,6 +323,11 @@ def build_method(
     unknown = options.keys() - {name for f in functions for name in inspect.signature(f).parameters}
     if unknown:
         raise TypeError(f"no loss has the option {', '.join(sorted(unknown))}")
+    if options.get("label_smoothing") and loss != "ce" and not class_counts.all():
+        raise InputError(
+            f"label_smoothing: classes without a training image ({int((class_counts == 0).sum())} here) would make "
+            f"loss: {loss} infinite; use 0"
+        )
     criterion = Criterion(loss, class_counts, options)
     drw = None if drw_epoch is None else (drw_epoch, losses.drw_weights(class_counts, drw_beta))
     regularizer = None

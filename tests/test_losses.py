@@ -32,6 +32,7 @@ ALL_LOSSES = pytest.mark.parametrize(
     "loss",
     [
         lambda z, y, n: losses.cross_entropy(z, y),
+        lambda z, y, n: losses.cross_entropy(z, y, label_smoothing=0.2),
         losses.arb,
         lambda z, y, n: losses.arb(z, y, n, clamp=None),
         lambda z, y, n: losses.arb(z, y, n, tau=0.5),
@@ -43,7 +44,7 @@ ALL_LOSSES = pytest.mark.parametrize(
         lambda z, y, n: losses.dot_regression(z, y),
     ],
     ids=[
-        *("ce", "arb", "arb unclamped", "arb with tau", "focal_arb", "weighted_arb", "las"),
+        *("ce", "ce smoothed", "arb", "arb unclamped", "arb with tau", "focal_arb", "weighted_arb", "las"),
         *("logit_adjustment", "ldam", "dot_regression"),
     ],
 )
@@ -384,6 +385,28 @@ def test_label_aware_smoothing_is_its_formula():
     torch.testing.assert_close(label_aware_smoothing(logits, targets, smoothing, "sum"), expected)
     torch.testing.assert_close(label_aware_smoothing(logits, targets, smoothing), expected / len(targets))
     torch.testing.assert_close(label_aware_smoothing(logits, targets, torch.zeros(5)), F.cross_entropy(logits, targets))
+
+
+def test_label_smoothing_of_cross_entropy_is_torch_s():
+    logits, targets = example()
+    for eps in (0.1, 1.0):
+        expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=eps)
+        torch.testing.assert_close(losses.cross_entropy(logits, targets[None], eps)[0], expected)
+    adjusted = logits + 1.5 * COUNTS.clamp(min=1).log()
+    expected = F.cross_entropy(adjusted, targets, reduction="none", label_smoothing=0.1)
+    ours = losses.logit_adjustment(logits, targets[None], COUNTS.clamp(min=1), 1.5, label_smoothing=0.1)[0]
+    torch.testing.assert_close(ours, expected)
+
+
+def test_label_smoothing_of_arb_spreads_its_own_loss_over_the_labels():
+    logits, targets = example()
+    counts = torch.tensor([50.0, 20, 3, 7, 1])
+    expected = []
+    for z, y in zip(logits, targets, strict=True):
+        every = [equation_14(z, k, counts) for k in range(5)]
+        expected.append(0.8 * every[y] + 0.2 / 5 * sum(every))
+    ours = losses.arb(logits, targets[None], counts, clamp=None, label_smoothing=0.2)[0]
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_smoothing_runs_from_tail_to_head_and_is_defined_for_equal_counts():

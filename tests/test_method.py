@@ -88,6 +88,15 @@ def test_las_trains_smoothed_cross_entropy(model, images):
     torch.testing.assert_close(output.loss, losses.label_aware_smoothing(output.logits, TARGETS, smoothing))
 
 
+def test_label_smoothing_needs_images_of_every_class(model, images):
+    smoothed = build_method("ce", "batch", CLASS_COUNTS - 1, 0.0, label_smoothing=0.1)(model, images, TARGETS, PLAIN)
+    torch.testing.assert_close(smoothed.loss, F.cross_entropy(smoothed.logits, TARGETS, label_smoothing=0.1))
+    for loss in ("arb", "logit_adjustment"):
+        assert build_method(loss, "global", CLASS_COUNTS, 0.0, label_smoothing=0.1)
+        with pytest.raises(InputError, match=r"^label_smoothing: classes without a training image \(1 here\)"):
+            build_method(loss, "global", CLASS_COUNTS - 1, 0.0, label_smoothing=0.1)
+
+
 def test_buffers_travel_with_the_method():
     method = method_for("las").to(torch.float64)
     assert method.criterion.smoothing.dtype == torch.float64

@@ -37,6 +37,7 @@ DATA_OPTIONS = (
 METHOD_OPTIONS = (
     "drw_epoch", "drw_beta", "nc_within", "nc_between", "nc_start_epoch", "nc_means_lr", "seed", "tau", "focal_alpha",
     "focal_gamma", "smooth_head", "smooth_tail", "smooth_shape", "smooth_power", "cosine_scale",
+    "label_smoothing",
 )  # fmt: skip
 
 

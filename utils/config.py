@@ -159,6 +159,7 @@ SECTIONS: dict[str, dict[str, Option]] = {
         "ldam_max_margin": Option(0.5, number(0), "LDAM: margin of the rarest class, as a cosine"),
         "focal_alpha": Option(1.0, number(0, above=True), "focal ARB: -alpha (1 - p)^gamma log p"),
         "focal_gamma": Option(2.0, number(0), "see focal_alpha"),
+        "label_smoothing": Option(0.0, number(0, 1), "ce, arb and logit_adjustment: share of the uniform distribution"),
         "smooth_head": Option(None, optional(number(0, 1)), "label-aware smoothing of the most frequent class"),
         "smooth_tail": Option(None, optional(number(0, 1)), "label-aware smoothing of the rarest class"),
         "smooth_shape": Option("concave", choice("concave", "linear", "convex", "exp"), "smoothing from tail to head"),
@@ -445,10 +446,23 @@ def _check_method(values: dict, path: str | Path) -> None:
     ):
         if values["loss"] == loss and values["classifier"] != classifier:
             raise ConfigError(f"{path}: loss: {loss} needs classifier: {classifier}, not {values['classifier']}: {why}")
+    if values["label_smoothing"] > 0:
+        _check_label_smoothing(values["loss"], values["class_counts"], path)
     if values["nc_between"] > 0 and values["nc_within"] == 0:
         raise ConfigError(
             f"{path}: nc_between needs nc_within, such as 0.01: it moves the class means alone, and features only "
             "through nc_within"
+        )
+
+
+def _check_label_smoothing(loss: str, class_counts: str, path: str | Path) -> None:
+    losses, counts = ("ce", "arb", "logit_adjustment"), ("global", "batch_unmasked")
+    if loss not in losses:
+        raise ConfigError(f"{path}: label_smoothing is for loss: {', '.join(losses)}, not {loss}; use 0")
+    if loss == "arb" and class_counts not in counts:
+        raise ConfigError(
+            f"{path}: label_smoothing with loss: arb needs class_counts: {' or '.join(counts)}, not {class_counts}: a "
+            "class that is absent from the batch would make the loss infinite"
         )
 
 

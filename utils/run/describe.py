@@ -120,6 +120,7 @@ def describe_parallelism(cfg: CfgNode) -> str:
 def describe_method(cfg: CfgNode) -> str:
     """Loss, regularizers, classifier, mixup and data, in one sentence."""
     words = [describe_loss(cfg)]
+    words += [f"label smoothing {cfg.label_smoothing:g}"] * (cfg.label_smoothing > 0)
     if cfg.drw_epoch is not None:
         words.append(f"deferred re-weighting from epoch {cfg.drw_epoch} (beta {cfg.drw_beta:g})")
     if cfg.nc_within > 0:
