@@ -283,7 +283,7 @@ BAD_VALUES = {  # (value, what is said of it): options
     ("[7, 3]", "must be [first, last + 1]"): "med_class_idx",
     ("7", "must be a list"): "tail_class_idx",
     ("1", "must be True or False"): "deterministic compile cuda_graph sync_bn nesterov arbloss",
-    ("maybe", "must be True or False"): "deterministic decompose mixup cos not_pretrained",
+    ("maybe", "must be True or False"): "deterministic decompose mixup cos cos_warmup not_pretrained",
     ("null", "must be True or False"): "LAS",
     ("maybe", "must be one of auto, True, False"): "data_on_device",
     ("1", "must be one of auto, True, False"): "data_on_device",
@@ -646,6 +646,11 @@ def test_steps_beside_a_cosine_schedule_are_noted(write):
     _, notes = read_config(write("cos: True"), ["lr_steps", "[0.8, 0.9]", "warmup_epochs", "2"])
     assert [note.split()[0] for note in notes] == ["lr_steps", "warmup_epochs"]
     assert "is not used: the cosine schedule" in notes[0]
+    assert "without cos_warmup: True" in notes[1]
+    assert read_config(write("cos: True\ncos_warmup: True\nwarmup_epochs: 2"))[1] == []
+    assert read_config(write("cos_warmup: True\nlr_steps: [3, 5]"))[1] == [
+        "cos_warmup is not used: cos: False always has a warm-up"
+    ]
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):

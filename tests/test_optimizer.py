@@ -51,3 +51,4 @@ def test_class_means_stay_without_momentum():
 def test_the_log_names_the_optimizer():
     assert "Nesterov momentum 0.9" in describe_schedule(load_config(CE, ["nesterov", "True"]))
     assert "Nesterov" not in describe_schedule(load_config(CE))
+    assert "5 warm-up epochs, cosine" in describe_schedule(load_config(CE, ["cos", "True", "cos_warmup", "True"]))

@@ -51,6 +51,14 @@ def test_cosine_reads_neither_steps_nor_warm_up():
     assert lr_at(3, 0.2, 10, True, [1, 2], [0.1], 9) == lr_at(3, 0.2, 10, True)
 
 
+def test_cosine_after_a_warm_up_takes_the_epochs_that_are_left():
+    rates = [lr_at(epoch, 0.2, 13, cos=True, warmup_epochs=5, cos_warmup=True) for epoch in range(14)]
+    assert rates[:5] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2])
+    assert rates[5:] == pytest.approx([0.2 * (1 + math.cos(math.pi * n / 8)) / 2 for n in range(9)])
+    assert rates[9] == pytest.approx(0.1)
+    assert lr_at(1, 0.2, 2, cos=True, warmup_epochs=5, cos_warmup=True) == pytest.approx(0.08)  # never beyond it
+
+
 @pytest.mark.parametrize(("steps", "factors"), [([3], [0.1, 0.01]), ([3, 6], [0.1]), ([], [0.1])])
 def test_unequal_numbers_of_steps_and_factors_are_refused(steps, factors):
     with pytest.raises(ValueError, match="zip"):

@@ -205,7 +205,8 @@ def new_optimizer(cfg: CfgNode, model: nn.Module, method: Method) -> torch.optim
 
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:
     """Set and return the learning rate of ``epoch``."""
-    lr = lr_at(epoch, cfg.lr, cfg.num_epochs, cfg.cos, cfg.lr_steps, cfg.lr_step_factors, cfg.warmup_epochs)
+    steps = (cfg.lr_steps, cfg.lr_step_factors)
+    lr = lr_at(epoch, cfg.lr, cfg.num_epochs, cfg.cos, *steps, cfg.warmup_epochs, cfg.cos_warmup)
     for group in optimizer.param_groups:
         if group.get("constant_lr"):
             continue

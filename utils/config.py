@@ -203,14 +203,15 @@ SECTIONS: dict[str, dict[str, Option]] = {
         "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
         "nesterov": Option(False, flag, "Nesterov's momentum"),
         "weight_decay": Option(2e-4, number(0), "weight decay of SGD"),
-        "cos": Option(False, flag, "cosine schedule without warm-up, instead of steps"),
+        "cos": Option(False, flag, "cosine schedule, instead of steps"),
+        "cos_warmup": Option(False, flag, "warm-up of warmup_epochs before the cosine, too"),
         "lr_steps": Option(
             [160, 180], epochs_or_fractions, "epochs (from 0) of the schedule's steps, or fractions < 1"
         ),
         "lr_step_factors": Option(
             [0.1, 0.01], several(number(0, above=True)), "factors of the base rate, one per step"
         ),
-        "warmup_epochs": Option(5, whole(0), "linear warm-up (step schedule only)"),
+        "warmup_epochs": Option(5, whole(0), "linear warm-up (cos: True only with cos_warmup: True)"),
     },
 }
 OPTIONS: dict[str, Option] = {key: option for section in SECTIONS.values() for key, option in section.items()}
@@ -265,9 +266,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNod
             f"lr_steps is not set: steps at epochs {values['lr_steps']}, as in the paper and MiSLAS "
             "(ARBLOSS's code steps at [160, 240])"
         )
-    if values["cos"]:
-        unused = [key for key in ("lr_steps", "lr_step_factors", "warmup_epochs") if key in given]
-        notes += [f"{key} is not used: the cosine schedule (cos: True) has neither steps nor warm-up" for key in unused]
+    notes += [f"{key} is not used: {why}" for key, why in _unused(values) if key in given]
     cfg = CfgNode(values)
     cfg.freeze()
     return cfg, notes
@@ -412,6 +411,18 @@ def shown(value: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks across options
+
+
+def _unused(values: dict) -> list[tuple[str, str]]:
+    """Options that have no effect beside the others, each with the reason."""
+    unused = []
+    if values["cos"]:
+        unused += [(key, "the cosine schedule (cos: True) has no steps") for key in ("lr_steps", "lr_step_factors")]
+    if values["cos"] and not values["cos_warmup"]:
+        unused.append(("warmup_epochs", "cos: True has no warm-up without cos_warmup: True"))
+    if values["cos_warmup"] and not values["cos"]:
+        unused.append(("cos_warmup", "cos: False always has a warm-up"))
+    return unused
 
 
 def _check_together(values: dict, path: str | Path) -> None:

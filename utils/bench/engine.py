@@ -38,7 +38,7 @@ MARGIN = 1.0  # points
 METHOD = {"loss": "arb", "class_counts": "batch", "mixup": True}  # all that the usual loop has
 HONOURED = {
     *(*METHOD, "alpha", *build.DATA_OPTIONS, "seed", "backbone", "batch_size", "num_epochs"),
-    *("lr", "lr_steps", "lr_step_factors", "warmup_epochs", "cos", "momentum", "weight_decay"),
+    *("lr", "lr_steps", "lr_step_factors", "warmup_epochs", "cos", "cos_warmup", "momentum", "weight_decay"),
     *("shots", "head_class_idx", "med_class_idx", "tail_class_idx"),
     *("precision", "compile", "eval_every", "eval_last"),  # the trainer's own affair
 }

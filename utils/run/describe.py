@@ -73,7 +73,7 @@ def never_reached(cfg: CfgNode) -> list[str]:
     """Epochs that the configuration names and that lie beyond its last one."""
     epochs = {
         "lr_steps": [] if cfg.cos else step_epochs(cfg.lr_steps, cfg.num_epochs),
-        "warmup_epochs": [] if cfg.cos else [cfg.warmup_epochs - 1],
+        "warmup_epochs": [cfg.warmup_epochs - 1] if cfg.cos_warmup or not cfg.cos else [],
         "drw_epoch": [] if cfg.drw_epoch is None else [cfg.drw_epoch],
         "nc_start_epoch": [cfg.nc_start_epoch] if cfg.nc_within > 0 else [],
         "keep_epochs": [number - 1 for number in cfg.keep_epochs],
@@ -187,7 +187,7 @@ def describe_loss(cfg: CfgNode) -> str:
 def describe_schedule(cfg: CfgNode) -> str:
     """Optimizer and learning rate."""
     if cfg.cos:
-        steps = "cosine"
+        steps = f"{cfg.warmup_epochs} warm-up epochs, cosine" if cfg.cos_warmup else "cosine"
     else:
         epochs = step_epochs(cfg.lr_steps, cfg.num_epochs)
         steps = ", ".join(f"x{f:g} from epoch {e}" for e, f in zip(epochs, cfg.lr_step_factors, strict=True))
