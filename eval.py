@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -25,7 +26,7 @@ from datasets import Data
 from datasets.loaders import EvalLoader
 from utils import distributed
 from utils.build import check, class_groups, load_data, new_model, new_shift
-from utils.checkpoint import CheckpointError, load_content
+from utils.checkpoint import AVERAGED, CheckpointError, load_content
 from utils.errors import describing
 from utils.evaluation import gather_outputs, predict
 from utils.metrics import Predictions, class_accuracy, report
@@ -53,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         test = data.test_loader(device, rank=distributed.rank(), world_size=distributed.world_size())
         predictions = predict(model.to(device), test, cfg.precision, shift=new_shift(cfg, data))
         metrics = report(predictions, data.class_counts, groups)
+        if AVERAGED in origin.content:
+            averaged = deepcopy(model)
+            load_content(averaged, origin.content[AVERAGED], origin.path)
+            shown = predict(averaged, test, cfg.precision, shift=new_shift(cfg, data))
+            metrics["ema"] = report(shown, data.class_counts, groups)
         folder = report_folder(origin.path, cfg.save_dir, cfg.name)
         if distributed.is_main():
             say(f"{origin.path}: {loaded['source']}, after {loaded['epoch']} epochs; report in {folder}")
@@ -78,8 +84,10 @@ def find_evaluated(cfg: CfgNode) -> Origin:
 
 
 def print_report(metrics: Mapping, predictions: Predictions, data: Data) -> None:
-    whole = {key: metrics[key] for key in ("top1", "ece")}
-    by_rule = {f"groups by {rule}": {**whole, **shots} for rule, shots in metrics["shots"].items()}
+    by_rule = {}
+    for whose, scores in (("", metrics), ("averaged weights, ", metrics.get("ema", {"shots": {}}))):
+        for rule, shots in scores["shots"].items():
+            by_rule[f"{whose}groups by {rule}"] = {"top1": scores["top1"], "ece": scores["ece"], **shots}
     say("", class_table(predictions, data.class_counts, data.class_names), "", table(by_rule), "")
     say(group_line(metrics["group_sizes"]), calibration_line(metrics["ece_groups"]), details(metrics), "")
 

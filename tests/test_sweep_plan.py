@@ -197,6 +197,7 @@ REFUSED = {
         "arms": ARMS | LATE,
     },
     "plain.val needs val_per_class above 0, and plain has none": {"pairs": [["plain.val", "arb.val"]]},
+    "the measure ema needs ema above 0, and arb has none": {"pairs": [["arb.ema", "plain"]]},
     "seeds: [1, 1, ": {"seeds": [1] * 2000},
     "choose: 'yes' must be True or False": {"choose": "yes"},
     "fork: arm: 'plain' must be an arm above (there is none)": {"arms": {"late": {"fork": FORK}, "plain": {}}},

@@ -20,6 +20,7 @@ from methods.neural_collapse import collapse
 from models import build_model, find_backbone
 from utils import distributed
 from utils.cuda_graph import GraphedStep
+from utils.ema import AveragedModel
 from utils.errors import InputError
 from utils.evaluation import Evaluation, evaluate
 from utils.metrics import shot_groups
@@ -60,10 +61,11 @@ class Training:
     scaler: torch.amp.GradScaler
     parallel: nn.Module  # the model as it is trained: compiled, wrapped by DistributedDataParallel
     device: torch.device
+    average: AveragedModel | None = None
 
     def parts(self) -> dict[str, Any]:
         """The parts that a checkpoint holds, as :func:`utils.checkpoint.save_checkpoint` takes them."""
-        return {name: getattr(self, name) for name in ("model", "method", "optimizer", "scaler")}
+        return {name: getattr(self, name) for name in ("model", "method", "optimizer", "scaler", "average")}
 
 
 @dataclass
@@ -76,11 +78,13 @@ class Evaluator:
     groups: dict[str, dict[str, Tensor]]  # see :func:`class_groups`
     precision: str
     shift: Tensor | None
+    average: nn.Module | None  # evaluated beside the model
 
     def evaluate(self, signal: Callable[[], int] = lambda: 0) -> Evaluation:
         """See :func:`utils.evaluation.evaluate`."""
         splits = (self.loaders.test, self.loaders.val)
-        return evaluate(self.model, *splits, self.class_counts, self.groups, self.precision, self.shift, signal)
+        options = (self.precision, self.shift, signal, self.average)
+        return evaluate(self.model, *splits, self.class_counts, self.groups, *options)
 
     def neural_collapse(self, signal: Callable[[], int]) -> dict[str, float]:
         """See :func:`methods.neural_collapse.collapse`."""
@@ -134,12 +138,14 @@ def new_training(
     method = new_method(cfg, data, model).to(device)
     optimizer = new_optimizer(cfg, model, method)
     scaler = new_scaler(cfg.precision, device)
-    return Training(model, method, optimizer, scaler, new_parallel(cfg, model, device), device)
+    average = AveragedModel(model, cfg.ema) if cfg.ema > 0 else None
+    return Training(model, method, optimizer, scaler, new_parallel(cfg, model, device), device, average)
 
 
-def new_evaluator(cfg: CfgNode, data: Data, model: nn.Module, loaders: Loaders) -> Evaluator:
+def new_evaluator(cfg: CfgNode, data: Data, training: Training, loaders: Loaders) -> Evaluator:
     groups, shift = class_groups(cfg, data), new_shift(cfg, data)
-    return Evaluator(model, loaders, data.class_counts, groups, cfg.precision, shift)
+    average = training.average and training.average.model
+    return Evaluator(training.model, loaders, data.class_counts, groups, cfg.precision, shift, average)
 
 
 def new_model(cfg: CfgNode, data: Data, content: Mapping | None = None) -> nn.Module:
@@ -233,7 +239,7 @@ def new_component_meter(cfg: CfgNode, data: Data, device: torch.device) -> Compo
 def new_step(cfg: CfgNode, training: Training, components: ComponentMeter | None = None) -> Step | StepWrapper:
     """Build the step: captured as a CUDA graph if possible, with diagnostics if there is a meter for ``components``."""
     t, options = training, (cfg.precision, cfg.compile, cfg.max_grad_norm, components is not None)
-    step = Step(t.parallel, t.method, t.optimizer, t.scaler, t.device, *options)
+    step = Step(t.parallel, t.method, t.optimizer, t.scaler, t.device, *options, average=t.average)
     if cfg.cuda_graph and t.device.type == "cuda" and distributed.world_size() * cfg.accumulate == 1:
         step = GraphedStep(step)
     if components is None:

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils.ema import AveragedModel
 from utils.errors import InputError
 from utils.files import atomic_file
 from utils.meter import SUMS
 
 # MiSLAS's key -> attribute of the model.
 PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dict_classifier": "classifier"}
+AVERAGED = "averaged"  # holds the same keys, with averaged weights
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel / DistributedDataParallel and of torch.compile
 
 
@@ -58,6 +60,7 @@ def save_checkpoint(
     state: TrainState,
     config: Mapping,
     selected_on: str,
+    average: AveragedModel | None = None,
     **provenance: Any,
 ) -> None:
     """Write everything that a later ``resume`` needs. ``model`` is the bare module, not a parallel wrapper.
@@ -68,7 +71,8 @@ def save_checkpoint(
     content = {
         **vars(state),
         "best_acc1": torch.tensor([state.best_acc1], dtype=torch.float64),  # exact, or a tie would become a new best
-        **{key: part.state_dict() for key, part in _parts(model).items()},
+        **_states(model),
+        **({} if average is None else {AVERAGED: _states(average.model)}),
         "state_dict_method": method.state_dict(),
         "optimizer": _portable(optimizer.state_dict()),
         "scaler": scaler.state_dict(),
@@ -81,6 +85,10 @@ def save_checkpoint(
             torch.save(content, file)
         except RuntimeError as error:  # torch hides the OSError of a failed write in the context
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def _states(model: nn.Module) -> dict[str, dict]:
+    return {key: part.state_dict() for key, part in _parts(model).items()}
 
 
 def _portable(state: dict) -> dict:
@@ -211,12 +219,16 @@ def restore(
     method: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    average: AveragedModel | None = None,
 ) -> TrainState:
     """Restore a run from a checkpoint of ours and return its progress.
 
-    Of the optimizer only the momentum is restored; weight decay and so on come from this configuration.
+    Of the optimizer only the momentum is restored; weight decay and so on come from this configuration. ``average``
+    starts from the weights if the checkpoint has none.
     """
     load_content(model, content, path)
+    if average is not None:
+        load_content(average.model, content.get(AVERAGED, content), path)
     try:
         method.load_state_dict(content["state_dict_method"])
         _restore_momentum(content["optimizer"], optimizer)

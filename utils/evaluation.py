@@ -161,7 +161,9 @@ def _no_predictions(device: torch.device) -> Predictions:
 class Evaluation(NamedTuple):
     """Metrics of an epoch and the predictions behind them."""
 
-    entries: dict  # of the epoch's row: "test", "halves" and, with held-out images, "val"; see utils.metrics.report
+    # Of the epoch's row: "test", "halves", with held-out images "val", with averaged weights "ema" (on the test set);
+    # see utils.metrics.report.
+    entries: dict
     predictions: Predictions  # on the test set
 
 
@@ -174,11 +176,18 @@ def evaluate(
     precision: str,
     shift: Tensor | None = None,
     signal: Callable[[], int] = lambda: 0,
+    average: nn.Module | None = None,
 ) -> Evaluation:
-    """Evaluate the bare model, with rank 0's batch-norm statistics on every rank; see :func:`predict`."""
+    """Evaluate the bare model, with rank 0's batch-norm statistics on every rank; see :func:`predict`.
+
+    ``average``: the model with averaged weights.
+    """
     distributed.broadcast_buffers(model)
     predictions = predict(model, test, precision, signal, shift)
     entries = {"test": report(predictions, class_counts, groups), "halves": half_accuracies(predictions)}
     if held_out is not None:
         entries["val"] = report(predict(model, held_out, precision, signal, shift), class_counts, groups)
+    if average is not None:
+        distributed.broadcast_buffers(average)
+        entries["ema"] = report(predict(average, test, precision, signal, shift), class_counts, groups)
     return Evaluation(entries, predictions)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed
+from utils.ema import AveragedModel
 from utils.errors import InputError
 from utils.meter import TrainMeter
 from utils.precision import autocast
@@ -39,6 +40,7 @@ class Step:
         compiled: bool = False,
         max_grad_norm: float | None = None,
         keep_outputs: bool = False,
+        average: AveragedModel | None = None,
     ):
         """Weights, optimizer and scaler are restored before: a CUDA graph starts from them.
 
@@ -47,10 +49,11 @@ class Step:
             compiled: Whether :func:`compile_model` was applied to the model.
             max_grad_norm: Clip the gradients of all trained parameters to this 2-norm.
             keep_outputs: Keep logits and features for :class:`ProfiledStep`.
+            average: Follows the model.
         """
         self.model, self.method, self.optimizer, self.scaler = model, method, optimizer, scaler
         self.device, self.precision, self.compiled = device, precision, compiled
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.average = max_grad_norm, average
         self.meter = TrainMeter(device, getattr(method, "clamp", None))
         self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # batch size -> its last logits and features
         self.keep_outputs = keep_outputs
@@ -85,6 +88,8 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
 
     def _store_outputs(self, logits: Tensor, features: Tensor) -> None:
         """Copy in place: a CUDA graph always writes to the same memory."""
@@ -106,7 +111,9 @@ class Step:
         """Everything that a step changes in place, except the scaler."""
         momentum = [value for state in self.optimizer.state.values() for value in state.values()]
         modules = [t for module in (self.model, self.method) for t in (*module.parameters(), *module.buffers())]
-        return [*modules, *(value for value in momentum if isinstance(value, Tensor)), *self.meter.tensors()]
+        averages = [] if self.average is None else self.average.tensors()
+        own = (value for value in momentum if isinstance(value, Tensor))
+        return [*modules, *own, *self.meter.tensors(), *averages]
 
 
 class StepWrapper:

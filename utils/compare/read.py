@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from models.classifier import CLASSIFIERS
 from utils.build import groups_of
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint import AVERAGED, read_checkpoint
 from utils.config import read_config, with_role
 from utils.errors import InputError
 from utils.metrics import GROUPS, class_accuracy, group_calibration
@@ -34,11 +34,13 @@ OF_THE_LOSS = {"loss", "class_counts", "logit_clamp", "tau", "shots", "eval_ever
 # string is an array: its kind, and a letter per axis; equal letters are equal sizes.
 NUMBER = int | float | None
 TABLE = {str: {str: NUMBER}}
+SCORES = {"top1": int | float, "shots": TABLE, "ece_groups?": TABLE, "ece?": NUMBER}
 ROW = {
     "epoch": int,
     "lr": int | float,
     "train": {"loss": int | float, "top1": int | float},
-    "test?": {"top1": int | float, "shots": TABLE, "ece_groups?": TABLE, "ece?": NUMBER},
+    "test?": SCORES,
+    "ema?": SCORES,
     "val?": {"top1": int | float},
     "halves?": [int | float],
     "nc?": {str: NUMBER},
@@ -235,11 +237,13 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _summary(folder: Path, evaluated: Sequence[Mapping], rule: str, masks: Mapping[str, Tensor]) -> dict[str, dict]:
-    rows = []
-    for row in evaluated:
-        test = {key: value for key, value in row["test"].items() if key not in GROUPS}
-        rows.append({**row, "test": test | row["test"]["shots"].get(rule, {})})
+    rows = [row | {key: _by(rule, row[key]) for key in ("test", "ema") if key in row} for row in evaluated]
     return summarise(rows, folder / "predictions", masks)
+
+
+def _by(rule: str, scores: Mapping) -> dict:
+    """``scores`` with many / medium / few by ``rule``."""
+    return {key: value for key, value in scores.items() if key not in GROUPS} | scores["shots"].get(rule, {})
 
 
 def _checkpoint(path: Path, cfg: CfgNode) -> tuple[dict, Tensor]:
@@ -252,7 +256,7 @@ def _checkpoint(path: Path, cfg: CfgNode) -> tuple[dict, Tensor]:
         with torch.device("meta"):  # no initialisation: the checkpoint's tensors are assigned
             classifier = CLASSIFIERS[cfg.classifier](width, classes, cfg.cosine_scale)
         classifier.load_state_dict(state, assign=True)
-    large = ("state_dict_model", "state_dict_block", "state_dict_classifier", "optimizer")
+    large = ("state_dict_model", "state_dict_block", "state_dict_classifier", AVERAGED, "optimizer")
     return content | dict.fromkeys(large), classifier.rows().detach()
 
 

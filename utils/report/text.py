@@ -75,6 +75,11 @@ def mislas_lines(metrics: Mapping) -> tuple[str, str]:
     )
 
 
+def ema_line(metrics: Mapping) -> str:
+    """Format the results of averaged weights as :func:`mislas_lines` does."""
+    return "* EMA   " + " ".join(line.removeprefix("* ") for line in mislas_lines(metrics))
+
+
 def save_predictions(folder: Path, epoch: int, predictions: Predictions) -> None:
     """Write ``<epoch>.npz`` (uncompressed) and, once, ``targets.npz``; nothing beyond ``NPZ_LIMIT`` images."""
     if len(predictions.targets) > NPZ_LIMIT:

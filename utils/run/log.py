@@ -20,7 +20,7 @@ from utils.errors import DivergenceError, InputError, describing
 from utils.files import atomic_file, lock_file, named
 from utils.run.folder import read_rows, write_rows
 
-REPEATED = ("Epoch: [", "* Acc@1", "* ECE")  # prefixes of lines that a repeated epoch writes again
+REPEATED = ("Epoch: [", "* Acc@1", "* ECE", "* EMA")  # prefixes of lines that a repeated epoch writes again
 TIME = len("2026-01-31 23:59:59,999 ")
 SCALAR_CLASSES = 100  # TensorBoard: one curve per class up to this many, beyond that a histogram
 

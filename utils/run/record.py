@@ -17,7 +17,7 @@ from utils.errors import describing
 from utils.evaluation import Evaluation
 from utils.files import write_text
 from utils.metrics import GROUPS, class_accuracy, group_sizes
-from utils.report.text import group_line, mislas_lines, save_predictions
+from utils.report.text import ema_line, group_line, mislas_lines, save_predictions
 from utils.run.epoch_arrays import EpochArrays
 from utils.run.log import RunLog, count_lines
 from utils.run.provenance import commit, machine
@@ -75,7 +75,7 @@ class Recorder:
         self.log.write_epoch(row)
         scalars = {"loss/train": row["train"]["loss"], "top1/train": row["train"]["top1"], "lr": row["lr"]}
         scalars |= {f"collapse/{key}": value for key, value in row.get("nc", {}).items()}
-        for split in ("test", "val"):
+        for split in ("test", "val", "ema"):
             shown = {key: row[split][key] for key in ("top1", *GROUPS, "ece", "nll") if key in row.get(split, {})}
             scalars |= {f"{key}/{split}": value for key, value in shown.items()}
         self.log.scalars(row["epoch"], scalars)
@@ -116,3 +116,5 @@ class Recorder:
     def _log_evaluation(self, evaluation: Evaluation) -> None:
         for line in mislas_lines(evaluation.entries["test"]):
             self.log.info(line)
+        if "ema" in evaluation.entries:
+            self.log.info(ema_line(evaluation.entries["ema"]))

@@ -15,6 +15,7 @@ from datasets import Data, find_spec
 from utils import distributed
 from utils.build import Training
 from utils.checkpoint import (
+    AVERAGED,
     CheckpointError,
     TrainState,
     is_ours,
@@ -163,6 +164,8 @@ def start(cfg: CfgNode, origin: Origin, data: Data, training: Training, steps: i
         raise CheckpointError(f"resume: {path} was not started from the fork {cfg.fork}; give one of the two")
     if not is_ours(content):
         source = load_content(training.model, content, path)["source"]
+        if training.average is not None:
+            training.average.reset()
         note = f"{path}: {source}; weights only, training starts at epoch 0"
         return Start(TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [*origin.notes, note])
     changed = changed_options(content, cfg)
@@ -174,6 +177,8 @@ def start(cfg: CfgNode, origin: Origin, data: Data, training: Training, steps: i
     reached = f"{state.epoch} epochs" + (f" and {state.step} steps" if state.step else "")
     notes = [*origin.notes, f"{path}: {'forked' if forked else 'resuming'} after {reached}, in {folder}"]
     notes += [f"{key} changes from {old} to {new}" for key, (old, new) in changed.items()]
+    if training.average is not None and AVERAGED not in content:
+        notes.append(f"ema: {path} has no averaged weights; they start from its weights")
     if state.step and not {"seed", "batch_size"}.isdisjoint(changed):
         state.step, state.sums, state.seconds = 0, None, 0.0  # of other steps
         notes.append(f"epoch {state.epoch} starts over: its steps have changed")

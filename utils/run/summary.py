@@ -13,6 +13,7 @@ from utils.metrics import GROUPS, calibration_error, class_accuracy, cross_fitte
 from utils.report.text import table
 from utils.run.epoch_arrays import read_arrays
 
+AVERAGED = "last epoch, averaged weights"
 SHOWN = ("top1", *GROUPS, "ece")
 
 
@@ -25,13 +26,14 @@ def summarise(rows: Sequence[Mapping], predictions: Path, groups: Mapping[str, T
         groups: Masks ``[C]`` of the headline rule.
 
     Returns:
-        Metrics by label; with held-out images, the epoch that they select has a row of its own.
+        Metrics by label; averaged weights, and the epoch that held-out images select, have rows of their own.
     """
     last, best = rows[-1], max(rows, key=lambda row: row["test"]["top1"])
     top1, (first, second) = cross_fitted([row["halves"] for row in rows])
     epochs = [rows[first]["epoch"], rows[second]["epoch"]]
     summary = {
         "last epoch": _shown(last),
+        **({AVERAGED: _shown(last, "ema")} if "ema" in last else {}),
         "cross-fitted best": {
             **_cross_fitted_groups(predictions, *epochs, groups),
             "top1": top1,
@@ -60,8 +62,8 @@ def write_summary(path: Path, summary: Mapping[str, Mapping]) -> None:
     write_text(path, json.dumps(summary, indent=2) + "\n")
 
 
-def _shown(row: Mapping) -> dict:
-    return {key: row["test"][key] for key in SHOWN if key in row["test"]} | {"epochs": [row["epoch"]]}
+def _shown(row: Mapping, entry: str = "test") -> dict:
+    return {key: row[entry][key] for key in SHOWN if key in row[entry]} | {"epochs": [row["epoch"]]}
 
 
 def _epochs(epochs: Sequence[int]) -> str:

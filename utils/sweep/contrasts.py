@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 
 from utils.sweep.intervals import Estimate, estimate
 
-MEASURES = {"last": "last epoch", "cross_fitted": "cross-fitted", "best": "best on the test set", "val": "held-out"}
+MEASURES = {
+    **{"last": "last epoch", "cross_fitted": "cross-fitted", "best": "best on the test set", "val": "held-out"},
+    "ema": "averaged weights",
+}
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]

@@ -105,7 +105,7 @@ def plan(sweep: Sweep, home: Path, overrides: Sequence[str] = ()) -> list[Run]:
             if run.name in found:
                 raise InputError(f"{sweep.name}: two runs would be called {run.name}; give other names")
             found[run.name] = run
-            _check_held_out(sweep, run)
+            _check_measured(sweep, run)
     at("command line", partial(_check_differences, sweep), given)
     return list(found.values())
 
@@ -159,8 +159,8 @@ def _fork(run: Run, parent: Run | None, fork: tuple[str, int]) -> Run:
     return replace(run, parent=parent, forked_after=epoch)
 
 
-def _check_held_out(sweep: Sweep, run: Run) -> None:
-    """Without held-out images there is no accuracy on them to choose by or to compare."""
+def _check_measured(sweep: Sweep, run: Run) -> None:
+    """Without held-out images or averaged weights there is no accuracy of them to choose by or to compare."""
     compared = sweep.compared
     wanted = {
         "choose: True": compared["choose"],
@@ -170,6 +170,9 @@ def _check_held_out(sweep: Sweep, run: Run) -> None:
     what = next((what for what, is_wanted in wanted.items() if is_wanted), None)
     if what and not (run.cfg.val_per_class or run.cfg.test_txt):
         raise InputError(f"{sweep.name}: {what} needs val_per_class above 0, and {run.arm} has none")
+    averaged = compared["waterfall"].get("end") == "ema" or f"{run.arm}.ema" in terms_of(compared)
+    if averaged and not run.cfg.ema:
+        raise InputError(f"{sweep.name}: the measure ema needs ema above 0, and {run.arm} has none")
 
 
 def _check_differences(sweep: Sweep, keys: Iterable[str]) -> None:

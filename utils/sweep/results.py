@@ -12,6 +12,7 @@ from utils.errors import InputError
 from utils.files import write_text
 from utils.report import plots
 from utils.run.folder import read_rows
+from utils.run.summary import AVERAGED
 from utils.sweep.contrasts import Results, cells, independent, values, waterfall
 from utils.sweep.intervals import estimate
 from utils.sweep.plan import DEFAULTS, SUMMARY, Run, non_defaults, rows_of, short, summary_of
@@ -81,6 +82,7 @@ def _row(run: Run) -> dict[str, Any]:
         "seconds": round(run.seconds(), 1),
         **{ours: summary[theirs] for theirs, ours in SUMMARY.items()},
         **held_out,
+        **({"ema": summary[AVERAGED]} if AVERAGED in summary else {}),
     }
 
 
