@@ -312,6 +312,7 @@ BAD_VALUES = {  # (value, what is said of it): options
     ("null", "must be a number >= 0"): "post_hoc_tau",
     ("1.01", "must be a number >= 0 and <= 1"): "drw_beta smooth_head momentum mix_prob random_erasing",
     ("1.5", "must be a number >= 0 and <= 1"): "label_smoothing ema",
+    ("-1", "must be a number >= 0"): "sam",
     ("-0.1", "must be a number >= 0 and <= 1"): "smooth_tail",
 }
 BAD_ROWS = [(key, bad, fragment) for (bad, fragment), keys in BAD_VALUES.items() for key in keys.split()]
@@ -345,6 +346,7 @@ def test_every_option_has_a_row_among_the_bad_values():
             "label_smoothing: 0.1\nloss: focal_arb",
             ["label_smoothing is for loss: ce, arb, logit_adjustment, not focal"],
         ),
+        ("sam: 0.05\naccumulate: 2", ["sam needs accumulate: 1, not 2"]),
         ("ema: 1", ["ema: 1 would keep the initial weights; use a decay below 1"]),
         ("label_smoothing: 0.1\nloss: arb", ["needs class_counts: global or batch_unmasked, not batch: a class"]),
         ("nc_between: 0.1", ["nc_between needs nc_within, such as 0.01"]),

@@ -65,6 +65,7 @@ SAME = {
     "batch counts and mixup in four parts": ("arb", "batch", MIXUP, 17, [(1, 4), (2, 2)]),
     "synced counts, three images for four passes": ("arb", "batch_synced", {}, 16, PLAIN),
     "CMO, global counts": ("arb", "global", CMO, 17, PLAIN),
+    "sharpness-aware": ("arb", "global", {"sam": 0.5}, 17, [(1, 1), (2, 1), (3, 1)]),
     "CMO, batch counts in two parts": ("arb", "batch", CMO, 17, [(1, 2), (2, 1)]),
 }
 IMAGES = 35
@@ -153,7 +154,7 @@ def gradients(cfg, data, device: torch.device, folder: Path) -> tuple[dict, Tens
     optimizer = Gradients(model)
     with RunLog(new_folder(str(folder / "saved"), "run"), "run") as run:
         parallel, method = distributed.parallel(model, device), build.new_method(cfg, data)
-        step = Step(parallel, method, optimizer, new_scaler(cfg.precision, device), device)
+        step = Step(parallel, method, optimizer, new_scaler(cfg.precision, device), device, sam=cfg.sam)
         row = train_stage1.train_epoch(step, loader, run, manager_of(run, loader, step), 0, cfg.seed, print_freq=1000)
     kept = torch.stack(optimizer.kept)
     everyones = distributed.gather_rows(kept[None])

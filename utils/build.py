@@ -239,7 +239,7 @@ def new_component_meter(cfg: CfgNode, data: Data, device: torch.device) -> Compo
 def new_step(cfg: CfgNode, training: Training, components: ComponentMeter | None = None) -> Step | StepWrapper:
     """Build the step: captured as a CUDA graph if possible, with diagnostics if there is a meter for ``components``."""
     t, options = training, (cfg.precision, cfg.compile, cfg.max_grad_norm, components is not None)
-    step = Step(t.parallel, t.method, t.optimizer, t.scaler, t.device, *options, average=t.average)
+    step = Step(t.parallel, t.method, t.optimizer, t.scaler, t.device, *options, average=t.average, sam=cfg.sam)
     if cfg.cuda_graph and t.device.type == "cuda" and distributed.world_size() * cfg.accumulate == 1:
         step = GraphedStep(step)
     if components is None:

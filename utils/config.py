@@ -202,6 +202,7 @@ SECTIONS: dict[str, dict[str, Option]] = {
         "lr": Option(0.1, number(0, above=True), "base learning rate"),
         "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
         "nesterov": Option(False, flag, "Nesterov's momentum"),
+        "sam": Option(0.0, number(0), "sharpness-aware minimisation: radius rho (utils/sam.py); 0: off"),
         "ema": Option(0.0, number(0, 1), "also average the weights, with this decay per step; 0: off"),
         "weight_decay": Option(2e-4, number(0), "weight decay of SGD"),
         "cos": Option(False, flag, "cosine schedule, instead of steps"),
@@ -481,5 +482,10 @@ def _check_label_smoothing(loss: str, class_counts: str, path: str | Path) -> No
 def _check_optimization(values: dict, path: str | Path) -> None:
     if values["nesterov"] and values["momentum"] == 0:
         raise ConfigError(f"{path}: nesterov: True needs momentum above 0, such as 0.9")
+    if values["sam"] > 0 and values["accumulate"] > 1:
+        raise ConfigError(
+            f"{path}: sam needs accumulate: 1, not {values['accumulate']}: micro-batches would each have another "
+            "perturbation"
+        )
     if values["ema"] == 1:
         raise ConfigError(f"{path}: ema: 1 would keep the initial weights; use a decay below 1, such as 0.999")

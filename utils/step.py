@@ -22,6 +22,7 @@ from utils.ema import AveragedModel
 from utils.errors import InputError
 from utils.meter import TrainMeter
 from utils.precision import autocast
+from utils.sam import perturbed
 
 
 class Step:
@@ -41,6 +42,7 @@ class Step:
         max_grad_norm: float | None = None,
         keep_outputs: bool = False,
         average: AveragedModel | None = None,
+        sam: float = 0.0,
     ):
         """Weights, optimizer and scaler are restored before: a CUDA graph starts from them.
 
@@ -50,10 +52,11 @@ class Step:
             max_grad_norm: Clip the gradients of all trained parameters to this 2-norm.
             keep_outputs: Keep logits and features for :class:`ProfiledStep`.
             average: Follows the model.
+            sam: rho of :mod:`utils.sam`; 0: off. For one micro-batch per step.
         """
         self.model, self.method, self.optimizer, self.scaler = model, method, optimizer, scaler
         self.device, self.precision, self.compiled = device, precision, compiled
-        self.max_grad_norm, self.average = max_grad_norm, average
+        self.max_grad_norm, self.average, self.sam = max_grad_norm, average, sam
         self.meter = TrainMeter(device, getattr(method, "clamp", None))
         self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # batch size -> its last logits and features
         self.keep_outputs = keep_outputs
@@ -70,14 +73,26 @@ class Step:
     def __call__(self, batch: NamedTuple, draw: NamedTuple) -> None:
         with distributed.averaging(self.model, batch.ends_step), self._eager_if_odd(batch):
             with autocast(self.precision, self.device):
-                labels = (batch.step_targets, batch.pasted_targets)
-                output = self.method(self.model, batch.augment(), batch.targets, draw, *labels)
-            self.scaler.scale(output.loss * batch.weight).backward()
+                images = batch.augment()
+            output = self._backward(images, batch, draw)
+            if self.sam > 0:
+                buffers = (*self.model.buffers(), *self.method.buffers())
+                with perturbed(self.model.parameters(), buffers, self.sam):
+                    self.optimizer.zero_grad()
+                    self._backward(images, batch, draw)
         self.meter.update(output.loss, output.logits, batch.targets, batch.weight, batch.ends_step)
         if self.keep_outputs:
             self._store_outputs(output.logits.detach(), output.features.detach())
         if batch.ends_step:
             self._update_weights()
+
+    def _backward(self, images: Tensor, batch: NamedTuple, draw: NamedTuple) -> NamedTuple:
+        """Forward and backward; returns the method's output."""
+        labels = (batch.step_targets, batch.pasted_targets)
+        with autocast(self.precision, self.device):
+            output = self.method(self.model, images, batch.targets, draw, *labels)
+        self.scaler.scale(output.loss * batch.weight).backward()
+        return output
 
     def _update_weights(self) -> None:
         distributed.average_gradients(self.method)  # DDP has averaged the model's own

@@ -193,8 +193,9 @@ def describe_schedule(cfg: CfgNode) -> str:
         steps = ", ".join(f"x{f:g} from epoch {e}" for e, f in zip(epochs, cfg.lr_step_factors, strict=True))
         steps = f"{cfg.warmup_epochs} warm-up epochs, {steps}"
     passes = f" in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
+    sharp = f", sharpness-aware with rho {cfg.sam:g}" if cfg.sam > 0 else ""
     averaged = f", weights averaged with decay {cfg.ema:g}" if cfg.ema > 0 else ""
     return (
         f"SGD for {cfg.num_epochs} epochs, batch {cfg.batch_size}{passes}, lr {cfg.lr:g}, {steps}, "
-        f"{'Nesterov ' * cfg.nesterov}momentum {cfg.momentum:g}, weight decay {cfg.weight_decay:g}{averaged}"
+        f"{'Nesterov ' * cfg.nesterov}momentum {cfg.momentum:g}, weight decay {cfg.weight_decay:g}{sharp}{averaged}"
     )
