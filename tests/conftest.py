@@ -250,10 +250,10 @@ def assert_same_run(first, second):
     a, b = content(first), content(second)
     for key in ("state_dict_model", "state_dict_classifier", "state_dict_method"):
         assert_same_tensors(a[key], b[key])
-    momentum = [state["optimizer"]["state"] for state in (a, b)]
-    assert momentum[0].keys() == momentum[1].keys()
-    for index in momentum[0]:
-        assert torch.equal(momentum[0][index]["momentum_buffer"], momentum[1][index]["momentum_buffer"])
+    one, other = (state["optimizer"]["state"] for state in (a, b))
+    assert one.keys() == other.keys()
+    for index in one:
+        assert_same_tensors(one[index], other[index])
     assert torch.equal(a["best_acc1"], b["best_acc1"])
     assert history(first) == history(second)
     files = sorted(path.name for path in (first / "predictions").iterdir())

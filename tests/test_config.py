@@ -295,6 +295,8 @@ BAD_VALUES = {  # (value, what is said of it): options
     ("frequency", "must be one of index, count"): "shots",
     ("cudo", "did you mean cuda?"): "device",
     ("expo", "did you mean exp?"): "imb_type",
+    ("adam", "did you mean adamw?"): "optimizer",
+    **{(value, "must be"): "betas" for value in ("0.9", "[0.9]", "[0.9, 1]", "[-0.1, 0.9]", "[0.9, 0.9, 0.9]")},
     ("cosin", "did you mean cosine?"): "classifier",
     ("concav", "did you mean concave?"): "smooth_shape",
     ("cutmx", "did you mean cutmix?"): "mix",
@@ -347,6 +349,7 @@ def test_every_option_has_a_row_among_the_bad_values():
             ["label_smoothing is for loss: ce, arb, logit_adjustment, not focal"],
         ),
         ("sam: 0.05\naccumulate: 2", ["sam needs accumulate: 1, not 2"]),
+        ("optimizer: adamw\nnc_within: 0.1", ["nc_within needs optimizer: sgd, not adamw"]),
         ("ema: 1", ["ema: 1 would keep the initial weights; use a decay below 1"]),
         ("label_smoothing: 0.1\nloss: arb", ["needs class_counts: global or batch_unmasked, not batch: a class"]),
         ("nc_between: 0.1", ["nc_between needs nc_within, such as 0.01"]),
@@ -654,6 +657,13 @@ def test_steps_beside_a_cosine_schedule_are_noted(write):
     assert read_config(write("cos_warmup: True\nlr_steps: [3, 5]"))[1] == [
         "cos_warmup is not used: cos: False always has a warm-up"
     ]
+
+
+def test_options_of_the_other_optimizer_are_noted(write):
+    _, notes = read_config(write("optimizer: adamw\nmomentum: 0\nnesterov: True\nlr_steps: [3, 5]"))
+    assert notes == [f"{key} is not used: optimizer: adamw has betas" for key in ("momentum", "nesterov")]
+    _, notes = read_config(write("betas: [0.9, 0.95]\nlr_steps: [3, 5]"))
+    assert notes == ["betas is not used: optimizer: sgd has momentum"]
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):

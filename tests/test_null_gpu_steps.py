@@ -93,6 +93,7 @@ STEP_KINDS = {
     "pasted": ["mixup", False, "mix", "cmo", "cmo_idle", 0, "augment", "autoaugment", "cutout", 4, "cuda_graph", False],
     "diagnosed": ["diagnostics", 1],
     "sharp and averaged": ["sam", 0.05, "ema", 0.9],
+    "AdamW": ["optimizer", "adamw", "precision", "fp16"],
     "read": ["data_on_device", False, "workers", 1, "cuda_graph", False],
 }
 

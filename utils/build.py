@@ -203,10 +203,12 @@ def new_shift(cfg: CfgNode, data: Data) -> Tensor | None:
 
 
 def new_optimizer(cfg: CfgNode, model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """SGD over the trainable parameters of the model and the method's own parameter groups."""
+    """SGD or AdamW over the trainable parameters of the model and the method's own parameter groups."""
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}, *method.parameter_groups()]
-    options = {"lr": cfg.lr, "momentum": cfg.momentum, "weight_decay": cfg.weight_decay, "nesterov": cfg.nesterov}
-    return torch.optim.SGD(groups, **options, fused=True)
+    options = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "fused": True}
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=tuple(cfg.betas), **options)
+    return torch.optim.SGD(groups, momentum=cfg.momentum, nesterov=cfg.nesterov, **options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, cfg: CfgNode, epoch: int) -> float:

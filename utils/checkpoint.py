@@ -22,6 +22,7 @@ from utils.ema import AveragedModel
 from utils.errors import InputError
 from utils.files import atomic_file
 from utils.meter import SUMS
+from utils.optimizer import fresh_state
 
 # MiSLAS's key -> attribute of the model.
 PARTS = {"state_dict_model": "backbone", "state_dict_block": "block", "state_dict_classifier": "classifier"}
@@ -223,15 +224,15 @@ def restore(
 ) -> TrainState:
     """Restore a run from a checkpoint of ours and return its progress.
 
-    Of the optimizer only the momentum is restored; weight decay and so on come from this configuration. ``average``
-    starts from the weights if the checkpoint has none.
+    Of the optimizer only what it keeps of each weight is restored; weight decay and so on come from this
+    configuration. ``average`` starts from the weights if the checkpoint has none.
     """
     load_content(model, content, path)
     if average is not None:
         load_content(average.model, content.get(AVERAGED, content), path)
     try:
         method.load_state_dict(content["state_dict_method"])
-        _restore_momentum(content["optimizer"], optimizer)
+        _restore_optimizer(content["optimizer"], optimizer)
         if content.get("scaler"):  # empty except for fp16
             scaler.load_state_dict(content["scaler"] | {"scale": float(content["scaler"]["scale"])})
         return _state(content)
@@ -239,26 +240,29 @@ def restore(
         raise CheckpointError(f"{path}: does not fit this configuration: {_brief(error)}") from None
 
 
-def _restore_momentum(stored: Mapping, optimizer: torch.optim.Optimizer) -> None:
-    """Copy each weight's momentum. Shapes and strides must match the weight's: the fused kernel does not check them.
+def _restore_optimizer(stored: Mapping, optimizer: torch.optim.Optimizer) -> None:
+    """Copy each weight's state. Shapes and strides must match the weight's: the fused kernel does not check them.
 
-    Raises ``ValueError`` if the state is not one of SGD over these weights.
+    Raises ``ValueError`` if the state is not one of this optimizer over these weights.
     """
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if sum(len(group["params"]) for group in stored["param_groups"]) != len(weights):
         raise ValueError(f"its optimizer does not have the {len(weights)} weights that are trained here")
     for index, weight in enumerate(weights):
-        state = stored["state"].get(index, {})
-        momentum = state.get("momentum_buffer")
-        if set(state) - {"momentum_buffer"}:
-            raise ValueError(f"its optimizer's state has {_some(state)}, and SGD's only momentum_buffer")
-        if momentum is None:
-            continue
-        if not (isinstance(momentum, torch.Tensor) and momentum.is_floating_point() and not momentum.is_sparse):
-            raise ValueError("a momentum is not a dense floating-point tensor")
-        if momentum.shape != weight.shape:
-            raise ValueError(f"a momentum has shape {tuple(momentum.shape)}, its weight {tuple(weight.shape)}")
-        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight).copy_(momentum)
+        state, own = stored["state"].get(index, {}), fresh_state(optimizer, weight)
+        if state and state.keys() != own.keys():
+            raise ValueError(
+                f"its optimizer's state has {_some(state)}, and {type(optimizer).__name__}'s only {_some(own)}"
+            )
+        for name, value in state.items():
+            if value is None:  # SGD's before the first step
+                continue
+            what = "a momentum" if name == "momentum_buffer" else f"a state's {name}"
+            if not (isinstance(value, torch.Tensor) and value.is_floating_point() and not value.is_sparse):
+                raise ValueError(f"{what} is not a dense floating-point tensor")
+            if value.shape != own[name].shape:
+                raise ValueError(f"{what} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
+            optimizer.state[weight][name] = own[name].copy_(value)
 
 
 def _state(content: Mapping) -> TrainState:

@@ -21,6 +21,7 @@ from utils.legacy_config import OBSOLETE, OLD_SWITCHES, obsolete_notes, translat
 from utils.option_types import (
     PRECISIONS,
     auto_or_folder,
+    betas,
     choice,
     class_range,
     epochs_or_fractions,
@@ -200,11 +201,13 @@ SECTIONS: dict[str, dict[str, Option]] = {
         "max_grad_norm": Option(None, optional(number(0, above=True)), "clip gradients to this 2-norm; null: off"),
         "sync_bn": Option(False, flag, "batch norm over all processes (CUDA only)"),
         "lr": Option(0.1, number(0, above=True), "base learning rate"),
+        "optimizer": Option("sgd", choice("sgd", "adamw"), "sgd or adamw"),
+        "betas": Option([0.9, 0.999], betas, "decay of AdamW's averages of the gradient and of its square"),
         "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
         "nesterov": Option(False, flag, "Nesterov's momentum"),
         "sam": Option(0.0, number(0), "sharpness-aware minimisation: radius rho (utils/sam.py); 0: off"),
         "ema": Option(0.0, number(0, 1), "also average the weights, with this decay per step; 0: off"),
-        "weight_decay": Option(2e-4, number(0), "weight decay of SGD"),
+        "weight_decay": Option(2e-4, number(0), "weight decay"),
         "cos": Option(False, flag, "cosine schedule, instead of steps"),
         "cos_warmup": Option(False, flag, "warm-up of warmup_epochs before the cosine, too"),
         "lr_steps": Option(
@@ -417,7 +420,9 @@ def shown(value: Any) -> str:
 
 def _unused(values: dict) -> list[tuple[str, str]]:
     """Options that have no effect beside the others, each with the reason."""
-    unused = []
+    unused = [("betas", "optimizer: sgd has momentum")]
+    if values["optimizer"] == "adamw":
+        unused = [(key, "optimizer: adamw has betas") for key in ("momentum", "nesterov")]
     if values["cos"]:
         unused += [(key, "the cosine schedule (cos: True) has no steps") for key in ("lr_steps", "lr_step_factors")]
     if values["cos"] and not values["cos_warmup"]:
@@ -480,7 +485,9 @@ def _check_label_smoothing(loss: str, class_counts: str, path: str | Path) -> No
 
 
 def _check_optimization(values: dict, path: str | Path) -> None:
-    if values["nesterov"] and values["momentum"] == 0:
+    if values["optimizer"] == "adamw" and values["nc_within"] > 0:
+        raise ConfigError(f"{path}: nc_within needs optimizer: sgd, not adamw: its class means train by plain SGD")
+    if values["optimizer"] == "sgd" and values["nesterov"] and values["momentum"] == 0:
         raise ConfigError(f"{path}: nesterov: True needs momentum above 0, such as 0.9")
     if values["sam"] > 0 and values["accumulate"] > 1:
         raise ConfigError(

@@ -30,6 +30,9 @@ class GraphedStep(StepWrapper):
         self.static_inputs: list[Tensor] = []  # tensors of a batch that the graph reads
         for group in step.optimizer.param_groups:  # a float would be a constant of the graph
             group["lr"] = torch.tensor(float(group["lr"]), device=step.device)
+            if "capturable" in group:  # AdamW checks it; fused, it computes the same
+                group["capturable"] = True
+        step.optimizer._warned_capturable_if_run_uncaptured = True  # warm-up and smaller batches do, on purpose
 
     def start_epoch(self, epoch: int) -> bool:
         """See :meth:`Step.start_epoch`; a method that changes is captured again."""

@@ -148,6 +148,13 @@ def several(kind, increasing: bool = False):
     return parse
 
 
+def betas(value):
+    pair = several(number(0, 1))(value)
+    if len(pair) != 2 or max(pair) == 1:
+        raise ValueError("must be two numbers >= 0 and < 1, such as [0.9, 0.999]")
+    return pair
+
+
 def optional(kind):
     return lambda value: None if value is None else kind(value)
 

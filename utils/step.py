@@ -21,6 +21,7 @@ from utils import distributed
 from utils.ema import AveragedModel
 from utils.errors import InputError
 from utils.meter import TrainMeter
+from utils.optimizer import fresh_state
 from utils.precision import autocast
 from utils.sam import perturbed
 
@@ -62,7 +63,7 @@ class Step:
         self.keep_outputs = keep_outputs
         if scaler.is_enabled():
             optimizer.register_step_post_hook(self._count_skipped)
-        _init_momentum(optimizer)
+        _init_state(optimizer)
 
     def start_epoch(self, epoch: int) -> bool:
         """Reset the metrics; return True if the method computes something else from this epoch on."""
@@ -124,10 +125,10 @@ class Step:
 
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes in place, except the scaler."""
-        momentum = [value for state in self.optimizer.state.values() for value in state.values()]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
         modules = [t for module in (self.model, self.method) for t in (*module.parameters(), *module.buffers())]
         averages = [] if self.average is None else self.average.tensors()
-        own = (value for value in momentum if isinstance(value, Tensor))
+        own = (value for value in states if isinstance(value, Tensor))
         return [*modules, *own, *self.meter.tensors(), *averages]
 
 
@@ -170,12 +171,12 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     model.compile(dynamic=False)
 
 
-def _init_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Start with momentum 0 instead of none: the same numbers, and no tensor is created later.
+def _init_state(optimizer: torch.optim.Optimizer) -> None:
+    """Start with a state of zeros instead of none: the same numbers, and no tensor is created later.
 
     (With fp16, a skipped first step would leave torch's fused SGD with uninitialised momentum.)
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group.get("momentum") else ():
-            if "momentum_buffer" not in optimizer.state[parameter]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for weight in group["params"] if group.get("momentum", True) else ():
+            if not optimizer.state[weight]:
+                optimizer.state[weight].update(fresh_state(optimizer, weight))

@@ -195,7 +195,10 @@ def describe_schedule(cfg: CfgNode) -> str:
     passes = f" in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
     sharp = f", sharpness-aware with rho {cfg.sam:g}" if cfg.sam > 0 else ""
     averaged = f", weights averaged with decay {cfg.ema:g}" if cfg.ema > 0 else ""
+    name, memory = "SGD", f"{'Nesterov ' * cfg.nesterov}momentum {cfg.momentum:g}"
+    if cfg.optimizer == "adamw":
+        name, memory = "AdamW", "betas {:g} and {:g}".format(*cfg.betas)
     return (
-        f"SGD for {cfg.num_epochs} epochs, batch {cfg.batch_size}{passes}, lr {cfg.lr:g}, {steps}, "
-        f"{'Nesterov ' * cfg.nesterov}momentum {cfg.momentum:g}, weight decay {cfg.weight_decay:g}{sharp}{averaged}"
+        f"{name} for {cfg.num_epochs} epochs, batch {cfg.batch_size}{passes}, lr {cfg.lr:g}, {steps}, "
+        f"{memory}, weight decay {cfg.weight_decay:g}{sharp}{averaged}"
     )
