@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from models.model import Model
 from models.resnet import feature_maps
@@ -16,10 +16,10 @@ class PlacesModel(Model):
 
     def __init__(self, backbone: nn.Module, classifier: nn.Module):
         """``backbone``: a torchvision ResNet of bottlenecks. Raises :class:`InputError` for any other."""
-        if backbone.out_features != 2048:
+        if not isinstance(backbone, ResNet) or backbone.out_features != 2048:
             raise InputError(
-                "backbone: places needs one with bottleneck blocks (2,048 features), such as resnet152; this one has "
-                f"{backbone.out_features} features"
+                "backbone: places needs torchvision's with bottleneck blocks (2,048 features), such as resnet152; "
+                f"this one has {backbone.out_features} features"
             )
         super().__init__(backbone, classifier)
         self.backbone.layer4 = self.backbone.layer4[:-1]

@@ -1,7 +1,9 @@
 """torchvision's ResNets and ResNeXts without their classifier."""
 
+import importlib
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 import torchvision
@@ -46,31 +48,42 @@ def feature_maps(backbone: ResNet, images: Tensor) -> Tensor:
 
 
 def _load_pretrained(backbone: ResNet, name: str, pretrained: bool | str) -> None:
-    if pretrained is True:
-        state = _download(name)
-    elif not os.path.isfile(pretrained):
-        raise InputError(f"pretrained: {pretrained}: no such weights file")
-    else:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about a plain pickle, which is an error as well
-                state = torch.load(pretrained, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
-            if not all(isinstance(key, str) for key in state):
-                raise TypeError("a weight's name is not a string")
-        except Exception as error:  # torch and pickle raise many types for a damaged file
-            raise InputError(
-                f"pretrained: {pretrained}: is no readable weights file ({type(error).__name__})"
-            ) from None
-    # The file's classifier is not used and may have any number of classes.
-    features = {key.removeprefix("module."): value for key, value in state.items() if "fc." not in key}
+    state = _download(name) if pretrained is True else read_weights(pretrained)
+    load_features(backbone, state, name, pretrained, ["fc"])
+
+
+def read_weights(path: str) -> dict:
+    """Read a file of weights by name, of PyTorch or ``.safetensors``, without running code that it may carry."""
+    if not os.path.isfile(path):
+        raise InputError(f"pretrained: {path}: no such weights file")
+    try:
+        if path.endswith(".safetensors"):
+            return importlib.import_module("safetensors.torch").load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a plain pickle, which is an error as well
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        if not all(isinstance(key, str) for key in state):
+            raise TypeError("a weight's name is not a string")
+    except Exception as error:  # torch and pickle raise many types for a damaged file
+        raise InputError(f"pretrained: {path}: is no readable weights file ({type(error).__name__})") from None
+    return state
+
+
+def load_features(
+    backbone: nn.Module, state: Mapping, name: str, pretrained: bool | str, classifiers: Sequence[str]
+) -> None:
+    """Load all weights but those of ``classifiers``, names of modules, which may have any number of classes."""
+    unused = tuple(f"{classifier}." for classifier in classifiers)
+    stripped = {key.removeprefix("module."): value for key, value in state.items()}
+    features = {key: value for key, value in stripped.items() if not key.startswith(unused)}
     try:
         problems = backbone.load_state_dict(features, strict=False)
     except RuntimeError as error:
         raise InputError(
             f"pretrained: {pretrained}: does not fit {name}: {' '.join(str(error).split())[:160]}"
         ) from None
-    missing = [key for key in problems.missing_keys if not key.startswith("fc.")]
+    missing = [key for key in problems.missing_keys if not key.startswith(unused)]
     if missing or problems.unexpected_keys:
         raise InputError(f"pretrained: {pretrained}: does not fit {name}: {(missing + problems.unexpected_keys)[0]}")
 

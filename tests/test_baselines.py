@@ -59,7 +59,9 @@ def test_a_baseline_s_file_builds_and_its_first_line_says_what_it_is(path):
     assert (cfg.imb_factor, cfg.num_epochs, cfg.batch_size, cfg.lr, cfg.lr_steps) == (0.01, 200, 128, 0.1, [160, 180])
     if path.stem.endswith("common"):
         assert (cfg.mixup, cfg.alpha, cfg.weight_decay, cfg.lr_step_factors) == (True, 1.0, 2e-4, [0.1, 0.01])
-    data = SimpleNamespace(num_classes=cfg.num_classes, class_counts=torch.linspace(5000, 50, cfg.num_classes).long())
+    data = SimpleNamespace(
+        num_classes=cfg.num_classes, image_size=32, class_counts=torch.linspace(5000, 50, cfg.num_classes).long()
+    )
     model = build.new_model(cfg, data)
     method = build.new_method(cfg, data, model)
     build.new_optimizer(cfg, model, method)
@@ -200,7 +202,7 @@ def test_everything_is_measured_with_other_classifiers(runs, name):
 
 def test_the_simplex_is_kept_as_it_began(runs):
     cfg = load_config(runs["simplex"] / "config.yaml")
-    initial = build.new_model(cfg, SimpleNamespace(num_classes=10)).classifier
+    initial = build.new_model(cfg, SimpleNamespace(num_classes=10, image_size=32)).classifier
     kept = content(runs["simplex"])["state_dict_classifier"]
     assert torch.equal(kept["fc.weight"], initial.fc.weight)
     assert not torch.equal(kept["neck.norm.weight"], initial.neck.norm.weight)

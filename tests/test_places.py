@@ -38,7 +38,7 @@ def test_the_backbone_stays_in_eval_mode_and_does_not_move(model):
 
 
 def test_places_needs_bottleneck_blocks():
-    with pytest.raises(InputError, match="places needs one with bottleneck blocks"):
+    with pytest.raises(InputError, match="places needs torchvision's with bottleneck blocks"):
         build_model("places", "resnet18", 365, pretrained=False)
 
 

@@ -152,7 +152,8 @@ def new_model(cfg: CfgNode, data: Data, content: Mapping | None = None) -> nn.Mo
     """``content``: of the checkpoint that weights will be restored from: no pretrained ones are needed."""
     pretrained = cfg.pretrained if content is None else False
     with seeded_weights(cfg.seed):
-        model = build_model(cfg.dataset, cfg.backbone, data.num_classes, pretrained, cfg.classifier, cfg.cosine_scale)
+        options = (pretrained, cfg.classifier, cfg.cosine_scale, data.image_size)
+        model = build_model(cfg.dataset, cfg.backbone, data.num_classes, *options)
     return model.to(memory_format=torch.channels_last)  # as the images are
 
 

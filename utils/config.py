@@ -139,10 +139,13 @@ SECTIONS: dict[str, dict[str, Option]] = {
     },
     "model": {
         "backbone": Option(
-            "resnet32", text, "resnet8 ... resnet110 (CIFAR), resnet10 ... resnext101 (torchvision)", "network"
+            "resnet32",
+            text,
+            "resnet8 ... resnet110 (CIFAR), resnet10 ... resnext101 (torchvision), timm:NAME",
+            "network",
         ),
         "pretrained": Option(
-            None, optional(flag_or_path), "torchvision backbones: True, False or a file; null: places only"
+            None, optional(flag_or_path), "torchvision's and timm's backbones: True, False or a file; null: places only"
         ),
         "classifier": Option(
             "linear", choice("linear", "cosine", "simplex"), "linear, cosine or fixed simplex", "network"
