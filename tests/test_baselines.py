@@ -238,7 +238,7 @@ def test_runs_with_other_classifiers_are_compared(runs, tmp_path):
 def test_the_weights_of_ldam_and_drw_are_those_of_the_training_set(runs):
     cfg = load_config(runs["ldam"] / "config.yaml")
     counts = content(runs["ldam"])["class_counts"]
-    data = SimpleNamespace(class_counts=counts)
+    data = SimpleNamespace(image_size=8, class_counts=counts)
     method = build.new_method(cfg, data)
     assert torch.equal(method.criterion.margins, ldam_margins(counts))
     assert torch.equal(method.drw_weights, drw_weights(counts))

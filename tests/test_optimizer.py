@@ -37,7 +37,7 @@ def built(*overrides: object, cfg: str = CE) -> tuple[nn.Parameter, torch.optim.
     model = nn.Module()
     model.weight = nn.Parameter(torch.tensor([1.0, -2.0]))
     model.classifier = SimpleNamespace(rows=lambda: torch.zeros(3, 5))
-    method = build.new_method(cfg, SimpleNamespace(class_counts=COUNTS), model)
+    method = build.new_method(cfg, SimpleNamespace(image_size=8, class_counts=COUNTS), model)
     return model.weight, build.new_optimizer(cfg, model, method)
 
 

@@ -114,7 +114,6 @@ class Recorder:
         self.finish(evaluation)
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
-        for line in mislas_lines(evaluation.entries["test"]):
+        averaged = [ema_line(evaluation.entries["ema"])] if "ema" in evaluation.entries else []
+        for line in (*averaged, *mislas_lines(evaluation.entries["test"])):
             self.log.info(line)
-        if "ema" in evaluation.entries:
-            self.log.info(ema_line(evaluation.entries["ema"]))
