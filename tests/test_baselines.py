@@ -59,7 +59,8 @@ def test_a_baseline_s_file_builds_and_its_first_line_says_what_it_is(path):
     assert (cfg.imb_factor, cfg.num_epochs, cfg.batch_size, cfg.lr, cfg.lr_steps) == (0.01, 200, 128, 0.1, [160, 180])
     if path.stem.endswith("common"):
         assert (cfg.mixup, cfg.alpha, cfg.weight_decay, cfg.lr_step_factors) == (True, 1.0, 2e-4, [0.1, 0.01])
-    data = SimpleNamespace(num_classes=cfg.num_classes, class_counts=torch.linspace(5000, 50, cfg.num_classes).long())
+    counts = torch.linspace(5000, 50, cfg.num_classes).long()
+    data = SimpleNamespace(num_classes=cfg.num_classes, image_size=32, class_counts=counts)
     model = build.new_model(cfg, data)
     method = build.new_method(cfg, data, model)
     build.new_optimizer(cfg, model, method)
@@ -236,7 +237,7 @@ def test_runs_with_other_classifiers_are_compared(runs, tmp_path):
 def test_the_weights_of_ldam_and_drw_are_those_of_the_training_set(runs):
     cfg = load_config(runs["ldam"] / "config.yaml")
     counts = content(runs["ldam"])["class_counts"]
-    data = SimpleNamespace(class_counts=counts)
+    data = SimpleNamespace(class_counts=counts, image_size=8)
     method = build.new_method(cfg, data)
     assert torch.equal(method.criterion.margins, ldam_margins(counts))
     assert torch.equal(method.drw_weights, drw_weights(counts))
