@@ -78,6 +78,7 @@ class Step:
 
     def _update_weights(self) -> None:
         distributed.average_gradients(self.method)  # DDP has averaged the model's own
+        self.method.adjust_gradients(self.model)
         if self.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -85,6 +86,7 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.method.adjust_weights(self.model)
 
     def _store_outputs(self, logits: Tensor, features: Tensor) -> None:
         """Copy in place: a CUDA graph always writes to the same memory."""
