@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from methods import losses, mixup
 from methods.gradients import Components, components
 from methods.mixing import Draws, Mixing, new_mixing, to_device
-from methods.regularizers import CollapseRegularizer
+from methods.regularizers import CollapseGeometry, CollapseRegularizer
+from utils import distributed
 from utils.errors import InputError
 
 
@@ -124,8 +125,10 @@ class Method(nn.Module):
         class_counts: Tensor,
         mixing: Mixing | None,
         drw: tuple[int, Tensor] | None = None,
-        regularizer: tuple[int, CollapseRegularizer] | None = None,
+        regularizer: CollapseRegularizer | None = None,
         means_lr: float = 0.5,
+        geometry: CollapseGeometry | None = None,
+        regularizer_epoch: int = 0,
     ):
         """
         Args:
@@ -134,9 +137,11 @@ class Method(nn.Module):
             class_counts: [C], of the training set.
             mixing: None for none.
             drw: deferred re-weighting: the first epoch in which losses are weighted, and the weights [C].
-            regularizer: the first epoch in which it is added, and the regularizer. Until then it is off and its class
-                means do not move, as in the paper; the released code keeps both terms on and the means frozen.
-            means_lr: learning rate of the class means.
+            regularizer: L_W and L_B.
+            means_lr: learning rate of their class means.
+            geometry: the regularizers with moving class means.
+            regularizer_epoch: the first epoch with either. Until then they are off and class means do not move, as in
+                the paper; the released code keeps both terms on and the means frozen.
         """
         super().__init__()
         self.criterion = criterion
@@ -145,8 +150,8 @@ class Method(nn.Module):
         self.register_buffer("class_counts", class_counts, persistent=False)
         self.drw_epoch, weights = drw or (None, None)
         self.register_buffer("drw_weights", weights, persistent=False)
-        self.regularizer_epoch, self.regularizer = regularizer or (None, None)
-        self.means_lr = means_lr
+        self.regularizer, self.means_lr = regularizer, means_lr
+        self.geometry, self.regularizer_epoch = geometry, regularizer_epoch
         self.weighted = self.regularized = self.mixes = False
         self.start_epoch(0)
 
@@ -172,8 +177,11 @@ class Method(nn.Module):
         """
         before = self.weighted, self.regularized, self.mixes
         self.weighted = self.drw_epoch is not None and epoch >= self.drw_epoch
-        self.regularized = self.regularizer_epoch is not None and epoch >= self.regularizer_epoch
+        has_regularizer = self.regularizer is not None or self.geometry is not None
+        self.regularized = has_regularizer and epoch >= self.regularizer_epoch
         self.mixes = self.mixing is not None and epoch in self.mixing.epochs
+        if self.geometry is not None:
+            self.geometry.start_epoch(epoch)
         return before != (self.weighted, self.regularized, self.mixes)
 
     @property
@@ -219,8 +227,18 @@ class Method(nn.Module):
         if partners:
             loss = draws.lam * loss + (1 - draws.lam) * partners[0]
         if self.regularized:
-            loss = loss + self.regularizer(features, labels, self._shares(draws))
+            loss = loss + self._regularize(model, features, labels, self._shares(draws), step_targets)
         return MethodOutput(loss, logits, features)
+
+    def adjust_gradients(self, model: nn.Module) -> None:
+        """Change gradients, averaged over processes, before they are clipped and the optimizer's step."""
+        if self.regularized and self.geometry is not None:
+            self.geometry.adjust_gradients(_classifier_weight(model))
+
+    def adjust_weights(self, model: nn.Module) -> None:
+        """Change weights after the optimizer's step."""
+        if self.regularized and self.geometry is not None:
+            self.geometry.adjust_weights(_classifier_weight(model))
 
     def components(
         self,
@@ -269,9 +287,25 @@ class Method(nn.Module):
         weights = self.drw_weights[labels]
         return each * (weights / weights.mean(dim=1, keepdim=True))
 
+    def _regularize(
+        self, model: nn.Module, features: Tensor, labels: Tensor, shares: Tensor, step_targets: Tensor | None
+    ) -> Tensor:
+        """``features [B, D]``, ``labels [T, B]``, ``shares [T]``, ``step_targets [G]`` or None."""
+        loss = 0 if self.regularizer is None else self.regularizer(features, labels, shares)
+        if self.geometry is None:
+            return loss
+        images = len(features) if step_targets is None else len(step_targets)
+        counted = len(features) if distributed.rank() < images else 0  # see ``plan_micro_batches``
+        return loss + self.geometry(features, labels, shares, _classifier_weight(model), counted / images)
+
     def _shares(self, draws: Draws) -> Tensor:
         """Weights of a sample's labels in the loss, [T]."""
         return torch.stack([draws.lam, 1 - draws.lam]) if self.mixes else torch.ones_like(draws.lam)[None]
+
+
+def _classifier_weight(model: nn.Module) -> nn.Parameter:
+    """[C, D]; ``model`` may be wrapped by DistributedDataParallel."""
+    return getattr(model, "module", model).classifier.fc.weight
 
 
 def check_names(loss: str, counts: str) -> None:
@@ -308,18 +342,20 @@ def build_method(
         mixing: instead of mixup, see :func:`new_mixing`.
         drw_epoch: first epoch with deferred re-weighting; None for never.
         drw_beta: see :func:`methods.losses.drw_weights`.
-        nc_within: lambda1 of :mod:`methods.regularizers`; 0 switches both regularizers off.
+        nc_within: lambda1 of :mod:`methods.regularizers`; 0 switches L_W and L_B off.
         nc_between: lambda2.
-        nc_start_epoch: first epoch with the regularizers.
-        nc_means_lr: learning rate of the regularizers' class means.
+        nc_start_epoch: first epoch with all regularizers.
+        nc_means_lr: learning rate of the class means of L_W and L_B.
         feature_width: D, of the class means.
         seed: of the initial class means.
-        options: parameters of the losses, by name; those of other losses than ``loss`` are ignored.
+        options: parameters of the losses and of :class:`CollapseGeometry`, by name; those of other losses than ``loss``
+            are ignored.
 
     Raises :class:`InputError` for unknown names.
     """
     check_names(loss, counts)
     functions = [f for function, per_class in LOSSES.values() for f in (function, *per_class.values())]
+    functions.append(CollapseGeometry)
     unknown = options.keys() - {name for f in functions for name in inspect.signature(f).parameters}
     if unknown:
         raise TypeError(f"no loss has the option {', '.join(sorted(unknown))}")
@@ -332,7 +368,8 @@ def build_method(
     drw = None if drw_epoch is None else (drw_epoch, losses.drw_weights(class_counts, drw_beta))
     regularizer = None
     if nc_within > 0:
-        means = CollapseRegularizer(len(class_counts), feature_width, nc_within, nc_between, seed)
-        regularizer = (nc_start_epoch, means)
+        regularizer = CollapseRegularizer(len(class_counts), feature_width, nc_within, nc_between, seed)
+    geometry = CollapseGeometry(len(class_counts), feature_width, **_options_of(CollapseGeometry, options))
+    regularizers = (regularizer, nc_means_lr, geometry if geometry.is_on else None, nc_start_epoch)
     mixing = new_mixing("mixup", mixup_alpha) if mixup_alpha > 0 else mixing
-    return Method(criterion, counts, class_counts, mixing, drw, regularizer, nc_means_lr)
+    return Method(criterion, counts, class_counts, mixing, drw, *regularizers)

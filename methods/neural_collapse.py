@@ -80,6 +80,7 @@ def measure(batches: Batches, weight: Tensor, bias: Tensor | None = None) -> dic
         nc1_pooled: the same with S_W the mean over samples.
         nc2_equinorm, nc2_equiangle: of the rows of M; ``..._weights``: of W.
         nc3: || W / ||W||_F - M / ||M||_F ||_F^2.
+        nc3_uncentred: mean over k of 1 - cos(w_k, mu_k), with the means as they are.
         nc4: fraction of samples for which the classifier (argmax of W h + b in float64, over all classes) and the
             nearest class mean disagree.
         b_...: see :func:`balance_metrics`.
@@ -115,6 +116,7 @@ def measure(batches: Batches, weight: Tensor, bias: Tensor | None = None) -> dic
         "nc2_equinorm_weights": _equinorm(weight),
         "nc2_equiangle_weights": _equiangle(weight),
         "nc3": float((_unit_frobenius(own) - _unit_frobenius(centred)).square().sum()),
+        "nc3_uncentred": 1 - float((_unit_rows(own) * _unit_rows(means)).sum(dim=1).mean()),
         "nc4": nc4,
         **balance_metrics(weight),
         **_distances(own, {"simplex_weights": simplex, "seli_weights": seli_weights}),

@@ -50,7 +50,7 @@ NC = ["nc_within", 0.01, "nc_between", 0.1, "drw_epoch", 2]
 
 def test_every_method_has_its_own_and_the_common_protocol_on_both_data_sets():
     expected = {f"{d}_imb001_{m}_{k}" for d in ("cifar10", "cifar100") for m in METHODS for k in ("own", "common")}
-    assert {path.stem for path in FILES} == expected
+    assert {path.stem for path in FILES} == {*expected, "cifar10_imb001_nc_all_common"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
@@ -59,9 +59,8 @@ def test_a_baseline_s_file_builds_and_its_first_line_says_what_it_is(path):
     assert (cfg.imb_factor, cfg.num_epochs, cfg.batch_size, cfg.lr, cfg.lr_steps) == (0.01, 200, 128, 0.1, [160, 180])
     if path.stem.endswith("common"):
         assert (cfg.mixup, cfg.alpha, cfg.weight_decay, cfg.lr_step_factors) == (True, 1.0, 2e-4, [0.1, 0.01])
-    data = SimpleNamespace(
-        num_classes=cfg.num_classes, image_size=32, class_counts=torch.linspace(5000, 50, cfg.num_classes).long()
-    )
+    counts = torch.linspace(5000, 50, cfg.num_classes).long()
+    data = SimpleNamespace(num_classes=cfg.num_classes, image_size=32, class_counts=counts)
     model = build.new_model(cfg, data)
     method = build.new_method(cfg, data, model)
     build.new_optimizer(cfg, model, method)
@@ -72,7 +71,8 @@ def test_a_baseline_s_file_builds_and_its_first_line_says_what_it_is(path):
         "ldam": ["LDAM (margins up to 0.5)", "cosine classifier times 30"],
         "drw": ["deferred re-weighting from epoch 160 (beta 0.9999)"],
         "las": ["label-aware smoothing"],
-        "nc_drw": ["0.01 L_W + 0.1 L_B from epoch 0" if cfg.num_classes == 10 else "0.01 L_W + 0.5 L_B from epoch 100"],
+        "nc": ["0.01 L_W + 0.1 L_B from epoch 0" if cfg.num_classes == 10 else "0.01 L_W + 0.5 L_B from epoch 100"],
+        "nc_all": ["1 (rows apart) + 1 (means apart) + 1 (duality) from epoch 0"],
         "simplex": ["dot regression", "fixed simplex classifier"],
     }
     for part, expected in says.items():
@@ -122,6 +122,46 @@ def test_a_run_with_class_means_goes_on_as_if_it_had_not_ended(tmp_path):
     assert [p.step for p in board.Scalars("top1/test")] == [0, 1, 2]
     assert (content(whole)["state_dict_method"]["regularizer.means"] - started).norm() > 0
     assert "0.01 L_W + 0.1 L_B from epoch 1 (class means: lr 0.5)" in log_of(whole).splitlines()[0]
+
+
+@pytest.mark.parametrize("spa", ["proj", "slerp"])
+def test_a_run_with_moving_means_goes_on_as_if_it_had_not_ended(tmp_path, spa):
+    options = ["nc_rows", 1, "nc_means", 1, "nc_dual", 1, "spa", spa, "mixup", True, "num_epochs", 2]
+    whole = train(tmp_path, *options, "keep_epochs", "[1]", cfg=CE)
+    parts = stopped(whole, tmp_path / "parts")
+    before = content(parts)["state_dict_method"]["geometry.moving.means"]
+    train(parts.parent, *options, "keep_epochs", "[1]", "resume", current(parts), cfg=CE)
+    assert_same_run(whole, parts)
+    after = content(whole)["state_dict_method"]
+    assert (before != 0).any() and not torch.equal(before, after["geometry.moving.means"])
+    assert set(after) == {"geometry.moving.means", "geometry.moving.seen"}
+    words = {"proj": "projection (gamma 0.6)", "slerp": "slerp (up to 0.02 a step)"}[spa]
+    assert f"(duality) from epoch 0, space alignment by {words} from epoch 0" in log_of(whole).splitlines()[0]
+
+
+ASPECTS = {  # the option: what nc_every measures of it, and the fraction of the plain run's that it must stay below
+    ("nc_rows", 1): ("nc2_equiangle_weights", 0.6),  # measured with five seeds: 0.28 to 0.37
+    ("nc_means", 10): ("nc2_equiangle", 0.9),  # 0.53 to 0.73
+    ("nc_dual", 1): ("nc3", 0.75),  # 0.45 to 0.55
+    ("spa", "proj", "spa_gamma", 0): ("nc3", 0.95),  # 0.71 to 0.81
+    ("spa", "slerp"): ("nc3_uncentred", 0.6),  # 0.21 to 0.25
+}
+
+
+def measured_at_the_end(folder: Path, *options: object) -> dict[str, float]:
+    schedule = ["num_epochs", 12, "warmup_epochs", 0, "eval_every", 12, "nc_every", 12]
+    return history(train(folder, *schedule, *options, cfg=CE))[-1]["nc"]
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory) -> dict[str, float]:
+    return measured_at_the_end(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.mark.parametrize("options", ASPECTS, ids=lambda options: "_".join(map(str, options[:2])))
+def test_what_a_term_is_for_improves_on_the_digits(tmp_path, without, options):
+    key, bound = ASPECTS[options]
+    assert measured_at_the_end(tmp_path, *options)[key] < bound * without[key]
 
 
 def means_at_the_start(*overrides: str) -> torch.Tensor:
@@ -238,7 +278,7 @@ def test_runs_with_other_classifiers_are_compared(runs, tmp_path):
 def test_the_weights_of_ldam_and_drw_are_those_of_the_training_set(runs):
     cfg = load_config(runs["ldam"] / "config.yaml")
     counts = content(runs["ldam"])["class_counts"]
-    data = SimpleNamespace(image_size=8, class_counts=counts)
+    data = SimpleNamespace(class_counts=counts, image_size=8)
     method = build.new_method(cfg, data)
     assert torch.equal(method.criterion.margins, ldam_margins(counts))
     assert torch.equal(method.drw_weights, drw_weights(counts))

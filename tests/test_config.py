@@ -293,6 +293,7 @@ BAD_VALUES = {  # (value, what is said of it): options
     ("[cpu]", "must be one of auto"): "device",
     ("16", "must be one of fp32, tf32, bf16, fp16"): "precision",
     ("frequency", "must be one of index, count"): "shots",
+    ("reg", "must be one of proj, slerp"): "spa",
     ("cudo", "did you mean cuda?"): "device",
     ("expo", "did you mean exp?"): "imb_type",
     ("adam", "did you mean adamw?"): "optimizer",
@@ -309,10 +310,13 @@ BAD_VALUES = {  # (value, what is said of it): options
     ("0", "must be a number > 0"): "lr cosine_scale logit_clamp nc_means_lr focal_alpha smooth_power max_grad_norm",
     **{(value, "must be a number > 0"): "lr" for value in (".inf", ".nan", "fast", "True", "null", "[0.1]")},
     ("[0.1, 0]", "must be a number > 0"): "lr_step_factors",
-    ("-0.1", "must be a number >= 0"): "tau ldam_max_margin nc_within focal_gamma alpha weight_decay",
-    ("far", "must be a number >= 0"): "nc_between cmo_alpha",
+    ("-0.1", "must be a number >= 0"): "tau ldam_max_margin nc_within nc_rows focal_gamma alpha weight_decay",
+    ("far", "must be a number >= 0"): "nc_between cmo_alpha nc_means nc_dual",
     ("null", "must be a number >= 0"): "post_hoc_tau",
-    ("1.01", "must be a number >= 0 and <= 1"): "drw_beta smooth_head momentum mix_prob random_erasing",
+    (
+        "1.01",
+        "must be a number >= 0 and <= 1",
+    ): "drw_beta smooth_head momentum mix_prob random_erasing spa_gamma spa_step",
     ("1.5", "must be a number >= 0 and <= 1"): "label_smoothing ema",
     ("-1", "must be a number >= 0"): "sam",
     ("-0.1", "must be a number >= 0 and <= 1"): "smooth_tail",
@@ -353,12 +357,28 @@ def test_every_option_has_a_row_among_the_bad_values():
         ("ema: 1", ["ema: 1 would keep the initial weights; use a decay below 1"]),
         ("label_smoothing: 0.1\nloss: arb", ["needs class_counts: global or batch_unmasked, not batch: a class"]),
         ("nc_between: 0.1", ["nc_between needs nc_within, such as 0.01"]),
+        *(
+            (
+                f"{option}\nclassifier: simplex",
+                [f"{option.split(':')[0]} needs classifier: linear or cosine, not simplex"],
+            )
+            for option in ("nc_rows: 1", "nc_dual: 1", "spa: proj")
+        ),
+        *(
+            (f"{option}\naccumulate: 2", [f"{option.split(':')[0]} needs accumulate: 1, not 2"])
+            for option in ("nc_means: 1", "nc_dual: 1", "spa: slerp")
+        ),
         ("head_class_idx: [0, 3]", ["head_class_idx", "come together"]),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(write, content, fragments):
     message = refusal(write(content))
     assert all(fragment in message for fragment in fragments), message
+
+
+def test_terms_that_need_no_whole_batch_or_no_rows_are_not_refused(write):
+    load_config(write("nc_rows: 1\naccumulate: 2"))
+    load_config(write("nc_means: 1\nclassifier: simplex"))
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,21 @@ def test_means_train_by_plain_sgd_with_their_gradient_divided_by_lambda1(model, 
     assert set(method.state_dict()) == {"regularizer.means"}
 
 
+def test_terms_of_moving_means_and_alignment_set_in_with_their_epoch(model, images):
+    method = build_method(
+        "ce", "global", CLASS_COUNTS, 1.0, feature_width=64, nc_start_epoch=2, nc_dual=0.5, spa="slerp"
+    )
+    plain, before = method_for("ce", mixup_alpha=1.0), model.classifier.fc.weight.detach().clone()
+    for epoch, on in ((1, False), (2, True)):
+        assert method.start_epoch(epoch) == on
+        output = method(model, images, TARGETS, MIXED)
+        method.adjust_gradients(model)
+        method.adjust_weights(model)
+        assert torch.equal(output.loss, plain(model, images, TARGETS, MIXED).loss) != on
+        assert method.geometry.moving.seen.any() == on
+        assert torch.equal(model.classifier.fc.weight, before) != on
+
+
 def assert_same_draws(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.lam, b.lam)

@@ -17,7 +17,8 @@ STEP = [40, 40, 40, 4, 4, 4]
 EXPONENTIAL = [50, 27, 15, 8, 4, 2]
 SCALARS = {
     *("nc1", "nc1_pooled", "nc2_equinorm", "nc2_equiangle", "nc2_equinorm_weights", "nc2_equiangle_weights"),
-    *("nc3", "nc4", "b_l", "b_a", "b_d", "b_l_relative", "b_d_relative", "b_a_as_printed", "b_d_as_printed"),
+    *("nc3", "nc3_uncentred", "nc4", "b_l", "b_a", "b_d", "b_l_relative", "b_d_relative"),
+    *("b_a_as_printed", "b_d_as_printed"),
     *("simplex_weights", "simplex_means", "seli_weights", "seli_means"),
 }
 
@@ -103,6 +104,7 @@ def reference(features, targets, weight, bias):
         "nc1": np.mean(within),
         "nc1_pooled": np.mean([within[k] for k in y]),
         "nc3": np.linalg.norm(w / np.linalg.norm(w) - m / np.linalg.norm(m)) ** 2,
+        "nc3_uncentred": np.mean([1 - a @ b for a, b in zip(units(w), units(means), strict=True)]),
         "nc4": np.mean((h @ w.T + b).argmax(axis=1) != nearest),
     }
     seli = dense_seli(np.bincount(y))
@@ -143,6 +145,8 @@ def test_a_perfect_simplex_gives_0(width):
     assert printed["b_a_as_printed"] ** 2 == pytest.approx(6 / 5**5)
     assert printed["b_d_as_printed"] ** 2 == pytest.approx(6 / 5**5 * (0.09 * 5 / 6) ** 2)
     assert found.keys() == SCALARS - printed.keys()
+    assert found.pop("nc3_uncentred") > 0
+    assert nc_metrics(vertices[targets], targets, vertices)["nc3_uncentred"] == pytest.approx(0, abs=1e-12)
     assert {key: value for key, value in found.items() if abs(value) > 1e-12} == {}
 
 
@@ -151,9 +155,9 @@ def test_only_what_compares_classifier_and_means_sees_a_rotation_between_them():
     targets = labels([7] * 6)
     found = nc_metrics(vertices[targets], targets, vertices @ rotation(8, seed=5))
     seen = {key for key, value in found.items() if key in SCALARS and abs(value) > 1e-12}
-    assert seen == {"nc3", "nc4", "b_a_as_printed", "b_d_as_printed"}
+    assert seen == {"nc3", "nc3_uncentred", "nc4", "b_a_as_printed", "b_d_as_printed"}
     opposite = nc_metrics(vertices[targets], targets, -vertices)
-    assert opposite["nc3"] == pytest.approx(4)
+    assert (opposite["nc3"], opposite["nc3_uncentred"]) == (pytest.approx(4), pytest.approx(2))
     assert opposite["nc4"] == 1
 
 
@@ -275,7 +279,7 @@ def test_scales_shifts_and_a_common_rotation_do_not_matter():
     moved_bias = 0.3 * bias - 0.3 * weight @ shift  # the same decisions
     moved = nc_metrics(4 * (features + shift) @ turn, targets, 0.3 / 4 * weight @ turn, moved_bias)
     scaled = {"b_l", "b_d", "b_d_as_printed"}
-    assert_same(moved, plain, leave=scaled)
+    assert_same(moved, plain, leave={*scaled, "nc3_uncentred"})
     factors = {"b_l": 0.075, "b_d": 0.075**2, "b_d_as_printed": 0.075**2}
     for key in scaled:
         assert moved[key] == pytest.approx(factors[key] * plain[key]), key

@@ -102,6 +102,15 @@ def test_a_method_that_changes_is_captured_again(tmp_path):
     assert "regularizer.means" in content(run)["state_dict_method"]
 
 
+@pytest.mark.parametrize("spa", ["proj", "slerp"])
+def test_moving_means_and_space_alignment_are_captured(tmp_path, spa):
+    """Once, although slerp's amount changes from epoch to epoch."""
+    options = ["nc_rows", 1, "nc_means", 1, "nc_dual", 1, "spa", spa, "precision", "fp16", "max_grad_norm", 1]
+    run, operations = trained(tmp_path, "num_epochs", 2, *options)
+    assert captures(operations) == 1
+    assert "geometry.moving.means" in content(run)["state_dict_method"]
+
+
 @pytest.mark.parametrize("options", [["accumulate", 2], ["cuda_graph", False]], ids=lambda words: words[0])
 def test_other_steps_are_not_captured(tmp_path, options):
     run, operations = trained(tmp_path, "num_epochs", 1, *options)

@@ -31,6 +31,7 @@ CASES = {
     "resumed": [ARB, *SHORT, "num_epochs", 2, "nc_every", 1, "diagnostics", 2],
     "synced": [ARB, *SHORT, "num_epochs", 1, "sync_bn", True, "class_counts", "batch_synced"],
     "accumulated": [ARB, *SHORT, "num_epochs", 1, "accumulate", 2, "nc_within", 0.1, "nc_between", 0.1],
+    "aligned": [ARB, *SHORT, "num_epochs", 1, "nc_rows", 1, "nc_means", 1, "nc_dual", 1, "spa", "slerp"],
     "frozen": [PLACES, *LISTS],
 }
 
@@ -175,7 +176,8 @@ def test_every_step_averages_all_gradients_once(ranks, name):
     for seen in ranks.seen:
         found = seen[name]
         between = [size for size, waits in zip(found["reduced"], found["waits"], strict=True) if not waits]
-        assert name == "synced" or set(between[1:]) == {4 * found["model"]["trained"]}
+        sums = 10 * (64 + 1) * (name == "aligned")  # of features, and counts
+        assert name == "synced" or set(between[1:]) == {4 * (found["model"]["trained"] + sums)}
 
 
 @each_case

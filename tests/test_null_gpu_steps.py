@@ -91,6 +91,7 @@ STEP_KINDS = {
         False,
     ],
     "pasted": ["mixup", False, "mix", "cmo", "cmo_idle", 0, "augment", "autoaugment", "cutout", 4, "cuda_graph", False],
+    "aligned": ["nc_rows", 1, "nc_means", 1, "nc_dual", 1, "spa", "slerp", "cuda_graph", False],
     "diagnosed": ["diagnostics", 1],
     "sharp and averaged": ["sam", 0.05, "ema", 0.9],
     "AdamW": ["optimizer", "adamw", "precision", "fp16"],

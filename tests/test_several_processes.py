@@ -56,6 +56,7 @@ MISLAS = re.compile(r"\* (?:Acc@1|ECE) .*")
 PLAIN = [(1, 1), (2, 1), (1, 2), (2, 2)]
 CMO = {"mix": "cmo", "cmo_idle": 0, "mix_prob": 0.9, "augment": "autoaugment", "cutout": 4}
 MIXUP = {"mixup": True}
+MOVING = {"nc_rows": 1.0, "nc_means": 1.0, "nc_dual": 1.0, "spa": "proj"}
 SAME = {
     "cross-entropy": ("ce", "global", {}, 17, PLAIN),
     "global counts": ("arb", "global", {}, 17, PLAIN),
@@ -67,6 +68,8 @@ SAME = {
     "CMO, global counts": ("arb", "global", CMO, 17, PLAIN),
     "sharpness-aware": ("arb", "global", {"sam": 0.5}, 17, [(1, 1), (2, 1), (3, 1)]),
     "CMO, batch counts in two parts": ("arb", "batch", CMO, 17, [(1, 2), (2, 1)]),
+    "moving class means": ("ce", "global", MOVING, 17, [(1, 1), (2, 1)]),
+    "moving class means and CMO, two images for three": ("ce", "global", CMO | MOVING, 11, [(1, 1), (3, 1)]),
 }
 IMAGES = 35
 EVAL_BATCHES = (37, 200, 500)  # of 400 images: 11 batches, 2 and 1
@@ -82,6 +85,10 @@ class Still(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model.double()
+
+    @property
+    def classifier(self) -> nn.Module:
+        return self.model.classifier
 
     def train(self, mode: bool = True) -> "Still":
         return super().train(False)
@@ -153,9 +160,11 @@ def gradients(cfg, data, device: torch.device, folder: Path) -> tuple[dict, Tens
     model = Still(build.new_model(cfg, data))
     optimizer = Gradients(model)
     with RunLog(new_folder(str(folder / "saved"), "run"), "run") as run:
-        parallel, method = distributed.parallel(model, device), build.new_method(cfg, data)
+        parallel, method = distributed.parallel(model, device), build.new_method(cfg, data, model.model)
         step = Step(parallel, method, optimizer, new_scaler(cfg.precision, device), device, sam=cfg.sam)
         row = train_stage1.train_epoch(step, loader, run, manager_of(run, loader, step), 0, cfg.seed, print_freq=1000)
+    for buffer in method.buffers():  # moving class means
+        assert torch.equal(distributed.gather_rows(buffer[None]), buffer.expand(world_size, *buffer.shape))
     kept = torch.stack(optimizer.kept)
     everyones = distributed.gather_rows(kept[None])
     assert torch.equal(everyones, kept.expand_as(everyones)), "the processes step in different directions"

@@ -32,12 +32,12 @@ def digits():
     return build_data("digits", "", imb_factor=0.05, image_size=8)
 
 
-def new_parts(data, precision="fp32", device=CPU, counts="batch", mixup=1.0, seed=0):
-    """Model, method, optimizer and scaler, the same each time."""
+def new_parts(data, precision="fp32", device=CPU, counts="batch", mixup=1.0, seed=0, **terms):
+    """Model, method, optimizer and scaler, the same each time; ``terms``: of :class:`CollapseGeometry`."""
     with seeded_weights(seed):
         model = build_model("digits", "resnet8", 10)
     model = model.to(memory_format=torch.channels_last).to(device)
-    method = build_method("arb", counts, data.class_counts, mixup).to(device)
+    method = build_method("arb", counts, data.class_counts, mixup, feature_width=64, **terms).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3, fused=True)
     return model, method, optimizer, new_scaler(precision, torch.device(device))
 
@@ -187,8 +187,9 @@ def test_one_step_in_another_precision_has_nearly_the_loss_of_fp32(digits, preci
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("limit", [None, 2.0**20])
-def test_fp16_skips_and_counts_a_step_whose_gradients_overflow_and_lowers_the_scale(digits, device, limit):
-    step = new_step(digits, "fp16", device)
+@pytest.mark.parametrize("spa", [None, "proj"])
+def test_fp16_skips_and_counts_a_step_whose_gradients_overflow_and_lowers_the_scale(digits, device, limit, spa):
+    step = new_step(digits, "fp16", device, spa=spa)
     step.max_grad_norm = limit
     before = copy.deepcopy(state(step))
     step.scaler = torch.amp.GradScaler(torch.device(device).type, init_scale=2.0**40)
@@ -203,9 +204,9 @@ def test_fp16_skips_and_counts_a_step_whose_gradients_overflow_and_lowers_the_sc
     assert all(value.isfinite().all() for value in state(step).values())
 
 
-def norm_and_gradient(data, precision, limit):
+def norm_and_gradient(data, precision, limit, **terms):
     """Of what the optimizer is given in the first step; the scale of fp16 does not count."""
-    step = new_step(data, precision)
+    step = new_step(data, precision, **terms)
     step.max_grad_norm = limit
     scale, seen = step.scaler.get_scale(), []
 
@@ -225,6 +226,14 @@ def test_longer_gradients_are_scaled_to_the_limit_and_shorter_ones_stay(digits, 
     for limit, factor in ((norm / 2, 0.5), (2 * norm, 1.0)):
         _, limited = norm_and_gradient(digits, precision, limit)
         torch.testing.assert_close(limited, factor * plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_are_projected_before_they_are_limited(digits, precision):
+    norm, projected = norm_and_gradient(digits, precision, None, spa="proj")
+    assert norm < 0.999 * norm_and_gradient(digits, precision, None)[0]
+    _, limited = norm_and_gradient(digits, precision, norm / 2, spa="proj")
+    torch.testing.assert_close(limited, projected / 2, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("clamp", [30.0, None])
@@ -341,6 +350,24 @@ def test_recording_is_done_once_and_the_smaller_batch_runs_as_it_is(digits):
     assert len(loader.targets) % 32  # there is a smaller one
     assert (recorder.recordings, recorder.replays) == (1, 2 * (len(loader) - 1))
     assert int(step.meter.steps) == len(loader)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spa", ["proj", "slerp"])
+def test_recorded_steps_move_class_means_and_rows_as_eager_ones_do(digits, device, spa, deterministic):
+    """Recorded once: what slerp changes from epoch to epoch is on the device."""
+    terms = {"nc_rows": 1.0, "nc_means": 1.0, "nc_dual": 1.0, "spa": spa, "spa_step": 0.5, "num_epochs": 2}
+    recorder = Recorder()
+    eager, graphed = new_step(digits, device=device, **terms), recorded(digits, device, recorder=recorder, **terms)
+    for step in (eager, graphed):
+        run(digits, step, epochs=2, steps=3, device=device)
+    assert_close(eager, graphed, rtol=1e-4, atol=1e-6)
+    for a, b in zip(eager.method.buffers(), graphed.method.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert (recorder.recordings, recorder.replays) == ((1, 6) if device == CPU else (0, 0))
+    still = new_step(digits, device=device, **terms | {"spa": None})
+    run(digits, still, epochs=2, steps=3, device=device)
+    assert torch.dist(still.model.classifier.fc.weight, eager.model.classifier.fc.weight) > 1e-3
 
 
 def test_recording_changes_nothing(digits):

@@ -215,6 +215,7 @@ REFUSED = {
     "late: a fork keeps its parent's data and network, and its nc_within is another": {
         "arms": {"plain": {}, "late": {"fork": FORK, "nc_within": 0.01}}
     },
+    "its spa is another": {"arms": {"plain": {}, "late": {"fork": FORK, "spa": "proj"}}},
     "two runs would be called plain_data_patha-b_seed0": {"axes": {"data_path": ["a/b", "a-b"]}},
 }
 

@@ -36,9 +36,9 @@ DATA_OPTIONS = (
     "data_cache",
 )  # fmt: skip
 METHOD_OPTIONS = (
-    "drw_epoch", "drw_beta", "nc_within", "nc_between", "nc_start_epoch", "nc_means_lr", "seed", "tau", "focal_alpha",
-    "focal_gamma", "smooth_head", "smooth_tail", "smooth_shape", "smooth_power", "cosine_scale",
-    "label_smoothing",
+    "drw_epoch", "drw_beta", "nc_within", "nc_between", "nc_start_epoch", "nc_means_lr", "nc_rows", "nc_means",
+    "nc_dual", "spa", "spa_gamma", "spa_step", "num_epochs", "seed", "tau", "focal_alpha", "focal_gamma", "smooth_head",
+    "smooth_tail", "smooth_shape", "smooth_power", "cosine_scale", "label_smoothing",
 )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def check_smallest_batch(model: nn.Module, loader: TrainLoader, image_size: int)
 
 
 def new_method(cfg: CfgNode, data: Data, model: nn.Module | None = None) -> Method:
-    """``model``: gives the width of the class means; needed with ``nc_within`` only."""
+    """``model``: gives the width of the class means; needed with class means only."""
     return build_method(
         cfg.loss,
         cfg.class_counts,

@@ -172,8 +172,14 @@ SECTIONS: dict[str, dict[str, Option]] = {
         "drw_beta": Option(0.9999, number(0, 1), "class weights of re-weighting: (1 - beta) / (1 - beta^n)"),
         "nc_within": Option(0.0, number(0), "weight of L_W, features to class means (methods/regularizers.py)"),
         "nc_between": Option(0.0, number(0), "weight of L_B, class means apart"),
-        "nc_start_epoch": Option(0, whole(0), "first epoch of L_W and L_B"),
-        "nc_means_lr": Option(0.5, number(0, above=True), "learning rate of the class means"),
+        "nc_rows": Option(0.0, number(0), "weight of the term that pushes classifier rows apart"),
+        "nc_means": Option(0.0, number(0), "weight of the term that pushes moving class means apart"),
+        "nc_dual": Option(0.0, number(0), "weight of the term that aligns classifier rows and moving class means"),
+        "spa": Option(None, optional(choice("proj", "slerp")), "space alignment of rows to class means; null: off"),
+        "spa_gamma": Option(0.6, number(0, 1), "spa: proj keeps this share of the whole gradient"),
+        "spa_step": Option(0.02, number(0, 1), "spa: slerp turns rows by up to this share of the angle, per step"),
+        "nc_start_epoch": Option(0, whole(0), "first epoch of all nc terms and of spa"),
+        "nc_means_lr": Option(0.5, number(0, above=True), "learning rate of the class means of L_W and L_B"),
         "mixup": Option(False, flag, "input mixup"),
         "mix": Option(None, optional(choice("mixup", "cutmix", "cmo")), "how images are mixed; null: as mixup says"),
         "alpha": Option(1.0, optional(number(0)), "mixing: lambda ~ Beta(alpha, alpha); 0: no mixing"),
@@ -460,7 +466,7 @@ def _check_together(values: dict, path: str | Path) -> None:
 
 
 def _check_method(values: dict, path: str | Path) -> None:
-    """Some losses need one kind of classifier; one regularizer needs another."""
+    """Some losses and regularizers need a kind of classifier, another regularizer, or a whole batch."""
     for loss, classifier, why in (
         ("ldam", "cosine", "its margins are taken from cosines"),
         ("dot_regression", "simplex", "it compares features with rows that do not train"),
@@ -473,6 +479,16 @@ def _check_method(values: dict, path: str | Path) -> None:
         raise ConfigError(
             f"{path}: nc_between needs nc_within, such as 0.01: it moves the class means alone, and features only "
             "through nc_within"
+        )
+    turning = [key for key in ("nc_rows", "nc_dual", "spa") if values[key]]
+    if turning and values["classifier"] == "simplex":
+        raise ConfigError(
+            f"{path}: {turning[0]} needs classifier: linear or cosine, not simplex: it moves the classifier's rows"
+        )
+    moving = [key for key in ("nc_means", "nc_dual", "spa") if values[key]]
+    if moving and values["accumulate"] > 1:
+        raise ConfigError(
+            f"{path}: {moving[0]} needs accumulate: 1, not {values['accumulate']}: its class means are of whole batches"
         )
 
 

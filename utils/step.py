@@ -97,6 +97,7 @@ class Step:
 
     def _update_weights(self) -> None:
         distributed.average_gradients(self.method)  # DDP has averaged the model's own
+        self.method.adjust_gradients(self.model)
         if self.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -104,6 +105,7 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.method.adjust_weights(self.model)
         if self.average is not None:
             self.average.update()
 

@@ -75,7 +75,7 @@ def never_reached(cfg: CfgNode) -> list[str]:
         "lr_steps": [] if cfg.cos else step_epochs(cfg.lr_steps, cfg.num_epochs),
         "warmup_epochs": [cfg.warmup_epochs - 1] if cfg.cos_warmup or not cfg.cos else [],
         "drw_epoch": [] if cfg.drw_epoch is None else [cfg.drw_epoch],
-        "nc_start_epoch": [cfg.nc_start_epoch] if cfg.nc_within > 0 else [],
+        "nc_start_epoch": [cfg.nc_start_epoch] if cfg.nc_within > 0 or describe_geometry(cfg) else [],
         "keep_epochs": [number - 1 for number in cfg.keep_epochs],
     }
     late = [key for key, named in epochs.items() if any(epoch >= cfg.num_epochs for epoch in named)]
@@ -126,6 +126,7 @@ def describe_method(cfg: CfgNode) -> str:
     if cfg.nc_within > 0:
         parts = f"{cfg.nc_within:g} L_W + {cfg.nc_between:g} L_B"
         words.append(f"{parts} from epoch {cfg.nc_start_epoch} (class means: lr {cfg.nc_means_lr:g})")
+    words += [f"{part} from epoch {cfg.nc_start_epoch}" for part in describe_geometry(cfg)]
     if cfg.classifier != "linear":
         kinds = {"cosine": f"cosine classifier times {cfg.cosine_scale:g}", "simplex": "fixed simplex classifier"}
         words.append(kinds[cfg.classifier])
@@ -156,6 +157,15 @@ def describe_augmentation(cfg: CfgNode) -> list[str]:
         *[f"Cutout {cfg.cutout}"] * (cfg.cutout > 0),
         *[f"random erasing {cfg.random_erasing:g}"] * (cfg.random_erasing > 0),
     ]
+
+
+def describe_geometry(cfg: CfgNode) -> list[str]:
+    """The regularizers with moving class means, and space alignment."""
+    weights = {"rows apart": cfg.nc_rows, "means apart": cfg.nc_means, "duality": cfg.nc_dual}
+    terms = [f"{weight:g} ({name})" for name, weight in weights.items() if weight > 0]
+    words = [" + ".join(terms)] if terms else []
+    spa = {"proj": f"projection (gamma {cfg.spa_gamma:g})", "slerp": f"slerp (up to {cfg.spa_step:g} a step)"}
+    return words + ([f"space alignment by {spa[cfg.spa]}"] if cfg.spa else [])
 
 
 def describe_post_hoc(cfg: CfgNode) -> str:

@@ -153,7 +153,8 @@ def _fork(run: Run, parent: Run | None, fork: tuple[str, int]) -> Run:
             f"{parent.forked_after}) and before the end of {run.cfg.num_epochs}"
         )
     changed = [key for key in FIXED if run.cfg[key] != parent.cfg[key]]
-    changed += ["nc_within"] * ((run.cfg.nc_within > 0) != (parent.cfg.nc_within > 0))  # whether there are class means
+    with_means = ("nc_within", "nc_means", "nc_dual", "spa")  # whether there are class means, and which
+    changed += [key for key in with_means if bool(run.cfg[key]) != bool(parent.cfg[key])]
     if changed:
         raise InputError(f"a fork keeps its parent's data and network, and its {changed[0]} is another")
     return replace(run, parent=parent, forked_after=epoch)
