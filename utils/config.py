@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from utils.errors import ConfigError
 from utils.legacy_config import OBSOLETE, OLD_SWITCHES, obsolete_notes, translate
-from utils.option_checks import check_together
+from utils.option_checks import check_together, unused
 from utils.option_types import (
     PRECISIONS,
     auto_or_folder,
@@ -281,7 +281,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNod
             f"lr_steps is not set: steps at epochs {values['lr_steps']}, as in the paper and MiSLAS "
             "(ARBLOSS's code steps at [160, 240])"
         )
-    notes += [f"{key} is not used: {why}" for key, why in _unused(values) if key in given]
+    notes += [f"{key} is not used: {why}" for key, why in unused(values) if key in given]
     cfg = CfgNode(values)
     cfg.freeze()
     return cfg, notes

@@ -1,11 +1,11 @@
-"""Checks of options against each other; each raises :class:`ConfigError`, a line that begins with the file."""
+"""Which options go together, and which have no effect beside others."""
 
 from pathlib import Path
 
 from utils.errors import ConfigError
 
 
-def _unused(values: dict) -> list[tuple[str, str]]:
+def unused(values: dict) -> list[tuple[str, str]]:
     """Options that have no effect beside the others, each with the reason."""
     unused = [("betas", "optimizer: sgd has momentum")]
     if values["optimizer"] == "adamw":
@@ -20,6 +20,7 @@ def _unused(values: dict) -> list[tuple[str, str]]:
 
 
 def check_together(values: dict, path: str | Path) -> None:
+    """Raise :class:`ConfigError`, a line that begins with the file's ``path``, for options that exclude each other."""
     if len(values["lr_steps"]) != len(values["lr_step_factors"]):
         raise ConfigError(
             f"{path}: lr_steps {values['lr_steps']} and lr_step_factors {values['lr_step_factors']} "
