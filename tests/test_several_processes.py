@@ -394,7 +394,7 @@ def assert_only_block_and_classifier_moved(folder: Path, *overrides: object) -> 
     """The checkpoint against the initial weights, which its own seed gives again."""
     saved = torch.load(folder / "ckps" / "current.pth.tar", weights_only=True)
     cfg = load_config(PLACES, list(map(str, overrides)))
-    initial = build.new_model(cfg, SimpleNamespace(num_classes=365))
+    initial = build.new_model(cfg, SimpleNamespace(num_classes=365, image_size=32))
     backbone = initial.backbone.state_dict()
     frozen = {name: value for name, value in saved["state_dict_model"].items() if not name.startswith("fc.")}
     assert {name.removeprefix("module.") for name in frozen} == set(backbone)
