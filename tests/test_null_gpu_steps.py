@@ -157,8 +157,12 @@ def read(output: MethodOutput) -> None:
 
 
 def choose(output: MethodOutput) -> None:
-    """The result's shape is a number, which the host has to know."""
-    output.logits[output.logits > 0].sum()
+    """The result's shape is a number, which the host has to know; here it is what was in memory, at times too large."""
+    try:
+        output.logits[output.logits > 0].sum()
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
 
 
 def copy_a_number(output: MethodOutput) -> None:
