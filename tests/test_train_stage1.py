@@ -257,7 +257,7 @@ HALF = ["precision", "fp16", "max_grad_norm", 1.0]
 IMAGES = ["mixup", False, "mix", "cmo", "cmo_idle", 0, "augment", "randaugment", "cutout", 3, "random_erasing", 0.5]
 OPTIONS = [
     ["accumulate", 2, "diagnostics", 2, "nc_every", 1],
-    [*IMAGES, "diagnostics", 2],
+    [*IMAGES, "diagnostics", 2, "sam", 0.05, "ema", 0.9, "nesterov", True, "nc_means", 1, "nc_dual", 1, "spa", "slerp"],
     pytest.param(HALF, marks=pytest.mark.slow),
 ]
 
