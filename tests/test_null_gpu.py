@@ -16,6 +16,7 @@ from tests.conftest import ARB, SHORT, content, current, failure, history, log_o
 from tests.null_gpu import Operation
 from tests.null_gpu.unjudged import unjudged
 from tests.test_fast import IMAGENET, evaluated, last_lines
+from utils.bench import __main__ as bench
 from utils.cuda_graph import GraphedStep
 from utils.errors import Interrupted
 
@@ -123,6 +124,15 @@ def test_what_looks_inside_runs_beside_a_captured_step(tmp_path):
     assert captures(operations) == 1
     assert (run / "diagnostics.npz").is_file()
     assert all({"nc", "val"} < row.keys() for row in history(run))
+
+
+@pytest.mark.parametrize(("gpus", "captured"), [("1", 2), ("2", 0)])
+def test_a_plan_measures_the_step_that_would_be_trained(capsys, gpus, captured):
+    """Twice, first to see how long it takes; several processes train without a graph."""
+    null_gpu.take()
+    assert bench.main(["plan", "--cfg", ARB, *SHORT, "device", "cuda", "--minutes", "0.001", "--gpus", gpus]) == 0
+    assert captures(null_gpu.take()) == captured
+    assert "times of a step that overlap" in capsys.readouterr().out
 
 
 def test_a_last_batch_of_one_image_is_tried_before_training(tmp_path):

@@ -90,6 +90,14 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
+def output_file(text: str) -> Path:
+    """An argparse type: :func:`path` of a file that may be written, in an existing folder."""
+    file = path(text)
+    if file.is_dir() or not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a file in an existing folder")
+    return file
+
+
 def parse(
     description: str,
     arguments: Sequence[str] | None = None,

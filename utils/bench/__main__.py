@@ -5,7 +5,7 @@ in an order that every round shuffles. Numbers are medians over the rounds, with
 the row's median divided by that of row x. Nothing is asserted: other machines give other numbers.
 
 ``gpu`` is for the day a GPU is there: most of these parts and some of its own, each in a process of its own that has a
-time limit, see :mod:`utils.bench.gpu`.
+time limit, see :mod:`utils.bench.gpu`. ``plan`` has options of its own, see :mod:`utils.bench.plan`.
 """
 
 import argparse
@@ -21,12 +21,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, a
 import torch
 
 from utils import distributed, launcher
-from utils.bench import gpu
+from utils.bench import gpu, plan
 from utils.bench.contestants import MODES
 from utils.bench.gpu_parts import correctness, large, memory, together
 from utils.bench.parts import Bench, cifar, criterion, epoch, jpegs, pipeline, startup
 from utils.bench.timing import Part, as_text
-from utils.command_line import Parser, exit_code, path, positive
+from utils.command_line import Parser, exit_code, output_file, path, positive
 from utils.files import write_text
 from utils.run.provenance import machine
 from utils.signals import Signals
@@ -36,6 +36,9 @@ PARTS = DEFAULT | {part.__name__: part for part in (correctness, together, large
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["plan"]:
+        return plan.main(arguments[1:])
     args = parse(arguments)
     launcher.join()
     if args.parts == ["gpu"]:
@@ -72,11 +75,12 @@ def measure_gpu(args: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     description = "Compare the trainer with the usual loop and with its upper bound."
-    parser = Parser(prog="python -m utils.bench", description=description, hint="; see --help")
+    other = f"Hours on other machines: {plan.USAGE}; see plan --help."
+    parser = Parser(prog="python -m utils.bench", description=description, epilog=other, hint="; see --help")
     known = f"{', '.join(PARTS)}; the first {len(DEFAULT)} by default. Or gpu: what there is to measure on a GPU"
     parser.add_argument("parts", nargs="*", metavar="PART", help=known)
     parser.add_argument("--minutes", type=positive(float), default=9, metavar="N", help="of gpu in all; 9 by default")
-    parser.add_argument("--json", type=path, metavar="FILE", help="write everything there, with each round's numbers")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all there, with each round's numbers")
     parser.add_argument("--rounds", type=positive(int), metavar="N", help="of every comparison")
     parser.add_argument("--steps", type=positive(int), metavar="N", help="cifar, large: steps per round")
     parser.add_argument(
@@ -97,8 +101,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("gpu: this machine has no usable CUDA device; --device cpu tries the command without one")
     if args.modes and not args.compile and all("+" in mode for mode in args.modes):
         parser.error("--no-compile leaves none of --modes")
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json {args.json}: must be a file in an existing folder")
     if args.photos and not jpegs(args.photos):
         parser.error(f"--photos {args.photos}: no folder with JPEG files")
     return args

@@ -138,7 +138,7 @@ def pipeline(bench: Bench) -> Part:
     runs: dict[str, Run] = {"classic": lambda: torch.stack([chain(_open(folder / name)) for name in names])}
     for title, decoder in (("pil", "pil"), (f"fast ({fast_decoder()})", "fast")):
         read = CropReader(files, SIDE, decoder)
-        runs[title] = lambda read=read: read([(index, (0, next(epochs))) for index in range(len(names))])
+        runs[title] = lambda read=read: read([(i, (0, next(epochs), "crop", i)) for i in range(len(names))])
     images = StreamedLargeImages(files, SIDE, spec.mean, spec.std, bench.device)
     inputs = next(images.train_inputs(torch.arange(len(names)), [slice(0, len(names))], 0, 0))
     threads = torch.get_num_threads()
