@@ -349,7 +349,7 @@ def test_the_pace_of_a_fork_is_of_its_own_epochs(tiny):
 @pytest.fixture
 def busy(tmp_path, monkeypatch) -> Iterator[runner.Scheduler]:
     """A scheduler of two arms whose first run is a process that only waits."""
-    monkeypatch.setattr(runner, "PAUSE", 0.1)
+    monkeypatch.setattr(runner.Scheduler, "pause", 0.1)
     scheduler = scheduler_of(tmp_path, written(tmp_path, seeds=[0]), jobs=1, minutes=60)
     (tmp_path / "saved/tiny/started").mkdir(parents=True)
     with subprocess.Popen(["sleep", "60"]) as process:

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return publish(sweep, runs, args.sweep, args.images)
         home.mkdir(parents=True, exist_ok=True)
         with Signals(runner.GRACE) as signals, signals.noted(), runner.claimed(home) as lock:
-            failed = runner.Scheduler(sweep, runs, args.jobs, args.minutes, args.images, lock).work(signals)
+            failed = runner.Scheduler(sweep, runs, args.jobs, args.minutes, args.images, [lock]).work(signals)
         for name, why in failed.items():
             print(f"failed: {name}: {why}", file=sys.stderr)
         runner.tell(f"{home / 'table.md'}\n\n{markdown(results_of(sweep, runs, failed, args.images))}")

@@ -25,7 +25,7 @@ from utils.config import dump_config
 from utils.errors import InputError, Interrupted
 from utils.files import lock_file, write_text
 from utils.signals import WITH_PARENT, Signals
-from utils.sweep.plan import Run
+from utils.sweep.plan import Run, summary_of
 from utils.sweep.results import ROOT, write_results
 from utils.sweep.spec import Sweep
 
@@ -68,6 +68,9 @@ class Job:
 class Scheduler:
     """Runs what is not finished, ``jobs`` at once, until all is done or the time is over."""
 
+    pause = PAUSE
+    if_stopped = "every run is kept as far as it came; the same command goes on"
+
     def __init__(
         self,
         sweep: Sweep,
@@ -75,12 +78,13 @@ class Scheduler:
         jobs: int,
         minutes: float | None,
         images: str | None,
-        lock: int | None = None,
+        locks: Sequence[int] = (),
     ):
-        """``lock``: the descriptor of a file that runs keep open."""
-        self.sweep, self.runs, self.jobs, self.images, self.lock = sweep, list(runs), jobs, images, lock
+        """``locks``: descriptors of files that runs keep open."""
+        self.sweep, self.runs, self.jobs, self.images, self.locks = sweep, list(runs), jobs, images, locks
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.waiting = [run for run in runs if not run.finished()]
+        self.finished_before = len(self.runs) - len(self.waiting)
         self.running: list[Job] = []
         self.failed: dict[str, str] = {}
         self.left = {run.name: run.epochs_left() for run in runs}  # epochs
@@ -92,25 +96,24 @@ class Scheduler:
     def work(self, signals: Signals) -> dict[str, str]:
         """Run name -> reason, of what failed. Raises :class:`Interrupted` if a signal ends it."""
         total = sum(run.epochs() for run in self.runs)
-        tell(f"{len(self.runs)} runs, {len(self.runs) - len(self.waiting)} finished before")
+        tell(f"{len(self.runs)} runs, {self.finished_before} finished before")
         with tqdm(total=total, unit="epoch", disable=not sys.stderr.isatty()) as bar:
             try:
                 while self._start_ready() or self.running:
                     if signals.received:
-                        message = "every run is kept as far as it came; the same command goes on"
-                        raise Interrupted(signals.received, message)
+                        raise Interrupted(signals.received, self.if_stopped)
                     self._collect_finished()
                     bar.n = total - self.total_epochs_left()
                     bar.refresh()
                     if self.deadline is not None and time.monotonic() > self.deadline:
                         self._stop("the time is over")
-                    time.sleep(PAUSE)
+                    time.sleep(self.pause)
             finally:
                 self._stop("the sweep was stopped")
                 while self.running:
                     self._collect_finished()
-                    time.sleep(PAUSE / 10)
-                write_results(self.sweep, self.runs, self.failed, self.images)
+                    time.sleep(self.pause / 10)
+                self.write_results()
         left = sum(run.name not in self.failed and not run.finished() for run in self.runs)
         if left:
             tell(f"{left} runs are left for another time; the same command goes on")
@@ -166,24 +169,19 @@ class Scheduler:
                 stderr=subprocess.STDOUT,
                 env=environment(slot, self.jobs),
                 start_new_session=True,  # a terminal's Ctrl-C reaches the sweep alone, which then asks its runs to stop
-                pass_fds=[] if self.lock is None else [self.lock],
+                pass_fds=self.locks,
             )
         self.running.append(Job(run, process, slot, left_before=run.epochs_left()))
         self._say(f"start {run.name}" + (f", from epoch {run.epochs_done()}" if run.epochs_done() else ""))
 
     def _collect_finished(self) -> None:
         for job in [job for job in self.running if job.process.poll() is not None]:
-            pace = job.pace(least=1)
-            self.running.remove(job)
             run, code = job.run, job.process.returncode
-            self.left[run.name] = run.epochs_left()
             if code == 0 and run.finished():
-                if pace:
-                    self.paces.setdefault(run.arm, []).append(pace)
-                results = write_results(self.sweep, self.runs, self.failed, self.images)
-                (top1,) = (row["last"]["top1"] for row in results["runs"] if row["run"] == run.name)
-                self._say(f"done {run.name}: {top1:.2f} at the last epoch; {self.progress()}")
-            elif job.stopped:
+                self._end(job)
+                continue
+            self._remove(job)
+            if job.stopped:
                 self._say(f"stopped {run.name} after {run.epochs_done()} epochs; it is kept")
             else:
                 why = reason(code, run.home / "started" / f"{run.name}.txt")
@@ -191,6 +189,23 @@ class Scheduler:
                 self._fail(run, why)
                 if code == 2 and not run.epochs_done() and why in others:  # no arm's own fault, then
                     raise InputError(f"{why} (runs of two arms have ended so at once; no other was started)")
+
+    def _remove(self, job: Job) -> None:
+        self.running.remove(job)
+        self.left[job.run.name] = job.run.epochs_left()
+
+    def _end(self, job: Job) -> None:
+        """Take a finished run into the results."""
+        run, pace = job.run, job.pace(least=1)
+        self._remove(job)
+        if pace:
+            self.paces.setdefault(run.arm, []).append(pace)
+        self.write_results()
+        top1 = summary_of(run.folder())["last epoch"]["top1"]
+        self._say(f"done {run.name}: {top1:.2f} at the last epoch; {self.progress()}")
+
+    def write_results(self) -> None:
+        write_results(self.sweep, self.runs, self.failed, self.images)
 
     def _stop(self, why: str) -> None:
         for job in self.running:
