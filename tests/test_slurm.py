@@ -1,6 +1,7 @@
-"""A SLURM of two nodes on this machine: the script in config/slurm, srun alone, and a job's own process."""
+"""A SLURM of two nodes on this machine: the script in config/slurm, srun alone, a job's own process, and sweeps."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -11,11 +12,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import ARB, ROOT, SHORT, assert_same_run, log_of
-from tests.scripts import forked_scripts, free_port, kill_all, wait_for  # noqa: F401
+from tests.scripts import ended, forked_scripts, free_port, kill_all, processes_of, started, wait_for  # noqa: F401
+from tests.test_sweep import folder_of
+from tests.test_sweep_plan import ARMS, LATE, OPTIONS, written
 
 BINARIES = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -47,6 +51,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
 NodeName={name}-2 NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
 PartitionName=all Nodes=ALL Default=YES
@@ -165,7 +171,7 @@ def test_a_job_that_fails_is_not_started_again(cluster, tmp_path):
     job = cluster.submit(*TWO_NODES, SCRIPT, *words(tmp_path, "lr", -1))
     cluster.wait(job, lambda: cluster.state(job) == "FAILED")
     assert cluster.job(job)["Restarts"] == "0"
-    assert "error (rank 0): " in cluster.output(job)
+    assert "lr: -1 must be a number > 0" in cluster.output(job)
 
 
 def test_srun_alone_starts_one_run(cluster, tmp_path):
@@ -188,3 +194,117 @@ def test_a_batch_script_that_forgets_srun_is_refused(cluster, tmp_path):
         "error: a batch script's own process in a SLURM job for 3 tasks; add srun, or use --ntasks=1\n"
     )
     assert not (tmp_path / "saved").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sweeps
+
+ON_SLURM = ("--cluster", "slurm", "--slurm", "cpus-per-task=2", "time=1:00:00")  # two jobs per node
+
+
+class Swept:
+    """A sweep in a folder of its own, and what its command does."""
+
+    def __init__(self, cluster: Cluster, folder: Path, **changes: object):
+        self.cluster, self.path = cluster, written(folder, **changes)
+        self.said = folder / "said"  # of the command alone: what writes there does not outlive it
+        self.said.mkdir()
+        self.home = folder / "saved/tiny"
+        self.command = ("-m", "utils.sweep", self.path, "--save_dir", self.home.parent)
+
+    def run(self, *words: object) -> SimpleNamespace:
+        with started(self.said, *self.command, *words, **self.cluster.environment) as run:
+            return ended(run, 1200)
+
+    def call(self, *words: object) -> str:
+        done = self.run(*words)
+        assert done.code == 0, done.err
+        return done.out
+
+    def jobs(self) -> dict[str, str]:
+        """Run -> job."""
+        return json.loads((self.home / "jobs/ids.json").read_text())
+
+    def epochs(self) -> dict[str, int]:
+        """Run -> epochs, of runs that have ended one."""
+        paths = self.home.glob("*/metrics.jsonl")
+        return {path.parent.name.rsplit("_", 1)[0]: len(path.read_text().splitlines()) for path in paths}
+
+    def wait_for_epochs(self, least: int, runs: int) -> None:
+        wait_for(lambda: sum(epochs >= least for epochs in self.epochs().values()) == runs, seconds=200)
+
+    def results(self) -> list[dict]:
+        """Rows of results.json."""
+        return json.loads((self.home / "results.json").read_text())["runs"]
+
+
+def assert_same_results(one: Swept, other: Swept) -> None:
+    rows = one.results(), other.results()
+    same = ("run", "hash", "options", "data", "epochs", "last", "cross_fitted", "best")
+    assert [[row[key] for key in same] for row in rows[0]] == [[row[key] for key in same] for row in rows[1]]
+    for row in rows[0]:
+        assert_same_run(folder_of(one.home, row["run"]), folder_of(other.home, row["run"]))
+
+
+def test_a_sweep_over_a_node_that_fails_and_jobs_that_are_stopped_has_the_numbers_of_one_here(cluster, tmp_path):
+    options = OPTIONS | {"num_epochs": 3 * LONG}
+    here, there = (Swept(cluster, tmp_path / name, options=options) for name in ("here", "there"))
+    assert there.call(*ON_SLURM).count(" submit ") == 4
+    jobs = there.jobs()
+    assert there.call(*ON_SLURM).splitlines()[0] == "4 runs, 0 finished, 4 queued or running, 0 new"
+    assert there.jobs() == jobs
+    said = there.call("--jobs", 4)
+    assert "4 runs are queued or running on a cluster, and left to it" in said and " start " not in said
+    there.wait_for_epochs(2, runs=4)
+    second = f"{socket.gethostname().split('.')[0]}-2"
+    on_second = [job for job in jobs.values() if cluster.job(job)["NodeList"] == second]
+    limited, preempted = (job for job in jobs.values() if job not in on_second)
+    cluster.call("scontrol", "update", f"nodename={second}", "state=down", "reason=test")
+    cluster.call("scancel", "--signal=USR1", limited)  # as before the time limit
+    cluster.call("scancel", "--signal=TERM", preempted)  # as at the beginning of the time before preemption
+    for job in jobs.values():
+        cluster.wait(job, lambda job=job: cluster.job(job)["Restarts"] == "1")
+    wait_for(lambda: not [*cluster.folder.glob(f"spool.{second}/{second}_*")])  # its steps have ended
+    time.sleep(15)  # slurmd looks for that every few seconds, and would refuse a job that it takes for running
+    cluster.call("scontrol", "update", f"nodename={second}", "state=resume")
+    said = there.call(*ON_SLURM, "--wait")
+    assert said.count(" done ") == 4 and " submit " not in said and "4 of 4 runs are finished" in said
+    assert len(on_second) == 2 and [len(row["starts"]) for row in there.results()] == [2, 2, 2, 2]
+    here.call("--jobs", 1)
+    assert_same_results(here, there)
+
+
+def test_forks_wait_for_their_parents_and_what_fails_stops_no_other(cluster, tmp_path):
+    away = {"dataset": "folder", "data_path": str(tmp_path / "nowhere"), "imb_factor": None}
+    lost = {"fork": {"arm": "away", "epoch": 1}, "lr_steps": [8, 9]}
+    sweep = Swept(cluster, tmp_path, arms=ARMS | {"away": away} | LATE | {"lost": lost}, seeds=[0])
+    done = sweep.run(*ON_SLURM, "--per_gpu", 2, "--wait")
+    assert done.code == 1
+    jobs = sweep.jobs()
+    assert jobs["plain_seed0"] == jobs["arb_seed0"] != jobs["away_seed0"]
+    assert jobs["late_seed0"] == jobs["lost_seed0"]
+    assert [row["run"] for row in sweep.results()] == ["plain_seed0", "arb_seed0", "late_seed0"]
+    first, second = done.err.splitlines()
+    assert first.startswith("failed: away_seed0: ") and str(tmp_path / "nowhere") in first
+    assert second == "failed: lost_seed0: away_seed0, whose checkpoint it begins with, has not come so far"
+    assert [cluster.state(jobs[f"{arm}_seed0"]) for arm in ("plain", "away")] == ["COMPLETED", "FAILED"]
+
+
+def test_a_sweep_begun_here_goes_on_on_the_cluster_and_ends_here(cluster, tmp_path):
+    options = {"options": OPTIONS | {"num_epochs": 3 * LONG}, "seeds": [0]}
+    moved, whole = (Swept(cluster, tmp_path / name, **options) for name in ("moved", "whole"))
+    with started(moved.said, *moved.command, "--jobs", 2, **cluster.environment) as run:
+        moved.wait_for_epochs(2, runs=2)
+        run.process.kill()
+        run.process.wait(10)
+        wait_for(lambda: not processes_of(moved.home))  # its runs end with it
+    moved.call(*ON_SLURM)
+    moved.wait_for_epochs(max(moved.epochs().values()) + 2, runs=2)
+    cluster.call("scancel", *moved.jobs().values())
+    for job in moved.jobs().values():
+        cluster.wait(job, lambda job=job: "CANCELLED" in cluster.state(job))
+    said = moved.call("--jobs", 2)
+    assert said.count(" done ") == 2
+    assert [len(row["starts"]) for row in moved.results()] == [3, 3]
+    whole.call("--jobs", 2)
+    assert_same_results(moved, whole)
