@@ -33,7 +33,16 @@ from utils.metrics import Predictions, class_accuracy, report
 from utils.precision import matmul_precision
 from utils.report import plots
 from utils.report.decompose import decompose, decomposition_text, write_decomposition
-from utils.report.text import calibration_line, class_table, details, group_line, mislas_lines, table, write_report
+from utils.report.text import (
+    calibration_line,
+    class_table,
+    details,
+    ema_line,
+    group_line,
+    mislas_lines,
+    table,
+    write_report,
+)
 from utils.run.describe import describe_post_hoc
 from utils.run.folder import folder_of, new_folder
 from utils.run.resume import Origin, changed_options, class_map, find_checkpoint
@@ -70,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if cfg.decompose:
             compare_classifiers(cfg, data, model, test, groups, folder)
         if distributed.is_main():
-            say(*mislas_lines(metrics))
+            say(*([ema_line(metrics["ema"])] if "ema" in metrics else []), *mislas_lines(metrics))
 
 
 def find_evaluated(cfg: CfgNode) -> Origin:

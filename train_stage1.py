@@ -46,6 +46,7 @@ from utils.run.log import RunLog, progress_line
 from utils.run.provenance import provenance
 from utils.run.record import Recorder
 from utils.run.resume import class_map, find_checkpoint, start
+from utils.schedule import due
 from utils.signals import Signals
 from utils.step import Step, StepWrapper
 
@@ -94,11 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One epoch
-
-
-def due(epoch: int, every: int, num_epochs: int, last: int = 1) -> bool:
-    """True every ``every`` epochs, in the ``last`` epochs and in the final one; ``every`` 0 disables it."""
-    return every > 0 and ((epoch + 1) % every == 0 or epoch >= num_epochs - max(last, 1))
 
 
 def train_epoch(

@@ -82,7 +82,10 @@ def _folder(images: StoredImages, data_path: Path, where: str | bool) -> Path | 
     size = len(images) * 3 * images.side**2
     if len(images) < LEAST or size > SHARE * shutil.disk_usage(root).free:
         return None
-    return beside if writable else root / f"decoded-{getattr(os, 'getuid', int)()}"
+    if writable:
+        return beside
+    own = root / f"decoded-{getattr(os, 'getuid', int)()}"
+    return None if own.exists() and own.stat().st_uid != getattr(os, "getuid", int)() else own  # anyone may write there
 
 
 def _mapped(decoder: Decoder, folder: Path) -> tuple[Mapped, bool]:

@@ -22,13 +22,12 @@ def _warp(images: Tensor, *matrix: Tensor | float) -> Tensor:
     """
     count, _, height, width = images.shape
     rows = [m if isinstance(m, Tensor) else images.new_full((count,), m, dtype=torch.float64) for m in matrix]
-    theta = torch.stack(rows, dim=1).reshape(count, 2, 3).float().transpose(1, 2)
+    a, b, c, d, e, f = torch.stack(rows).float()[:, :, None, None]
     x = torch.linspace(0.5 - width / 2, width / 2 - 0.5, width, device=images.device)
-    y = torch.linspace(0.5 - height / 2, height / 2 - 0.5, height, device=images.device)
-    base = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x + y[:, None])], -1)
-    half = torch.stack([x[-1] + 0.5, y[-1] + 0.5])
-    grid = base.reshape(1, height * width, 3).expand(count, -1, -1).bmm(theta / half)
-    grid = grid.reshape(count, height, width, 2)
+    y = torch.linspace(0.5 - height / 2, height / 2 - 0.5, height, device=images.device)[:, None]
+    # No matrix product: it would be rounded to TF32 or half precision where those are on.
+    across, down = x * (a / (width / 2)) + y * (b / (width / 2)), x * (d / (height / 2)) + y * (e / (height / 2))
+    grid = torch.stack([across + c / (width / 2), down + f / (height / 2)], dim=-1)
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
 
 

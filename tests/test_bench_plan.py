@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 
-import train_stage1
 from tests.conftest import ARB, ROOT, SHORT, failure
 from utils.bench import __main__ as command
 from utils.bench import plan
@@ -111,10 +110,12 @@ def test_averaged_weights_are_tested_and_sam_averages_two_gradients(rates):
     assert network == pytest.approx(1000 * 2 * 8e6 / 100e9)
 
 
-def test_evaluations_are_due_as_in_training():
-    for every, last in [(1, 0), (3, 0), (3, 2), (5, 1), (20, 0), (20, 30)]:
-        for epoch in range(12):
-            assert plan.due(epoch, every, 12, last) == train_stage1.due(epoch, every, 12, last)
+def test_cmo_reads_twice_as_many_images(rates):
+    def decoder(*words):
+        table = planned("data_on_device", "False", *words)["tables"]["one training step, computed"]
+        return by_name(table, "ms")["decoder"]
+
+    assert decoder("mixup", "False", "mix", "cmo") == pytest.approx(2 * decoder())
 
 
 def test_remedies_are_options():

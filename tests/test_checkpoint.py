@@ -297,6 +297,14 @@ def test_a_run_of_another_configuration_is_passed_over_and_named(tmp_path):
     assert newest_checkpoint(str(tmp_path), {"name": "a", "lr": 0.1, "seed": 2}).path == str(wanted)
 
 
+def test_an_option_that_a_checkpoint_lacks_had_its_default_s_effect(tmp_path):
+    path = run_of(tmp_path, "a_20260101000000", {"name": "a"}, age=0)
+    assert newest_checkpoint(str(tmp_path), {"name": "a", "sam": 0.0, "mix": None}).path == str(path)
+    found = newest_checkpoint(str(tmp_path), {"name": "a", "sam": 0.05, "mix": "cutmix"})
+    assert found.content is None
+    assert found.notes[0] == f"resume auto: passed over {path}, which has another sam, mix"
+
+
 @pytest.mark.parametrize("best", [True, False])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, best):
     config = {"name": "a", "lr": 0.1}

@@ -354,6 +354,7 @@ def test_every_option_has_a_row_among_the_bad_values():
         ),
         ("sam: 0.05\naccumulate: 2", ["sam needs accumulate: 1, not 2"]),
         ("optimizer: adamw\nnc_within: 0.1", ["nc_within needs optimizer: sgd, not adamw"]),
+        ("label_smoothing: 1", ["label_smoothing: 1 would train without labels"]),
         ("ema: 1", ["ema: 1 would keep the initial weights; use a decay below 1"]),
         ("label_smoothing: 0.1\nloss: arb", ["needs class_counts: global or batch_unmasked, not batch: a class"]),
         ("nc_between: 0.1", ["nc_between needs nc_within, such as 0.01"]),
@@ -684,6 +685,18 @@ def test_options_of_the_other_optimizer_are_noted(write):
     assert notes == [f"{key} is not used: optimizer: adamw has betas" for key in ("momentum", "nesterov")]
     _, notes = read_config(write("betas: [0.9, 0.95]\nlr_steps: [3, 5]"))
     assert notes == ["betas is not used: optimizer: sgd has momentum"]
+
+
+def test_options_of_what_is_off_are_noted_unless_they_are_the_defaults(write):
+    common = "lr_steps: [3, 5]\n"
+    _, notes = read_config(write(common + "num_ops: 3\nmagnitude: 9\nmix_prob: 0.7\ncmo_idle: 1\nspa_gamma: 0.5"))
+    assert notes == [
+        "num_ops is not used: it is for augment: randaugment",
+        "mix_prob is not used: it is for mix: cutmix or cmo",
+        "cmo_idle is not used: it is for mix: cmo",
+        "spa_gamma is not used: it is for spa: proj",
+    ]
+    assert read_config(write(common + "augment: randaugment\nnum_ops: 3\nmix: cmo\nmix_prob: 1\ncmo_idle: 1"))[1] == []
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):

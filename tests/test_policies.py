@@ -76,6 +76,15 @@ def test_each_image_has_its_own_operation(photographs, way):
     assert len(ours.flatten(1).unique(dim=0)) >= len(OPERATIONS) - 1  # one stretches nothing
 
 
+def test_half_precision_of_the_network_is_not_that_of_its_images(photographs):
+    augmenter = new_augmenter(Augmentation("autoaugment"))
+    numbers, strengths = (table.repeat(20, 1) for table in augmenter.draw(len(photographs), 0, 0))
+    images = photographs.repeat(20, 1, 1, 1).permute(0, 2, 3, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = augmenter(images, numbers, strengths)
+    assert torch.equal(half, augmenter(images, numbers, strengths))
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["CIFAR-10", "ImageNet"])
 def test_autoaugment_draws_every_pair_with_its_probabilities_and_signs(large):
     policy = AutoAugmentPolicy.IMAGENET if large else AutoAugmentPolicy.CIFAR10
@@ -165,11 +174,9 @@ def test_a_policy_comes_before_normalisation_and_boxes_after_it(photographs):
     augmenter, count = new_augmenter(options), len(photographs)
     numbers, strengths, cut, erased = augmenter.draw(count, 3, 5)
     ours = augmenter(photographs.permute(0, 2, 3, 1), numbers, strengths, cut, erased)
-    names = list(OPERATIONS)
     for n, image in enumerate(photographs):
         for number, strength in zip(numbers[n].tolist(), strengths[n].tolist(), strict=True):
             image = apply(image[None], torch.tensor([number]), torch.tensor([strength], dtype=torch.float64))[0]
-            assert names[number] in OPERATIONS
         expected = (image / 255 - torch.tensor(CIFAR_MEAN)[:, None, None]) / torch.tensor(CIFAR_STD)[:, None, None]
         for top, left, bottom, right in (cut[n].tolist(), erased[n].tolist()):
             expected[:, top:bottom, left:right] = 0

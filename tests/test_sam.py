@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from methods import build_method
 from methods.losses import arb_loss
 from methods.mixup import mix
 from tests.conftest import TWO_EPOCHS, assert_same_run, current, log_of, stop_before, train
@@ -66,6 +67,20 @@ def test_a_step_is_that_of_a_loop_written_out(digits):  # noqa: F811
     for key, value in model.state_dict().items():
         torch.testing.assert_close(step.model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
     assert step.meter.averages()["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("terms", [{"nc_means": 10.0}, {"nc_dual": 10.0}, {"nc_dual": 1.0, "spa": "proj"}])
+def test_both_passes_have_the_same_class_means(digits, terms):  # noqa: F811
+    """So at a tiny rho the steps are plain ones."""
+    steps = []
+    for rho in (0.0, 1e-9):
+        model, _, *rest = new_parts(digits)
+        method = build_method("ce", "global", digits.class_counts, feature_width=64, **terms)
+        steps.append(run(digits, Step(model, method, *rest, CPU, sam=rho), steps=3))
+    for key, value in state(steps[0]).items():
+        torch.testing.assert_close(state(steps[1])[key], value, rtol=1e-3, atol=1e-5)
+    for plain, sharp in zip(*(step.method.buffers() for step in steps), strict=True):
+        torch.testing.assert_close(sharp, plain, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("at", [1, 2], ids=["first pass", "second pass"])

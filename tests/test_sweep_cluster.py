@@ -37,6 +37,10 @@ from utils.sweep.spec import read_sweep
             ["--cluster", "slurm", "--slurm", "=gpu"],
             "must be a long option of sbatch, such as partition=gpu",
         ),
+        (
+            ["--cluster", "slurm", "--slurm", "partition=gpu", "lr", "0.05"],
+            "comes last, or before another --option: lr is an option of the runs",
+        ),
         (["--cluster", "condor"], "invalid choice: 'condor'"),
     ],
 )
@@ -141,6 +145,17 @@ def test_a_run_that_a_job_has_is_not_trained_here(slurm, tmp_path, capsys):
     (home / "started").mkdir()
     with contextlib.closing(lock_file(home / "started/arb_seed0.lock", "", inheritable=True)):
         assert cluster.live(home, runs) == {"arb_seed0"}
+
+
+def test_jobs_of_a_cluster_that_is_out_of_reach_are_not_trained_here(slurm, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    path = written(tmp_path)
+    submit(tmp_path)
+    (slurm / "squeue").unlink()
+    monkeypatch.setenv("PATH", str(slurm))
+    result = failure(capsys, main, path, "--save_dir", tmp_path / "saved")
+    assert (result.code, len(result.lines)) == (2, 1)
+    assert "names jobs of runs that have not ended, and there is no squeue here" in result.said
 
 
 def test_nothing_is_submitted_while_the_queue_is_not_known(slurm, tmp_path, capsys):

@@ -212,10 +212,13 @@ REFUSED = {
         "options": OPTIONS | {"num_epochs": 5},
         "arms": {"plain": {}, "b": {"fork": FORK | {"epoch": 3}}, "c": {"fork": {"arm": "b", "epoch": 2}}},
     },
-    "late: a fork keeps its parent's data and network, and its nc_within is another": {
+    "late: a fork keeps its parent's data, network and optimizer, and its nc_within is another": {
         "arms": {"plain": {}, "late": {"fork": FORK, "nc_within": 0.01}}
     },
-    "its spa is another": {"arms": {"plain": {}, "late": {"fork": FORK, "spa": "proj"}}},
+    "its use of moving class means (nc_means, nc_dual, spa) is another": {
+        "arms": {"plain": {}, "late": {"fork": FORK, "spa": "proj"}}
+    },
+    "its optimizer is another": {"arms": {"plain": {}, "late": {"fork": FORK, "optimizer": "adamw"}}},
     "two runs would be called plain_data_patha-b_seed0": {"axes": {"data_path": ["a/b", "a-b"]}},
 }
 

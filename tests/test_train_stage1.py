@@ -56,6 +56,7 @@ from utils.errors import DivergenceError, Interrupted
 from utils.precision import new_scaler
 from utils.run import describe, provenance, record
 from utils.run.log import RunLog
+from utils.schedule import due
 from utils.step import Step
 
 CPU = torch.device("cpu")
@@ -359,11 +360,13 @@ def test_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(tmp_
 def test_a_run_goes_on_with_its_own_data_and_names_what_else_changed(finished, tmp_path, capsys):
     folder = copy_of(finished, tmp_path)
     before = (folder / "config.yaml").read_text()
-    for key, value in (("imb_factor", 0.5), ("val_per_class", 5), ("subset_seed", 1)):
+    for key, value in (("imb_factor", 0.5), ("val_per_class", 5), ("subset_seed", 1), ("optimizer", "adamw")):
         result = failure(capsys, train_stage1.main, "--cfg", ARB, *SHORT, "resume", current(folder), key, value)
         assert (result.code, len(result.lines)) == (2, 1)
         assert f"was trained with {key} " in result.said
         assert f"but {key} is {value}" in result.said
+    result = failure(capsys, train_stage1.main, "--cfg", ARB, *SHORT, "resume", current(folder), "spa", "proj")
+    assert "was trained without moving class means; nc_means, nc_dual and spa cannot be switched on" in result.said
     assert (folder / "config.yaml").read_text() == before
     train(tmp_path, "num_epochs", 3, "lr", 0.05, "resume", current(folder))
     said = capsys.readouterr().out
@@ -608,9 +611,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     assert path.read_bytes() == before
 
 
+def test_a_cutout_of_the_whole_image_is_refused(tmp_path, capsys):
+    result = failure(capsys, train_stage1.main, "--cfg", ARB, *SHORT, "save_dir", tmp_path, "cutout", 8)
+    assert (result.code, len(result.lines)) == (2, 1)
+    assert "cutout: 8 leaves nothing of images of 8 pixels; use less" in result.said
+
+
 def test_evaluated_are_every_so_many_th_epoch_and_each_of_the_last():
     def epochs(every, last):
-        return [epoch for epoch in range(12) if train_stage1.due(epoch, every, 12, last)]
+        return [epoch for epoch in range(12) if due(epoch, every, 12, last)]
 
     assert epochs(5, 0) == epochs(5, 1) == [4, 9, 11]
     assert epochs(5, 3) == [4, 9, 10, 11]

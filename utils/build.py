@@ -123,6 +123,8 @@ def new_loaders(cfg: CfgNode, data: Data, device: torch.device) -> Loaders:
 
 
 def train_loader(cfg: CfgNode, data: Data, device: torch.device, **ranks: int) -> TrainLoader:
+    if cfg.cutout >= data.image_size:
+        raise InputError(f"cutout: {cfg.cutout} leaves nothing of images of {data.image_size} pixels; use less")
     augmentation = Augmentation(**{key: cfg[key] for key in Augmentation._fields})
     weights = (1 / data.class_counts.clamp(min=1)) ** cfg.cmo_alpha if cfg.mix == "cmo" else None
     options = {"accumulate": cfg.accumulate, "augmentation": augmentation, "paste_weights": weights}

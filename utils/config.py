@@ -211,7 +211,7 @@ SECTIONS: dict[str, dict[str, Option]] = {
         "max_grad_norm": Option(None, optional(number(0, above=True)), "clip gradients to this 2-norm; null: off"),
         "sync_bn": Option(False, flag, "batch norm over all processes (CUDA only)"),
         "lr": Option(0.1, number(0, above=True), "base learning rate"),
-        "optimizer": Option("sgd", choice("sgd", "adamw"), "sgd or adamw"),
+        "optimizer": Option("sgd", choice("sgd", "adamw"), "sgd or adamw", "network"),
         "betas": Option([0.9, 0.999], betas, "decay of AdamW's averages of the gradient and of its square"),
         "momentum": Option(0.9, number(0, 1), "momentum of SGD"),
         "nesterov": Option(False, flag, "Nesterov's momentum"),
@@ -281,7 +281,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNod
             f"lr_steps is not set: steps at epochs {values['lr_steps']}, as in the paper and MiSLAS "
             "(ARBLOSS's code steps at [160, 240])"
         )
-    notes += [f"{key} is not used: {why}" for key, why in unused(values) if key in given]
+    notes += [
+        f"{key} is not used: {why}"
+        for key, why in unused(values)
+        if key in given and values[key] != OPTIONS[key].default
+    ]
     cfg = CfgNode(values)
     cfg.freeze()
     return cfg, notes

@@ -1,8 +1,15 @@
 """Which options go together, and which have no effect beside others."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from utils.errors import ConfigError
+
+MOVING_MEANS = ("nc_means", "nc_dual", "spa")  # what needs moving class means
+
+
+def has_moving_means(values: Mapping) -> bool:
+    return any(values.get(key) for key in MOVING_MEANS)
 
 
 def unused(values: dict) -> list[tuple[str, str]]:
@@ -16,6 +23,15 @@ def unused(values: dict) -> list[tuple[str, str]]:
         unused.append(("warmup_epochs", "cos: True has no warm-up without cos_warmup: True"))
     if values["cos_warmup"] and not values["cos"]:
         unused.append(("cos_warmup", "cos: False always has a warm-up"))
+    for option, kinds, keys in (
+        ("augment", ["randaugment"], ("num_ops", "magnitude")),
+        ("mix", ["cutmix", "cmo"], ("mix_prob",)),
+        ("mix", ["cmo"], ("cmo_alpha", "cmo_idle")),
+        ("spa", ["proj"], ("spa_gamma",)),
+        ("spa", ["slerp"], ("spa_step",)),
+    ):
+        if values[option] not in kinds:
+            unused += [(key, f"it is for {option}: {' or '.join(kinds)}") for key in keys]
     return unused
 
 
@@ -53,7 +69,7 @@ def _check_method(values: dict, path: str | Path) -> None:
         if values["loss"] == loss and values["classifier"] != classifier:
             raise ConfigError(f"{path}: loss: {loss} needs classifier: {classifier}, not {values['classifier']}: {why}")
     if values["label_smoothing"] > 0:
-        _check_label_smoothing(values["loss"], values["class_counts"], path)
+        _check_label_smoothing(values["label_smoothing"], values["loss"], values["class_counts"], path)
     if values["nc_between"] > 0 and values["nc_within"] == 0:
         raise ConfigError(
             f"{path}: nc_between needs nc_within, such as 0.01: it moves the class means alone, and features only "
@@ -64,14 +80,16 @@ def _check_method(values: dict, path: str | Path) -> None:
         raise ConfigError(
             f"{path}: {turning[0]} needs classifier: linear or cosine, not simplex: it moves the classifier's rows"
         )
-    moving = [key for key in ("nc_means", "nc_dual", "spa") if values[key]]
+    moving = [key for key in MOVING_MEANS if values[key]]
     if moving and values["accumulate"] > 1:
         raise ConfigError(
             f"{path}: {moving[0]} needs accumulate: 1, not {values['accumulate']}: its class means are of whole batches"
         )
 
 
-def _check_label_smoothing(loss: str, class_counts: str, path: str | Path) -> None:
+def _check_label_smoothing(share: float, loss: str, class_counts: str, path: str | Path) -> None:
+    if share == 1:
+        raise ConfigError(f"{path}: label_smoothing: 1 would train without labels; use less, such as 0.1")
     losses, counts = ("ce", "arb", "logit_adjustment"), ("global", "batch_unmasked")
     if loss not in losses:
         raise ConfigError(f"{path}: label_smoothing is for loss: {', '.join(losses)}, not {loss}; use 0")

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the epoch."""
+"""Learning rate, and whether something is due, as pure functions of the epoch."""
 
 import math
 from collections.abc import Sequence
@@ -37,3 +37,8 @@ def lr_at(
 def step_epochs(lr_steps: Sequence[float], num_epochs: int) -> list[int]:
     """Return ``lr_steps`` as epochs: 0.8 of 30 epochs is 24."""
     return [round(step * num_epochs) if step < 1 else int(step) for step in lr_steps]
+
+
+def due(epoch: int, every: int, num_epochs: int, last: int = 1) -> bool:
+    """True every ``every`` epochs, in the ``last`` epochs and in the final one; ``every`` 0 disables it."""
+    return every > 0 and ((epoch + 1) % every == 0 or epoch >= num_epochs - max(last, 1))

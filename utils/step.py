@@ -73,19 +73,23 @@ class Step:
 
     def __call__(self, batch: NamedTuple, draw: NamedTuple) -> None:
         with distributed.averaging(self.model, batch.ends_step), self._eager_if_odd(batch):
-            with autocast(self.precision, self.device):
-                images = batch.augment()
-            output = self._backward(images, batch, draw)
-            if self.sam > 0:
-                buffers = (*self.model.buffers(), *self.method.buffers())
-                with perturbed(self.model.parameters(), buffers, self.sam):
-                    self.optimizer.zero_grad()
-                    self._backward(images, batch, draw)
+            images = batch.augment()
+            output = self._with_sam(images, batch, draw) if self.sam > 0 else self._backward(images, batch, draw)
         self.meter.update(output.loss, output.logits, batch.targets, batch.weight, batch.ends_step)
         if self.keep_outputs:
             self._store_outputs(output.logits.detach(), output.features.detach())
         if batch.ends_step:
             self._update_weights()
+
+    def _with_sam(self, images: Tensor, batch: NamedTuple, draw: NamedTuple) -> NamedTuple:
+        """Two passes, both from the same buffers, such as moving class means; returns the first one's output."""
+        buffers = (*self.model.buffers(), *self.method.buffers())
+        start = [buffer.clone() for buffer in buffers]
+        output = self._backward(images, batch, draw)
+        with perturbed(self.model.parameters(), buffers, start, self.sam):
+            self.optimizer.zero_grad()
+            self._backward(images, batch, draw)
+        return output
 
     def _backward(self, images: Tensor, batch: NamedTuple, draw: NamedTuple) -> NamedTuple:
         """Forward and backward; returns the method's output."""

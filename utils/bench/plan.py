@@ -37,6 +37,7 @@ from utils.evaluation import predict
 from utils.files import write_text
 from utils.precision import matmul_precision
 from utils.run.provenance import machine
+from utils.schedule import due
 
 USAGE = "plan --cfg FILE [--gpus N] [--nodes N] [--cores N] [--bandwidth N] [--speed N] [--minutes N] [key value ...]"
 CIFAR = (50_000, 10_000)  # images for training and testing
@@ -144,6 +145,8 @@ def plan(cfg: CfgNode, data: Data, source: str, args: argparse.Namespace, device
     epochs, whole = cfg.num_epochs, max if overlap else sum
     times = sum(due(epoch, cfg.eval_every, epochs, cfg.eval_last) for epoch in range(epochs))
     step = cluster.seconds("step", cfg.batch_size, costs, gradient * (2 if cfg.sam > 0 else 1))
+    if cfg.mix == "cmo":
+        step["decoder"] *= 2  # and images to paste; the idle epochs are counted like the others
     totals = {
         "training": (epochs * len(loader), step),
         "evaluation": (times, cluster.seconds("evaluation", tested, costs)),
@@ -165,11 +168,6 @@ def plan(cfg: CfgNode, data: Data, source: str, args: argparse.Namespace, device
         for what, value in hours.items()
     ]
     return Part(settings, tables)
-
-
-def due(epoch: int, every: int, epochs: int, last: int) -> bool:
-    """Whether ``epoch`` ends with an evaluation, by ``eval_every`` and ``eval_last``."""
-    return (epoch + 1) % every == 0 or epoch >= epochs - max(last, 1)
 
 
 def remedies(part: str, cfg: CfgNode, cores: int) -> str:

@@ -110,7 +110,7 @@ def preview_rows(cfg: CfgNode) -> list[Row]:
 def preview_figure(rows: list[Row], title: str, mixed: bool = False) -> Figure:
     """Draw a line of images per class; with mixup, the weight of its own image above each."""
     figure = Figure(figsize=(style.WIDE, 0.4 + 1.4 * len(rows)), layout="constrained")
-    figure.suptitle(style.plain(title), fontsize=10)
+    figure.suptitle(style.wrapped(title, 100), fontsize=10)
     for axes, row in zip(figure.subplots(len(rows), IMAGES, squeeze=False), rows, strict=True):
         label = f"{style.wrapped(row.name, 20)}\n{row.count:,} image{'s' * (row.count != 1)}"
         axes[0].set_ylabel(label, rotation="horizontal", ha="right", va="center")

@@ -24,8 +24,9 @@ from utils.checkpoint import (
     restore,
     stored_class_map,
 )
-from utils.config import FIXED, INCIDENTAL
+from utils.config import FIXED, INCIDENTAL, OPTIONS
 from utils.errors import InputError
+from utils.option_checks import has_moving_means
 from utils.run.folder import folder_of, inherit, new_folder
 from utils.run.provenance import environment
 
@@ -105,11 +106,14 @@ def _runs_of(name: str, save_dir: str) -> list[list[Path]]:
 
 def changed_options(content: Mapping, config: Mapping) -> dict[str, tuple]:
     """Return option -> (value in our checkpoint, value in ``config``) where they differ, without incidental options."""
-    saved = content["config"] if is_ours(content) else {}
+    if not is_ours(content):
+        return {}
+    # An option that came later had its default's effect.
+    saved = {key: option.default for key, option in OPTIONS.items()} | content["config"]
     return {
         key: (saved[key], config[key])
         for key in config
-        if key in saved and key not in INCIDENTAL and (isinstance(saved[key], Tensor) or saved[key] != config[key])
+        if key not in INCIDENTAL and (isinstance(saved[key], Tensor) or saved[key] != config[key])
     }
 
 
@@ -169,7 +173,7 @@ def start(cfg: CfgNode, origin: Origin, data: Data, training: Training, steps: i
         note = f"{path}: {source}; weights only, training starts at epoch 0"
         return Start(TrainState(), new_folder(cfg.save_dir, cfg.name), settings, [*origin.notes, note])
     changed = changed_options(content, cfg)
-    check_unchanged(content, path, changed, data)
+    check_unchanged(content, path, cfg, data)
     state = restore(content, path, **training.parts())
     kept = ("resume", "class_map") if forked else ("resume", "class_map", "fork")
     settings |= {key: str(content["config"].get(key, "")) for key in kept}
@@ -199,8 +203,9 @@ def fork(cfg: CfgNode, path: str, state: TrainState) -> Path:
     return folder
 
 
-def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], data: Data) -> None:
+def check_unchanged(content: Mapping, path: str, config: Mapping, data: Data) -> None:
     """Raise :class:`CheckpointError` if the run's data or network differ from the checkpoint's."""
+    changed = changed_options(content, config)
     for key in FIXED:
         if key in changed:
             old, new = changed[key]
@@ -208,6 +213,12 @@ def check_unchanged(content: Mapping, path: str, changed: Mapping[str, tuple], d
                 f"{path}: was trained with {key} {old}, but {key} is {new}; resume with the run's own "
                 "data and network (see its config.yaml), or start a new run without resume"
             )
+    before, after = has_moving_means(content["config"]), has_moving_means(config)
+    if before != after:
+        raise CheckpointError(
+            f"{path}: was trained with{'' if before else 'out'} moving class means; nc_means, nc_dual and spa "
+            "cannot be switched on or off when a run resumes"
+        )
     counts, fingerprint = content.get("class_counts"), content.get("fingerprint")
     if counts is not None and not (isinstance(counts, Tensor) and torch.equal(counts, data.class_counts)):
         raise CheckpointError(

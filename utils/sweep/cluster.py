@@ -116,7 +116,15 @@ def _locked(run: Run) -> IO:
 def live(home: Path, runs: Sequence[Run]) -> set[str]:
     """The names of those ``runs`` that a job trains or is queued for."""
     ids = _read_ids(home)
-    queue = _queue() if any(run.name in ids for run in runs) else ()
+    queue: Collection[str] = ()
+    if any(run.name in ids for run in runs):
+        try:
+            queue = _queue()
+        except FileNotFoundError:
+            raise InputError(
+                f"{_ids(home)} names jobs of runs that have not ended, and there is no squeue here to ask for them: "
+                "use a machine of the cluster, or delete that file"
+            ) from None
     return {run.name for run in runs if ids.get(run.name) in queue or _is_locked(run)}
 
 
@@ -130,12 +138,10 @@ def _read_ids(home: Path) -> dict[str, str]:
 
 
 def _queue() -> Collection[str]:
-    """The user's queued and running jobs, as 12 or 12_3; empty where there is no SLURM."""
+    """The user's queued and running jobs, as 12 or 12_3. Raises ``FileNotFoundError`` where there is no SLURM."""
     words = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
-    except FileNotFoundError:
-        return ()
     except subprocess.CalledProcessError as error:
         raise InputError(f"squeue does not tell which jobs there are: {error.stderr}") from None
 
@@ -246,7 +252,7 @@ class ClusterScheduler(runner.Scheduler):
 
     def _collect_finished(self) -> None:
         if self.cluster == "slurm":
-            with contextlib.suppress(InputError):  # SLURM is often out of reach for a moment
+            with contextlib.suppress(InputError, FileNotFoundError):  # SLURM is often out of reach for a moment
                 self.queue = _queue()
         for job in list(self.running):
             run = job.run

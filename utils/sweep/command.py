@@ -20,6 +20,8 @@ from utils.sweep.tables import markdown
 def sbatch_option(text: str) -> tuple[str, str | bool]:
     """An argparse type: ``key=value``, or ``key`` for options without a value."""
     match = re.fullmatch(r"([a-z][\w-]*)(?:=(.+))?", text)
+    if text in OPTIONS:
+        raise argparse.ArgumentTypeError(f"comes last, or before another --option: {text} is an option of the runs")
     if not match:
         raise argparse.ArgumentTypeError(f"must be a long option of sbatch, such as partition=gpu, not {text!r}")
     return match[1].replace("_", "-"), match[2] or True
@@ -27,9 +29,13 @@ def sbatch_option(text: str) -> tuple[str, str | bool]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     prog, description = "python -m utils.sweep", "Run a grid of configurations; make tables with intervals."
-    more = "[--jobs N] [--minutes N] [--cluster slurm] [--save_dir FOLDER] [--images TEXT] [--publish]"
+    more = "[--jobs N] [--minutes N] [--cluster slurm|local|debug] [--per_gpu N] [--wait] [--save_dir FOLDER] "
+    more += "[--images TEXT] [--publish]"
     parser = Parser(
-        prog=prog, description=description, hint=f" (usage: {prog} SWEEP.yaml {more} [key value ...])", keys=OPTIONS
+        prog=prog,
+        description=description,
+        hint=f" (usage: {prog} SWEEP.yaml {more} [key value ...] [--slurm KEY=VALUE ...])",
+        keys=OPTIONS,
     )
     parser.add_argument("sweep", nargs="?", type=path, metavar="SWEEP", help="YAML file, see config/sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="key value", help="options of every run, such as: data_path D")
@@ -39,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=positive(float), help="start nothing that cannot end by then", **number)
     parser.add_argument("--cluster", choices=cluster.CLUSTERS, help="submit jobs, by submitit, and return")
     options = {"type": sbatch_option, "nargs": "+", "action": "extend", "metavar": "KEY=VALUE"}
-    parser.add_argument("--slurm", help="options of sbatch, such as: partition=gpu gres=gpu:1", **options)
+    parser.add_argument("--slurm", help="at the end: options of sbatch, such as: partition=gpu gres=gpu:1", **options)
     parser.add_argument("--per_gpu", type=positive(int), help="runs that share a job and its GPU (default 1)", **number)
     parser.add_argument("--wait", action="store_true", help="follow the cluster's jobs to their end")
     parser.add_argument("--save_dir", type=path, default="saved", metavar="FOLDER", help="holds the sweep's folder")

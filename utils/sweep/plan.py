@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 from utils import build
 from utils.config import FIXED, INCIDENTAL, OLD_SWITCHES, OPTIONS, read_config
 from utils.errors import InputError
+from utils.option_checks import MOVING_MEANS, has_moving_means
 from utils.run.folder import read_rows
 from utils.run.resume import fork_of
 from utils.sweep.spec import Arm, Sweep, at, refuse_set_by_sweep, terms_of
@@ -153,10 +154,11 @@ def _fork(run: Run, parent: Run | None, fork: tuple[str, int]) -> Run:
             f"{parent.forked_after}) and before the end of {run.cfg.num_epochs}"
         )
     changed = [key for key in FIXED if run.cfg[key] != parent.cfg[key]]
-    with_means = ("nc_within", "nc_means", "nc_dual", "spa")  # whether there are class means, and which
-    changed += [key for key in with_means if bool(run.cfg[key]) != bool(parent.cfg[key])]
+    changed += ["nc_within"] * ((run.cfg.nc_within > 0) != (parent.cfg.nc_within > 0))  # whether there are class means
+    if has_moving_means(run.cfg) != has_moving_means(parent.cfg):
+        changed.append(f"use of moving class means ({', '.join(MOVING_MEANS)})")
     if changed:
-        raise InputError(f"a fork keeps its parent's data and network, and its {changed[0]} is another")
+        raise InputError(f"a fork keeps its parent's data, network and optimizer, and its {changed[0]} is another")
     return replace(run, parent=parent, forked_after=epoch)
 
 
