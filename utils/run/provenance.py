@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def machine(device: torch.device) -> dict[str, Any]:
     """Date, hardware and software versions."""
     modules = {"torch": torch, "torchvision": torchvision, "numpy": np, "pillow": PIL}
+    modules |= {name: sys.modules[name] for name in ("timm",) if name in sys.modules}  # optional
     versions = {name: str(module.__version__) for name, module in modules.items()}  # metadata may be missing
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
